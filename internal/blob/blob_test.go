@@ -65,11 +65,12 @@ func TestPut(t *testing.T) {
 		if size, err := s.Size(hex.EncodeToString(sum[:])); err != nil || size != int64(len(text)) {
 			t.Errorf("the size is %d, %v", size, err)
 		}
-		path, err := s.Path(hex.EncodeToString(sum[:]))
+		path, release, err := s.Path(t.Context(), hex.EncodeToString(sum[:]))
 		if err != nil {
 			t.Fatal(err)
 		}
-		f, err := s.Open(hex.EncodeToString(sum[:]))
+		defer release()
+		f, err := s.Open(t.Context(), hex.EncodeToString(sum[:]))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -130,10 +131,10 @@ func TestMissingPath(t *testing.T) {
 	s := open(t, 0)
 	for _, hash := range []string{"", "..", "tmp", "../" + strings.Repeat("a", 61), strings.Repeat("a", 64),
 		strings.Repeat("A", 64)} {
-		if path, err := s.Path(hash); !errors.Is(err, fs.ErrNotExist) {
+		if path, _, err := s.Path(t.Context(), hash); !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("%q is at %q, %v", hash, path, err)
 		}
-		if f, err := s.Open(hash); !errors.Is(err, fs.ErrNotExist) {
+		if f, err := s.Open(t.Context(), hash); !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("%q is open as %v, %v", hash, f, err)
 		}
 		if size, err := s.Size(hash); !errors.Is(err, fs.ErrNotExist) {
@@ -147,7 +148,7 @@ func TestCollect(t *testing.T) {
 	now := time.Now()
 	s.now = func() time.Time { return now }
 	wanted, unwanted, again := put(t, s, "wanted"), put(t, s, "unwanted"), put(t, s, "put again")
-	if removed, _, err := s.Collect(nil); err != nil || len(removed) > 0 {
+	if removed, _, err := s.Collect(nil, nil); err != nil || len(removed) > 0 {
 		t.Errorf("young files went: %v, %v", removed, err)
 	}
 	old := now.Add(-2 * Grace)
@@ -157,12 +158,12 @@ func TestCollect(t *testing.T) {
 		}
 	}
 	put(t, s, "put again")
-	removed, freed, err := s.Collect([]string{wanted})
+	removed, freed, err := s.Collect([]string{wanted}, nil)
 	if err != nil || !slices.Equal(removed, []string{unwanted}) || freed != int64(len("unwanted")) {
 		t.Errorf("removed %v, %d bytes, %v", removed, freed, err)
 	}
 	for hash, want := range map[string]bool{wanted: true, unwanted: false, again: true} {
-		if _, err := s.Path(hash); (err == nil) != want {
+		if _, err := os.Stat(s.path(hash)); (err == nil) != want {
 			t.Errorf("%s: there is %v, want %t", hash, err, want)
 		}
 	}

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"strconv"
 	"strings"
@@ -329,11 +330,17 @@ func (s *Service) builds(ctx context.Context, r *run, b Build) (Built, error) {
 	j := Job{ID: r.id, OrgID: r.org, Definition: b.Definition, Refresh: b.Refresh, MaxDisk: s.cfg.MaxDisk,
 		Base: func(ctx context.Context, name string) (Base, bool, error) { return s.base(ctx, r, name) }}
 	if b.Context != "" {
-		var err error
-		if j.Context, err = s.contexts.Path(b.Context); err != nil {
+		path, release, err := s.contexts.Path(ctx, b.Context)
+		if errors.Is(err, fs.ErrNotExist) {
 			s.log.Error("the context of a build is gone", "context", b.Context, "error", err)
 			return Built{}, &BuildError{ExitCode: -1, Message: "its context is gone: rebuild it with a context"}
 		}
+		if err != nil {
+			s.log.Error("the context of a build cannot be read", "context", b.Context, "error", err)
+			return Built{}, &BuildError{ExitCode: -1, Message: "its context cannot be read now: try again later"}
+		}
+		defer release()
+		j.Context = path
 	}
 	s.mu.Lock()
 	for _, m := range r.members {

@@ -152,10 +152,11 @@ func (w *workshop) content(name string) []string {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	path, err := w.contexts.Path(b.Context)
+	path, release, err := w.contexts.Path(w.t.Context(), b.Context)
 	if err != nil {
 		w.t.Fatal(err)
 	}
+	defer release()
 	data, err := os.ReadFile(path)
 	if err != nil {
 		w.t.Fatal(err)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"maps"
 	"slices"
@@ -360,16 +361,16 @@ func (s *shelf) Put(_ context.Context, r io.Reader, limit int64) (string, int64,
 	return name, int64(len(b)), nil
 }
 
-func (s *shelf) Path(name string) (string, error) {
+func (s *shelf) Path(_ context.Context, name string) (string, func(), error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if _, ok := s.files[name]; !ok {
-		return "", errors.New("no such file")
+		return "", nil, fs.ErrNotExist
 	}
-	return "/shelf/" + name, nil
+	return "/shelf/" + name, func() {}, nil
 }
 
-func (s *shelf) Open(name string) (io.ReadCloser, error) {
+func (s *shelf) Open(_ context.Context, name string) (io.ReadCloser, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	text, ok := s.files[name]
@@ -388,9 +389,10 @@ func (s *shelf) Size(name string) (int64, error) {
 	return int64(len(s.files[name])), nil
 }
 
-func (s *shelf) Collect(keep []string) ([]string, int64, error) {
+func (s *shelf) Collect(keep, keepHere []string) ([]string, int64, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	keep = slices.Concat(keep, keepHere)
 	s.kept = append(s.kept, keep)
 	var removed []string
 	for name := range s.files {

@@ -205,13 +205,14 @@ type Contexts interface {
 	// Put stores the content of r, up to limit bytes. More gives TooLarge, a full disk NoSpace;
 	// an error of r comes back wrapped.
 	Put(ctx context.Context, r io.Reader, limit int64) (hash string, size int64, err error)
-	// Path returns the file of a context for a [Builder], or an error if it is missing.
-	Path(hash string) (string, error)
-	// Open returns a reader of a context, which the caller closes, or an error if it is missing.
-	Open(hash string) (io.ReadCloser, error)
+	// Path returns the file of a context, which stays until release is called, or fs.ErrNotExist if it is gone.
+	// Any other error says that it cannot be had now.
+	Path(ctx context.Context, hash string) (path string, release func(), err error)
+	// Open returns a reader of a context, which the caller closes, with the errors of Path.
+	Open(ctx context.Context, hash string) (io.ReadCloser, error)
 	// Size returns the size of a context in bytes, or an error if it is missing.
 	Size(hash string) (int64, error)
-	// Collect removes the contexts that are not in keep and were not stored recently. After an
-	// error it goes on, and returns all errors joined.
-	Collect(keep []string) (removed []string, freed int64, err error)
+	// Collect removes the contexts that are in neither list and were not stored recently. Those in
+	// keepHere need no copy elsewhere. After an error it goes on, and returns all errors joined.
+	Collect(keep, keepHere []string) (removed []string, freed int64, err error)
 }

@@ -113,7 +113,7 @@ func (s *Service) Collect(ctx context.Context) (removed []string, freed int64, e
 	}
 	s.drafts.expire(time.Now().Add(-draftKept))
 	removed, freed, err = s.builder.Collect(ctx, slices.Concat(templates, sandboxes))
-	gone, bytes, contextErr := s.contexts.Collect(append(contexts, s.uploads.expire(time.Now().Add(-uploadKept))...))
+	gone, bytes, contextErr := s.contexts.Collect(contexts, s.uploads.expire(time.Now().Add(-uploadKept)))
 	s.budget.gone(gone)
 	return append(removed, gone...), freed + bytes, errors.Join(err, contextErr)
 }

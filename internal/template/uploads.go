@@ -191,7 +191,7 @@ func (s *Service) openUpload(org, name string, bound *unpacking) (*tar.Reader, f
 		return nil, nil, fault.InvalidField("files",
 			"its files were not uploaded, or so long ago that they were removed: build the template again")
 	}
-	f, err := s.contexts.Open(blob)
+	f, err := s.contexts.Open(bound.ctx, blob)
 	if err != nil {
 		return nil, nil, fmt.Errorf("opening an upload: %w", err)
 	}
