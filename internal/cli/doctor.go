@@ -22,8 +22,9 @@ func (a *app) doctorCommand() *cobra.Command {
 		Use:   "doctor",
 		Short: "Check this machine for what cay needs, and for leftovers of dead servers",
 		Long: `Check whether this machine has what cay server needs, whether a server answers, and
-whether dead servers left something behind, and print what to do about it. With the
-server's settings (--config and the environment) it checks its PostgreSQL too.
+whether dead servers left something behind, and print what to do about it. With a server's --config,
+or its environment, it also checks its PostgreSQL, and the bucket of files.url with objects that it
+removes again.
 --clean skips these checks and removes what dead servers left: their sandboxes' processes,
 networks, control groups and files. The rest of a data directory stays; cay server --purge
 removes it. The exit status is 1 if something is wrong.`,
@@ -40,8 +41,9 @@ removes it. The exit status is 1 if something is wrong.`,
 			if err != nil {
 				return err
 			}
-			return a.showFindings(append(daemon.CheckHost(), a.deadFinding(), daemon.CheckRecords(cmd.Context(), cfg.Store),
-				a.serverFinding(cmd.Context())))
+			all := append(daemon.CheckHost(), daemon.CheckRecords(cmd.Context(), cfg.Store))
+			all = append(all, daemon.CheckFiles(cmd.Context(), cfg.Files)...)
+			return a.showFindings(append(all, a.deadFinding(), a.serverFinding(cmd.Context())))
 		},
 	}
 	cmd.Flags().StringVar(&file, "config", "", "TOML file with the settings of the server")

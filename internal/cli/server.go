@@ -33,6 +33,11 @@ CAY_NETWORK_RANGE, …), then flags.`,
 			if err != nil {
 				return err
 			}
+			for _, name := range config.SecretVariables { // no program that the server starts gets them
+				if err := os.Unsetenv(name); err != nil {
+					return fmt.Errorf("removing %s from the environment: %w", name, err)
+				}
+			}
 			for name, set := range map[string]func(){
 				"data-dir":       func() { cfg.DataDir = flags.DataDir },
 				"listen":         func() { cfg.Listen = flags.Listen },

@@ -61,6 +61,9 @@ func (c *Config) Check() error {
 	if err := c.Proxy.check(); err != nil {
 		return err
 	}
+	if err := c.Files.check(); err != nil {
+		return err
+	}
 	if _, err := c.Network.RangePrefix(); err != nil {
 		return err
 	}
@@ -106,6 +109,8 @@ func (c *Config) checkNumbers() error {
 		{"images.pulled_mb", c.Images.PulledMB, 1},
 		{"events.max_per_org", c.Events.MaxPerOrg, 0},
 		{"events.max_followers", c.Events.MaxFollowers, 0},
+		{"files.images_mb", c.Files.ImagesMB, 0},
+		{"files.contexts_mb", c.Files.ContextsMB, 0},
 	} {
 		if rule.got < rule.from {
 			return fmt.Errorf("%s: must be at least %d, not %d", rule.key, rule.from, rule.got)

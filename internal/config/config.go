@@ -3,8 +3,8 @@
 // CAY_NETWORK_RANGE; commas separate the entries of lists), and flags, which the command line sets on what [Read]
 // returns. docs/operating.md lists the keys.
 //
-// The package reads that file and nothing else of the machine. It returns values, which are not safe for concurrent
-// change.
+// The package reads that file, the one of credentials, and nothing else of the machine. It returns values, which are
+// not safe for concurrent change.
 package config
 
 import (
@@ -41,6 +41,7 @@ type Config struct {
 	Proxy     Proxy     `toml:"proxy"`
 	E2B       E2B       `toml:"e2b"`
 	Events    Events    `toml:"events"`
+	Files     Files     `toml:"files"`
 }
 
 // Store says where the records are: in DataDir, or in the PostgreSQL that URL names.
@@ -203,6 +204,7 @@ func Default() Config {
 		Proxy:  Proxy{Scheme: "https"},
 		E2B:    E2B{Enabled: true},
 		Events: Events{Keep: Duration(30 * 24 * time.Hour), MaxPerOrg: 1_000_000, MaxFollowers: 32},
+		Files:  Files{ImagesMB: 50 << 10, ContextsMB: 10 << 10},
 	}
 }
 

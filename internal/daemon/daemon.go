@@ -21,6 +21,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/blob"
 	"github.com/cayhq/cay/internal/budget"
 	"github.com/cayhq/cay/internal/buildkit"
 	"github.com/cayhq/cay/internal/config"
@@ -67,6 +68,8 @@ type server struct {
 	db          *store.DB
 	slots       *network.Network
 	images      *image.Store
+	contexts    *blob.Store // of builds
+	files       *files      // nil without files.url
 	dockerfiles *buildkit.Builder
 	node        *node.Node
 	egress      *egressproxy.Proxy
@@ -178,6 +181,13 @@ func (s *server) openHost(ctx context.Context) error {
 		// Any user may name a registry, so that the server reaches only addresses that sandboxes may reach too.
 		Dial: func(to netip.AddrPort) error { return s.slots.Permitted(to.Addr()) }}, s.log)
 	if err != nil {
+		return err
+	}
+	s.contexts, err = blob.Open(filepath.Join(cfg.DataDir, "contexts"), int64(cfg.Capacity.MinFreeDiskMB)<<20)
+	if err != nil {
+		return fmt.Errorf("opening the directory of build contexts: %w", err)
+	}
+	if err := s.openFiles(ctx); err != nil {
 		return err
 	}
 	if err := s.openBuilds(programsDir, programs); err != nil {

@@ -51,6 +51,9 @@ func (s *server) listen(ctx context.Context) error {
 	wg.Go(func() { s.sandboxes.Run(work) })
 	wg.Go(func() { _ = s.templates.Run(work) }) // returns nil
 	wg.Go(func() { s.events.Run(work) })
+	if s.files != nil {
+		wg.Go(func() { s.runFiles(work) })
+	}
 	if surface != nil {
 		wg.Go(func() { s.samples.Run(work) })
 	}

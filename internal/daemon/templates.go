@@ -10,7 +10,6 @@ import (
 	"slices"
 	"time"
 
-	"github.com/cayhq/cay/internal/blob"
 	"github.com/cayhq/cay/internal/buildkit"
 	"github.com/cayhq/cay/internal/embedded"
 	"github.com/cayhq/cay/internal/imagebuild"
@@ -30,10 +29,6 @@ func (s *server) openTemplates(ctx context.Context) (*template.Service, error) {
 			return nil, fmt.Errorf("templates.prepare: there is no built-in template %q", name)
 		}
 	}
-	contexts, err := blob.Open(filepath.Join(s.cfg.DataDir, "contexts"), int64(s.cfg.Capacity.MinFreeDiskMB)<<20)
-	if err != nil {
-		return nil, fmt.Errorf("opening the directory of build contexts: %w", err)
-	}
 	cfg := template.Config{Builtins: builtins, Prepare: s.cfg.Templates.Prepare, MaxDiskMB: s.cfg.Sandbox.MaxDiskMB,
 		MaxTemplates: s.cfg.Templates.MaxPerOrg, ContextLimit: int64(s.cfg.Build.ContextLimitMB) << 20,
 		ContextTotal: int64(s.cfg.Build.ContextsMB) << 20, Concurrent: s.cfg.Build.Concurrent, PerOrg: s.cfg.Build.PerOrg,
@@ -45,7 +40,7 @@ func (s *server) openTemplates(ctx context.Context) (*template.Service, error) {
 		Registry: s.cfg.Images.Registry, DataDir: s.cfg.DataDir, Scratch: s.scratch(),
 		StepMemory: int64(s.cfg.Build.MemoryMB) << 20, StepCPUs: s.cfg.Build.CPUs,
 		Context: buildkit.Limits{Bytes: int64(s.cfg.Build.ContextLimitMB) << 20}, MaxDisk: int64(s.cfg.Build.DiskMB) << 20})
-	templates := template.New(cfg, s.db, builder, contexts, s.db,
+	templates := template.New(cfg, s.db, builder, s.contexts, s.db,
 		s.log.With(slog.String("room", "template")))
 	return templates, templates.Register(ctx)
 }

@@ -174,6 +174,18 @@ func Open(cfg Config, slots *network.Network, images Images, log *slog.Logger) (
 // Agents returns the client that talks to the agents of this node's sandboxes.
 func (n *Node) Agents() *agentapi.Client { return n.agents }
 
+// UsesImage reports whether a sandbox that is on this node has the image open.
+func (n *Node) UsesImage(digest string) bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, b := range n.instances {
+		if b.record.Shape.Image == digest {
+			return true
+		}
+	}
+	return false
+}
+
 // Lost returns a channel of the sandboxes whose processes ended although their end was not
 // intended.
 func (n *Node) Lost() <-chan sandbox.Observed { return n.lost }

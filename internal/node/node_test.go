@@ -283,10 +283,16 @@ func TestAdoption(t *testing.T) {
 		}
 	}
 	m.works(lives)
+	if !m.node.UsesImage(lives.Image) || m.node.UsesImage("another") {
+		t.Error("the node does not know the image that its sandboxes use")
+	}
 	for _, spec := range []sandbox.Spec{lives, dies} {
 		if err := m.node.Destroy(m.ctx(), spec.ID); err != nil {
 			t.Error(err)
 		}
+	}
+	if m.node.UsesImage(lives.Image) {
+		t.Error("the image is taken for used by sandboxes that are gone")
 	}
 	m.wantNothing()
 }

@@ -1,0 +1,140 @@
+package daemon
+
+import (
+	"context"
+	"crypto/rand"
+	"fmt"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/cayhq/cay/internal/config"
+	"github.com/cayhq/cay/internal/objects"
+)
+
+// settingFiles names the setting with the name under which these records own a bucket.
+const settingFiles = "files_owner"
+
+// files has the copies of this server's files in a bucket.
+type files struct {
+	store            *objects.Store
+	images, contexts *objects.Mirror
+}
+
+// openBucket opens the bucket of the settings.
+func openBucket(cfg config.Files) (objects.Bucket, error) {
+	l, err := objects.ParseURL(cfg.URL)
+	if err != nil {
+		return nil, fmt.Errorf("files.url: %w", err)
+	}
+	credentials, err := cfg.Credentials()
+	if err != nil {
+		return nil, err
+	}
+	return objects.Open(l, credentials)
+}
+
+// openFiles lets images and contexts have copies in the bucket of the settings, if there is one. It makes no request to
+// an S3 server.
+func (s *server) openFiles(ctx context.Context) error {
+	cfg := s.cfg.Files
+	if cfg.URL == "" {
+		return nil
+	}
+	bucket, err := openBucket(cfg)
+	if err != nil {
+		return err
+	}
+	owner, err := s.setting(ctx, settingFiles, rand.Text)
+	if err != nil {
+		return err
+	}
+	f := &files{store: objects.NewStore(bucket, owner, s.log.With("room", "objects"))}
+	minFree := int64(s.cfg.Capacity.MinFreeDiskMB) << 20
+	f.images = f.store.Mirror(objects.MirrorConfig{Prefix: "images/", Local: s.images,
+		MaxLocal: int64(cfg.ImagesMB) << 20, MaxUnneeded: int64(cfg.ImagesMB) << 20, MaxFile: maxImageFile, MinFree: minFree})
+	f.contexts = f.store.Mirror(objects.MirrorConfig{Prefix: "contexts/", Local: s.contexts,
+		MaxLocal: int64(cfg.ContextsMB) << 20, MaxUnneeded: int64(cfg.ContextsMB) << 20, MaxFile: int64(s.cfg.Build.ContextsMB) << 20, MinFree: minFree})
+	s.images.UseRemote(f.images, func(digest string) bool { return s.node.UsesImage(digest) })
+	s.contexts.UseRemote(f.contexts)
+	s.files = f
+	s.observeFiles()
+	return nil
+}
+
+// maxImageFile bounds an image that is fetched, in bytes: the files that the largest image may have, and as much again
+// for their names and attributes.
+const maxImageFile = 128 << 30
+
+// runFiles copies files until ctx ends.
+func (s *server) runFiles(ctx context.Context) {
+	if err := s.files.store.Run(ctx); err != nil {
+		s.log.Error("files.url names a bucket that another server uses with other records: no file is copied there",
+			"error", err)
+	}
+}
+
+// fileMetrics collects the counts of the copies of files.
+type fileMetrics struct{ server *server }
+
+var (
+	filesReachable = prometheus.NewDesc("cay_files_claimed",
+		"1 from the time on at which the bucket was reached and found to be this server's.", nil, nil)
+	filesWaiting = prometheus.NewDesc("cay_files_waiting", "Files that are not uploaded yet.", []string{"kind"}, nil)
+	filesBytes   = prometheus.NewDesc("cay_files_waiting_bytes", "Bytes that are not uploaded yet.", []string{"kind"}, nil)
+	filesLag     = prometheus.NewDesc("cay_files_upload_lag_seconds",
+		"Time for which the oldest file that is not uploaded yet waits.", []string{"kind"}, nil)
+	filesMoved = prometheus.NewDesc("cay_files_bytes_total", "Bytes that were uploaded and fetched.",
+		[]string{"kind", "direction"}, nil)
+	filesUses = prometheus.NewDesc("cay_files_cache_total",
+		"Uses of images that were on this machine (hit), and files that had to be fetched (miss).",
+		[]string{"kind", "result"}, nil)
+)
+
+// observeFiles registers the metrics of the copies of files.
+func (s *server) observeFiles() { s.registry.MustRegister(fileMetrics{s}) }
+
+// Describe implements [prometheus.Collector].
+func (m fileMetrics) Describe(c chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{filesReachable, filesWaiting, filesBytes, filesLag, filesMoved, filesUses} {
+		c <- d
+	}
+}
+
+// Collect implements [prometheus.Collector].
+func (m fileMetrics) Collect(c chan<- prometheus.Metric) {
+	claimed := 0.0
+	if m.server.files.store.Claimed() {
+		claimed = 1
+	}
+	c <- prometheus.MustNewConstMetric(filesReachable, prometheus.GaugeValue, claimed)
+	for _, kind := range []struct {
+		name   string
+		mirror *objects.Mirror
+	}{{"images", m.server.files.images}, {"contexts", m.server.files.contexts}} {
+		n := kind.mirror.Counts()
+		c <- prometheus.MustNewConstMetric(filesWaiting, prometheus.GaugeValue, float64(n.Waiting), kind.name)
+		c <- prometheus.MustNewConstMetric(filesBytes, prometheus.GaugeValue, float64(n.WaitingBytes), kind.name)
+		c <- prometheus.MustNewConstMetric(filesLag, prometheus.GaugeValue, n.Lag.Seconds(), kind.name)
+		c <- prometheus.MustNewConstMetric(filesMoved, prometheus.CounterValue, float64(n.Uploaded), kind.name, "up")
+		c <- prometheus.MustNewConstMetric(filesMoved, prometheus.CounterValue, float64(n.Fetched), kind.name, "down")
+		c <- prometheus.MustNewConstMetric(filesUses, prometheus.CounterValue, float64(n.Fetches), kind.name, "miss")
+	}
+	hits := float64(m.server.images.Hits())
+	c <- prometheus.MustNewConstMetric(filesUses, prometheus.CounterValue, hits, "images", "hit")
+}
+
+// CheckFiles checks the bucket of the settings, if there is one.
+func CheckFiles(ctx context.Context, cfg config.Files) []Finding {
+	if cfg.URL == "" {
+		return nil
+	}
+	bucket, err := openBucket(cfg)
+	if err != nil {
+		return []Finding{{Check: "bucket", Detail: err.Error(), Fix: "correct the settings of [files]"}}
+	}
+	var all []Finding
+	for _, f := range objects.Check(ctx, bucket) {
+		all = append(all, Finding{Check: f.Name, OK: f.OK, Detail: f.Detail, Fix: f.Fix})
+	}
+	return all
+}
