@@ -34,8 +34,11 @@ func run() error {
 	if err != nil {
 		return err
 	}
-	if err := agent.SetAttributes("/", agent.AttributesPath); err != nil {
-		return err
+	// After a boot with the files of an earlier one, the files have their attributes.
+	if os.Getenv("CAY_REBOOTED") == "" {
+		if err := agent.SetAttributes("/", agent.AttributesPath); err != nil {
+			return err
+		}
 	}
 	a, err := agent.New(agent.Config{MaxProcesses: limit})
 	if err != nil {

@@ -25,6 +25,7 @@ import (
 type save struct {
 	imagePath string
 	hold      bool
+	files     bool
 }
 
 // Name implements subcommands.Command.
@@ -37,7 +38,8 @@ func (*save) Synopsis() string { return "save a sandbox without ending it" }
 func (*save) Usage() string {
 	return `save [--hold] --image-path=DIR <container id> - save a sandbox without ending it.
 With --hold the sandbox stays paused: "saved" is written to the standard output, and
-the sandbox goes on when the standard input ends.
+the sandbox goes on when the standard input ends. With --files only the writable layer
+of its root is saved, for run --fs-restore-image-path.
 `
 }
 
@@ -45,6 +47,7 @@ the sandbox goes on when the standard input ends.
 func (s *save) SetFlags(f *flag.FlagSet) {
 	f.StringVar(&s.imagePath, "image-path", "", "directory to write to; it must exist")
 	f.BoolVar(&s.hold, "hold", false, "keep the sandbox paused until the standard input ends")
+	f.BoolVar(&s.files, "files", false, "save the files without processes and memory")
 }
 
 // FetchSpec implements util.SubCommand.
@@ -85,12 +88,7 @@ func (s *save) Execute(_ context.Context, f *flag.FlagSet, args ...any) subcomma
 		// The sandbox may have ended by then, which most callers wait for.
 		defer func() { _ = c.Sandbox.Resume(c.ID) }()
 	}
-	if err := c.Checkpoint(conf, s.imagePath, sandbox.CheckpointOpts{
-		Compression: statefile.CompressionLevelNone, // memory is read from the file in any order
-		Resume:      true,
-		// Memory that was given back is zero; it is half of what a sandbox has used.
-		ExcludeCommittedZeroPages: true,
-	}); err != nil {
+	if err := s.write(conf, c); err != nil {
 		return util.Errorf("saving: %v", err)
 	}
 	if !s.hold {
@@ -107,4 +105,17 @@ func (s *save) Execute(_ context.Context, f *flag.FlagSet, args ...any) subcomma
 	case <-asked:
 	}
 	return subcommands.ExitSuccess
+}
+
+// write writes the sandbox, or its files alone, which continues or stays paused.
+func (s *save) write(conf *config.Config, c *container.Container) error {
+	if s.files {
+		return c.FSSave(conf, s.imagePath, sandbox.FSSaveOpts{Path: "/"})
+	}
+	return c.Checkpoint(conf, s.imagePath, sandbox.CheckpointOpts{
+		Compression: statefile.CompressionLevelNone, // memory is read from the file in any order
+		Resume:      true,
+		// Memory that was given back is zero; it is half of what a sandbox has used.
+		ExcludeCommittedZeroPages: true,
+	})
 }

@@ -1,4 +1,4 @@
-import { Sandbox, NotFoundError, SandboxNotFoundError, assert, test, until, control } from './lib.mjs'
+import { Sandbox, NotFoundError, SandboxNotFoundError, assert, test, until, control, newer } from './lib.mjs'
 
 test('pause and resume', async () => {
   const sandbox = await Sandbox.create({ timeoutMs: 120_000, envs: { KEPT: 'yes' } })
@@ -46,9 +46,7 @@ test('what connect answers', async () => {
   try {
     assert.equal((await control('POST', path, {})).status, 200)
     assert.equal(await sandbox.pause(), true)
-    assert.equal((await control('POST', path, { memory: false })).status, 501)
     assert.equal((await control('POST', path, {})).status, 201)
-    assert.equal((await control('POST', `/sandboxes/${sandbox.sandboxId}/pause`, { memory: false })).status, 501)
     assert.equal((await control('POST', `/sandboxes/${sandbox.sandboxId}/resume`, {})).status, 409)
   } finally {
     await sandbox.kill()
@@ -97,5 +95,107 @@ test('traffic wakes it', async () => {
     assert.equal((await sandbox.getInfo()).state, 'running')
   } finally {
     await sandbox.kill()
+  }
+})
+
+// state returns the boot and what programs made of a sandbox.
+async function state(sandbox) {
+  const { stdout } = await sandbox.commands.run('cat /proc/sys/kernel/random/boot_id; cat note; pgrep -c sleep; echo $KEPT; whoami; pwd')
+  const [boot, note, sleeps, kept, user, dir] = stdout.trim().split('\n')
+  return { boot, note, sleeps, kept, user, dir }
+}
+
+test('a pause without memory', async () => {
+  const sandbox = await Sandbox.create({ timeoutMs: 120_000, envs: { KEPT: 'yes' }, lifecycle: { onTimeout: 'pause', autoResume: true } })
+  try {
+    await sandbox.files.write('note', 'remember\n')
+    // What is hard to keep: attributes, exact times, capabilities, sparse files, links.
+    const make = `import os
+os.makedirs('kept/a\\nb'); p='kept/a\\nb/f'; open(p,'w').write('x'); os.link(p,'kept/hard'); os.symlink('nowhere','kept/soft')
+os.setxattr(p,'user.bytes',bytes(range(256))); os.setxattr(p,'user.none',b''); os.setxattr(p,'user.a=b',b'c')
+os.utime(p, ns=(1_000_000_001, 1_234_567_890_123_456_789)); os.truncate('kept/hard', 1)
+open('kept/sparse','wb').truncate(1<<30)`
+    const look = `import os
+p='kept/a\\nb/f'; print(sorted((k,os.getxattr(p,k)) for k in os.listxattr(p)), os.stat(p).st_nlink, os.readlink('kept/soft'), os.stat('kept/sparse').st_size, os.stat(p).st_mtime_ns, os.getxattr('/srv/prog','security.capability'))`
+    await sandbox.commands.run(`sudo cp /bin/true /srv/prog && sudo python3 -c "import os; os.setxattr('/srv/prog','security.capability',bytes.fromhex('0100000200200000000000000000000000000000'))"`)
+    await sandbox.files.write('make.py', make)
+    await sandbox.files.write('look.py', look)
+    await sandbox.commands.run('python3 make.py')
+    const files = (await sandbox.commands.run('python3 look.py')).stdout
+    await sandbox.commands.run('sleep 3600', { background: true, timeoutMs: 0 })
+    const before = await state(sandbox)
+    assert.deepEqual(before, { boot: before.boot, note: 'remember', sleeps: '1', kept: 'yes', user: 'user', dir: '/home/user' })
+
+    const boots = new Set([before.boot])
+    for (const pause of [() => sandbox.pause({ keepMemory: false }), () => control('POST', `/sandboxes/${sandbox.sandboxId}/pause`, { memory: false })]) {
+      await pause()
+      assert.equal((await sandbox.getInfo()).state, 'paused')
+      assert.equal(await sandbox.isRunning(), false)
+      assert.equal(await sandbox.pause(), false)
+      // Traffic does not boot it, although autoResume is on.
+      await assert.rejects(sandbox.commands.run('true'), SandboxNotFoundError)
+      assert.equal((await sandbox.getInfo()).state, 'paused')
+      await Sandbox.connect(sandbox.sandboxId, { timeoutMs: 60_000 })
+      const after = await state(sandbox)
+      assert.deepEqual(after, { ...before, boot: after.boot, sleeps: '0' })
+      assert.equal((await sandbox.commands.run('python3 look.py')).stdout, files)
+      assert.ok(!boots.has(after.boot), 'the boot id is the same')
+      boots.add(after.boot)
+    }
+
+    // A pause with memory follows, and a reboot from it; one that runs is left alone.
+    await sandbox.commands.run('sleep 3600', { background: true, timeoutMs: 0 })
+    await sandbox.pause()
+    const path = `/v2/sandboxes/${sandbox.sandboxId}/connect`
+    assert.equal((await control('POST', path, { memory: false })).status, 201)
+    const rebooted = await state(sandbox)
+    assert.equal(rebooted.sleeps, '0')
+    assert.ok(!boots.has(rebooted.boot))
+    assert.equal((await control('POST', path, { memory: false })).status, 200)
+    assert.equal((await state(sandbox)).boot, rebooted.boot)
+    if (newer(2, 51)) {
+      await sandbox.pause()
+      await Sandbox.connect(sandbox.sandboxId, { timeoutMs: 60_000, onResume: 'reboot' })
+      assert.notEqual((await state(sandbox)).boot, rebooted.boot)
+    }
+  } finally {
+    assert.equal(await sandbox.kill(), true)
+  }
+})
+
+test('the end of its time pauses it without memory', async () => {
+  const lifecycle = { onTimeout: { action: 'pause', keepMemory: false } }
+  const both = await control('POST', '/v2/sandboxes', { templateID: 'base', autoPause: true, autoPauseMemory: false, autoResume: { enabled: true } })
+  assert.deepEqual([both.status, both.body.code], [400, 400])
+  const sandbox = await Sandbox.create({ timeoutMs: 4_000, lifecycle })
+  try {
+    assert.deepEqual((await sandbox.getInfo()).lifecycle, { onTimeout: 'pause', autoResume: false })
+    await sandbox.files.write('note', 'remember\n')
+    const { boot } = await state(sandbox)
+    await until('the pause', async () => (await sandbox.getInfo()).state === 'paused', 15_000)
+    await Sandbox.connect(sandbox.sandboxId, { timeoutMs: 30_000 })
+    const after = await state(sandbox)
+    assert.equal(after.note, 'remember')
+    assert.notEqual(after.boot, boot)
+  } finally {
+    assert.equal(await sandbox.kill(), true)
+  }
+})
+
+test('how the end of its time is given', async () => {
+  for (const [lifecycle, want] of [
+    [{ onTimeout: 'kill' }, { onTimeout: 'kill', autoResume: false }],
+    [{ onTimeout: { action: 'kill' } }, { onTimeout: 'kill', autoResume: false }],
+    [{ onTimeout: 'kill', autoResume: false }, { onTimeout: 'kill', autoResume: false }],
+    [{ onTimeout: 'pause', autoResume: false }, { onTimeout: 'pause', autoResume: false }],
+    [{ onTimeout: { action: 'pause' } , autoResume: true }, { onTimeout: 'pause', autoResume: true }],
+    [{ onTimeout: { action: 'pause', keepMemory: true }, autoResume: true }, { onTimeout: 'pause', autoResume: true }],
+  ]) {
+    const sandbox = await Sandbox.create({ timeoutMs: 60_000, lifecycle })
+    try {
+      assert.deepEqual((await sandbox.getInfo()).lifecycle, want)
+    } finally {
+      await sandbox.kill()
+    }
   }
 })

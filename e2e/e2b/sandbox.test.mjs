@@ -38,7 +38,6 @@ test('refusals', async () => {
   for (const [path, body, status] of [
     ['/v2/sandboxes', { templateID: 'base', iam: { tokens: {} } }, 400],
     ['/v2/sandboxes', { templateID: 'base', volumeMounts: [{ name: 'a', path: '/b' }] }, 400],
-    ['/v2/sandboxes', { templateID: 'base', autoPause: true, autoPauseMemory: false }, 501],
     ['/v2/sandboxes', { templateID: 'base', network: { httpsPorts: [443] } }, 501],
     ['/v2/sandboxes', { templateID: 'base', network: { egressProxy: { address: '1.2.3.4:80' } } }, 501],
     ['/v2/sandboxes', { templateID: 'base', network: { allowOut: ['example.com'] } }, 400],

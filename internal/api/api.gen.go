@@ -1620,6 +1620,9 @@ type Sandbox struct {
 	// LastActivityAt Persistent only: when the sandbox was last used.
 	LastActivityAt *time.Time `json:"last_activity_at,omitempty"`
 
+	// MemoryKept Whether the checkpoint holds memory and processes beside the files. Absent while the sandbox runs.
+	MemoryKept *bool `json:"memory_kept,omitempty"`
+
 	// MemoryMB Memory in MiB.
 	MemoryMB int `json:"memory_mb"`
 
@@ -1758,7 +1761,7 @@ type Snapshot struct {
 	// Example: snap_abcdefghijklmnopqrst
 	ID string `json:"id"`
 
-	// Memory Whether the snapshot has processes and memory, and not only files. At present always true.
+	// Memory Whether the snapshot has processes and memory, and not only files, as one of a sandbox that was suspended without memory. Sandboxes from one with files alone are booted.
 	Memory bool `json:"memory"`
 
 	// MemoryMB Memory of these sandboxes, in MiB.
@@ -1843,6 +1846,12 @@ type StartProcessRequest struct {
 
 // StartProcessRequestShell The shell that runs `command`: `/bin/sh -c`, or `bash -c` with the bash in the PATH. Only with `command`.
 type StartProcessRequestShell string
+
+// SuspendRequest What a suspend keeps.
+type SuspendRequest struct {
+	// Memory If `false`, only the files are kept: processes end, and a wake boots the sandbox.
+	Memory *bool `json:"memory,omitempty"`
+}
 
 // Template A template, from which sandboxes are created.
 type Template struct {
@@ -2339,6 +2348,9 @@ type SignalProcessJSONRequestBody = SignalRequest
 
 // CreateSnapshotJSONRequestBody defines body for CreateSnapshot for application/json ContentType.
 type CreateSnapshotJSONRequestBody = CreateSnapshotRequest
+
+// SuspendSandboxJSONRequestBody defines body for SuspendSandbox for application/json ContentType.
+type SuspendSandboxJSONRequestBody = SuspendRequest
 
 // CreateTemplateJSONRequestBody defines body for CreateTemplate for application/json ContentType.
 type CreateTemplateJSONRequestBody = CreateTemplateRequest

@@ -43,7 +43,7 @@ type Sandboxes interface {
 	Keepalive(ctx context.Context, orgID string, id sandbox.ID, timeout *time.Duration) (sandbox.Sandbox, error)
 	Wake(ctx context.Context, c sandbox.Caller, id sandbox.ID) (sandbox.Sandbox, error)
 	Connect(ctx context.Context, c sandbox.Caller, id sandbox.ID) (*sandbox.Lease, error)
-	Suspend(ctx context.Context, orgID string, id sandbox.ID) (sandbox.Sandbox, error)
+	Suspend(ctx context.Context, orgID string, id sandbox.ID, keep sandbox.Kept) (sandbox.Sandbox, error)
 	Checkpoint(ctx context.Context, orgID string, id sandbox.ID) (sandbox.Checkpoint, error)
 	SetEgress(ctx context.Context, orgID string, id sandbox.ID, e sandbox.Egress) (sandbox.Sandbox, error)
 	SaveSnapshot(ctx context.Context, orgID string, id sandbox.ID, name string) (sandbox.Snapshot, error)

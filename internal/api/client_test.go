@@ -136,9 +136,18 @@ func clientSleep(t *testing.T, ctx context.Context, c *cay.Client, fatal func(er
 	}
 	awake, err := c.Wake(ctx, box.ID)
 	fatal(err)
-	if awake.Status != cay.SandboxStatusRunning || awake.SuspendedAt != nil {
+	if awake.Status != cay.SandboxStatusRunning || awake.SuspendedAt != nil || awake.MemoryKept != nil ||
+		asleep.MemoryKept == nil || !*asleep.MemoryKept {
 		t.Errorf("woken: %+v", awake)
 	}
+	files, err := c.SuspendFiles(ctx, box.ID)
+	fatal(err)
+	snap, err := c.CreateSnapshot(ctx, box.ID, "")
+	fatal(err)
+	if files.Status != cay.SandboxStatusSuspended || files.MemoryKept == nil || *files.MemoryKept || snap.Memory {
+		t.Errorf("suspended without memory: %+v, a snapshot of it: %+v", files, snap)
+	}
+	fatal(c.DeleteSnapshot(ctx, snap.ID))
 	fatal(c.DestroySandbox(ctx, box.ID))
 }
 

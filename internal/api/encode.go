@@ -75,6 +75,9 @@ func sandboxOf(b sandbox.Sandbox) Sandbox {
 		Source:          optional(SandboxSource(b.Source)),
 		Origin:          optional(b.Origin),
 	}
+	if !b.SuspendedAt.IsZero() {
+		out.MemoryKept = new(b.Kept == sandbox.KeepAll)
+	}
 	switch b.Mode {
 	case sandbox.Ephemeral:
 		out.ExpiresAt = at(b.ExpiresAt)
@@ -233,7 +236,7 @@ func snapshotOf(s sandbox.Snapshot) Snapshot {
 		ID: string(s.ID), Name: optional(s.Name), SandboxID: string(s.SandboxID),
 		Template: s.Template, TemplateID: s.TemplateID, TemplateVersion: s.TemplateVersion,
 		Size: s.Size.Name, VCPUs: s.Size.VCPUs, MemoryMB: s.Size.MemoryMB, DiskMB: s.DiskMB, Env: orEmpty(s.Env),
-		Egress: egressOf(s.Egress), Memory: true, SizeBytes: s.Bytes, CreatedAt: s.CreatedAt.UTC(),
+		Egress: egressOf(s.Egress), Memory: s.Kept == sandbox.KeepAll, SizeBytes: s.Bytes, CreatedAt: s.CreatedAt.UTC(),
 	}
 }
 

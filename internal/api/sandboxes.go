@@ -220,11 +220,16 @@ func (s *server) WakeSandbox(w http.ResponseWriter, r *http.Request, id SandboxI
 
 // SuspendSandbox answers POST /v1/sandboxes/{id}/suspend.
 func (s *server) SuspendSandbox(w http.ResponseWriter, r *http.Request, id SandboxID) {
-	if _, err := read(w, r, maxBody, false, &nothing{}); err != nil {
+	var in SuspendRequest
+	if _, err := read(w, r, maxBody, false, &in); err != nil {
 		s.fail(w, r, err)
 		return
 	}
-	box, err := s.Sandboxes.Suspend(r.Context(), callOf(r).Who.Org.ID, sandbox.ID(id))
+	keep := sandbox.KeepAll
+	if in.Memory != nil && !*in.Memory {
+		keep = sandbox.KeepFiles
+	}
+	box, err := s.Sandboxes.Suspend(r.Context(), callOf(r).Who.Org.ID, sandbox.ID(id), keep)
 	s.answerSandbox(w, r, box, err)
 }
 

@@ -145,11 +145,20 @@ func (a *app) showSandbox(s *cay.Sandbox) error {
 
 // suspendCommand returns the verb that suspends a sandbox.
 func (a *app) suspendCommand() *cobra.Command {
-	cmd := oneSandbox(a, "suspend", (*cay.Client).Suspend, (*app).showStatus)
+	var files bool
+	suspend := func(c *cay.Client, ctx context.Context, id string) (*cay.Sandbox, error) {
+		if files {
+			return c.SuspendFiles(ctx, id)
+		}
+		return c.Suspend(ctx, id)
+	}
+	cmd := oneSandbox(a, "suspend", suspend, (*app).showStatus)
 	cmd.Short = "Suspend a persistent sandbox"
 	cmd.Long = `Write a persistent sandbox to disk, its memory and processes included, so that it
 takes nothing else of the machine. Using it wakes it. Connections to the outside are
-cut. It waits 5s for other calls that use the sandbox, and is refused after that.`
+cut. It waits 5s for other calls that use the sandbox, and is refused after that.
+With --files only its files are kept: its processes end, and using it boots it.`
+	cmd.Flags().BoolVar(&files, "files", false, "keep the files without processes and memory")
 	return cmd
 }
 

@@ -132,7 +132,8 @@ func TestCreate(t *testing.T) {
 		`{"templateID":"base","timeout":9223372036854775807}`: 400, `{"templateID":"base","timeout":-1}`: 400,
 		`{"templateID":"base","metadata":{"":"x"}}`: 400, `{"templateID":"base","envVars":{"=":"x"}}`: 400,
 		`{"templateID":"base","volumeMounts":[{}]}`: 400, `{"templateID":"base","iam":{}}`: 400, `{"templateID":"base","new":1}`: 501,
-		`{"templateID":"base","network":{"rules":{"a":[{}]}}}`: 501, `[]`: 400, `{`: 400, `{} {}`: 400,
+		`{"templateID":"base","autoPause":true,"autoPauseMemory":false,"autoResume":{"enabled":true}}`: 400,
+		`{"templateID":"base","network":{"rules":{"a":[{}]}}}`:                                         501, `[]`: 400, `{`: 400, `{} {}`: 400,
 		`{"templateID":"base","metadata":{"a":"` + strings.Repeat("x", maxBody) + `"}}`: 413,
 	} {
 		if r := h.control("POST", "/v2/sandboxes", body); r.status != status || r.json["code"] != float64(status) {
@@ -216,8 +217,23 @@ func TestConnectAndPause(t *testing.T) {
 			t.Errorf("to one that is paused: %d %s", r.status, r.body)
 		}
 	}
-	if r := h.control("POST", "/sandboxes/"+id+"/pause", `{"memory":false}`); r.status != 501 {
-		t.Errorf("without memory: %d", r.status)
+	if r := h.control("POST", "/sandboxes/"+id+"/pause", `{"memory":false}`); r.status != 204 ||
+		h.row(id).Kept != sandbox.KeepFiles {
+		t.Errorf("without memory: %d, keeps %q", r.status, h.row(id).Kept)
+	}
+	if r := h.control("POST", path, `{"memory":false}`); r.status != 201 {
+		t.Errorf("to one that is paused without memory: %d %s", r.status, r.body)
+	}
+	// A reboot of one that has its memory, and of one that runs.
+	h.control("POST", "/sandboxes/"+id+"/pause", ``)
+	for _, want := range []int{201, 200} {
+		if r := h.control("POST", path, `{"memory":false}`); r.status != want {
+			t.Errorf("a reboot: %d %s, want %d", r.status, r.body, want)
+		}
+	}
+	if calls := strings.Join(h.node.Calls(), " "); !strings.HasSuffix(calls,
+		strings.Join([]string{"suspend", "wake", "suspend", "wake"}, " sbx_"+id+" ")+" sbx_"+id) {
+		t.Errorf("the reboot was %s", calls)
 	}
 	for i, want := range []int{204, 404} {
 		if r := h.control("DELETE", "/sandboxes/"+id, ""); r.status != want {

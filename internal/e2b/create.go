@@ -125,6 +125,9 @@ func requestOf(in createBody, v version) (sandbox.Request, error) {
 	out.Timeout = &timeout
 	if in.AutoPause != nil && *in.AutoPause {
 		out.AtEnd = sandbox.EndSuspends
+		if in.AutoPauseMemory != nil && !*in.AutoPauseMemory {
+			out.AtEnd = sandbox.EndSuspendsFiles
+		}
 	}
 	opts := options{Made: true, Secure: v.secure, Internet: in.AllowInternetAccess, Network: in.Network}
 	if in.Secure != nil {
@@ -193,10 +196,9 @@ func refuse(in createBody) error {
 		return fault.InField(fault.CodeUnsupported, "iam", "this server issues no identity tokens")
 	case len(in.VolumeMounts) > 0:
 		return fault.InField(fault.CodeUnsupported, "volumeMounts", "this server has no volumes")
-	case in.AutoPauseMemory != nil && !*in.AutoPauseMemory && in.AutoPause != nil && *in.AutoPause:
-		return unsupported(noMemorylessPause)
+	case in.AutoPauseMemory != nil && !*in.AutoPauseMemory && in.AutoResume != nil && in.AutoResume.Enabled:
+		return fault.InvalidField("autoResume", "cannot be enabled with autoPauseMemory false: traffic wakes no sandbox "+
+			"that was paused without memory")
 	}
 	return nil
 }
-
-const noMemorylessPause = "a pause keeps memory and files; this server cannot keep the files alone"

@@ -126,7 +126,7 @@ func (s *Surface) detail(sb sandbox.Sandbox, withToken bool) detailBody {
 	opts := optionsOf(sb)
 	out := detailBody{listedBody: listed(sb), Domain: s.domain(), AllowInternetAccess: opts.Internet,
 		Network:   opts.Network,
-		Lifecycle: lifecycleBody{OnTimeout: "kill", AutoResume: opts.wakes(sb)}}
+		Lifecycle: lifecycleBody{OnTimeout: "kill", AutoResume: opts.resumes(sb)}}
 	if sb.AtEnd != sandbox.EndDestroys {
 		out.Lifecycle.OnTimeout = "pause"
 	}

@@ -81,8 +81,9 @@ func (s *Surface) pause(w http.ResponseWriter, r *http.Request) error {
 	if err := read(w, r, &in); err != nil {
 		return err
 	}
+	keep := sandbox.KeepAll
 	if !in.Memory {
-		return unsupported(noMemorylessPause)
+		keep = sandbox.KeepFiles
 	}
 	id := sandboxID(r)
 	sb, err := s.present(r, id)
@@ -90,7 +91,7 @@ func (s *Surface) pause(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	if sb.State == sandbox.Running || sb.State == sandbox.Suspending {
-		_, err = s.Sandboxes.Pause(r.Context(), orgOf(r), id)
+		_, err = s.Sandboxes.Pause(r.Context(), orgOf(r), id, keep)
 		if f := fault.As(err); f == nil || f.Code != fault.CodeSandboxNotRunning {
 			if err != nil {
 				return hidden(err, id)
@@ -117,10 +118,7 @@ func (s *Surface) connect(w http.ResponseWriter, r *http.Request) error {
 	if err := read(w, r, &in); err != nil {
 		return err
 	}
-	if !in.Memory {
-		return unsupported("a sandbox wakes with its memory; this server cannot start one from its files alone")
-	}
-	sb, paused, err := s.wake(r, seconds(in.Timeout))
+	sb, paused, err := s.wake(r, seconds(in.Timeout), in.Memory)
 	if err != nil {
 		return err
 	}
@@ -136,8 +134,9 @@ func (s *Surface) connect(w http.ResponseWriter, r *http.Request) error {
 func (s *Surface) resume(w http.ResponseWriter, r *http.Request) error {
 	in := struct {
 		Timeout   int64 `json:"timeout"`
+		Memory    bool  `json:"memory"`
 		AutoPause *bool `json:"autoPause"`
-	}{Timeout: 15}
+	}{Timeout: 15, Memory: true}
 	if err := read(w, r, &in); err != nil {
 		return err
 	}
@@ -152,15 +151,16 @@ func (s *Surface) resume(w http.ResponseWriter, r *http.Request) error {
 	if sb.State == sandbox.Running {
 		return fault.New(fault.Conflict, fault.CodeSandboxRunning, "sandbox %s is already running", shown(id))
 	}
-	if sb, _, err = s.wake(r, seconds(in.Timeout)); err != nil {
+	if sb, _, err = s.wake(r, seconds(in.Timeout), in.Memory); err != nil {
 		return err
 	}
 	reply(w, r, http.StatusCreated, s.sandboxOf(sb))
 	return nil
 }
 
-// wake makes a sandbox run, for at least timeout.
-func (s *Surface) wake(r *http.Request, timeout time.Duration) (sb sandbox.Sandbox, paused bool, err error) {
+// wake makes a sandbox run, for at least timeout. Without memory a paused sandbox is booted with its files.
+func (s *Surface) wake(r *http.Request, timeout time.Duration, memory bool) (sb sandbox.Sandbox, paused bool,
+	err error) {
 	id := sandboxID(r)
 	if err := tooLong(timeout); err != nil {
 		return sb, false, err
@@ -173,6 +173,12 @@ func (s *Surface) wake(r *http.Request, timeout time.Duration) (sb sandbox.Sandb
 	if err != nil {
 		return sb, false, err
 	}
+	paused = stateOf(before) == statePaused
+	if paused && !memory && before.Kept == sandbox.KeepAll {
+		if err := s.dropMemory(r, id, timeout); err != nil {
+			return sb, false, err
+		}
+	}
 	if sb, err = s.Sandboxes.WakeFor(r.Context(), caller(r), id, timeout); err != nil {
 		return sb, false, ended(err, id)
 	}
@@ -184,5 +190,17 @@ func (s *Surface) wake(r *http.Request, timeout time.Duration) (sb sandbox.Sandb
 		}
 	}
 	s.Samples.Follow(id, orgOf(r))
-	return sb, stateOf(before) == statePaused, nil
+	return sb, paused, nil
+}
+
+// dropMemory makes a sandbox that is paused with its memory one that is paused with its files alone. Only
+// the sandbox's own kernel can read the files, so it is woken for that.
+func (s *Surface) dropMemory(r *http.Request, id sandbox.ID, timeout time.Duration) error {
+	if _, err := s.Sandboxes.WakeFor(r.Context(), caller(r), id, timeout); err != nil {
+		return ended(err, id)
+	}
+	if _, err := s.Sandboxes.Pause(r.Context(), orgOf(r), id, sandbox.KeepFiles); err != nil {
+		return ended(err, id)
+	}
+	return nil
 }

@@ -36,10 +36,17 @@ func (o options) String() string {
 // open reports whether commands and files need no token.
 func (o options) open(sandbox.Sandbox) bool { return o.Made && !o.Secure }
 
-// wakes reports whether traffic wakes the sandbox. Persistent sandboxes of the v1 API always
-// wake.
-func (o options) wakes(sb sandbox.Sandbox) bool {
+// resumes reports whether traffic wakes the sandbox when it is paused. Persistent sandboxes of the v1 API
+// always wake.
+func (o options) resumes(sb sandbox.Sandbox) bool {
 	return o.AutoWake || !o.Made && sb.Mode == sandbox.Persistent
+}
+
+// wakes reports whether traffic wakes the sandbox as it is now. As in E2B, traffic does not boot a
+// sandbox that was paused without memory: the program that it is meant for does not run there.
+func (o options) wakes(sb sandbox.Sandbox) bool {
+	rebooted := o.Made && !sb.SuspendedAt.IsZero() && sb.Kept == sandbox.KeepFiles
+	return o.resumes(sb) && !rebooted
 }
 
 // public reports whether ports need no token. Ports of sandboxes made through the v1 API always

@@ -481,7 +481,7 @@ func TestTrafficWakes(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := h.sandboxes.Suspend(ctx, h.org.Org.ID, sb.ID); err != nil {
+	if _, err := h.sandboxes.Suspend(ctx, h.org.Org.ID, sb.ID, sandbox.KeepAll); err != nil {
 		t.Fatal(err)
 	}
 	if r := h.send("GET", "/envs", "", toEnvd(shown(sb.ID), h.surface.token(envdToken, sb.ID))...); r.status != 204 {

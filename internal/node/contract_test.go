@@ -25,6 +25,11 @@ func (m machineInside) Read(t *testing.T, spec sandbox.Spec) string {
 	return m.run(t, spec, "cmp /root/text /dev/shm/text && cat /root/text")
 }
 
+func (m machineInside) ReadFile(t *testing.T, spec sandbox.Spec) string {
+	t.Helper()
+	return m.run(t, spec, "test ! -e /dev/shm/text && cat /root/text")
+}
+
 func (m machineInside) Command(t *testing.T, spec sandbox.Spec, variable string) (value, workdir string) {
 	t.Helper()
 	value, workdir, _ = strings.Cut(m.run(t, spec, `echo "$`+variable+`:$PWD"`), ":")

@@ -58,9 +58,11 @@ type record struct {
 	// Handshake reports whether the agent and the host prove to each other that they know Token. In a
 	// instance that began before there was a handshake the host sends Token with each request; see
 	// agentapi.Client.Bearer.
-	Handshake bool   `json:"handshake,omitempty"`
-	Slot      int    `json:"slot"`
-	UID       uint32 `json:"uid,omitempty"` // of its processes on the host; 0 if a version without user ids started it
+	Handshake bool `json:"handshake,omitempty"`
+	// Reboots reports whether the programs can save the sandbox's files alone and boot it with them.
+	Reboots bool   `json:"reboots,omitempty"`
+	Slot    int    `json:"slot"`
+	UID     uint32 `json:"uid,omitempty"` // of its processes on the host; 0 if a version without user ids started it
 	// Shape holds the wanted policy, which changes while the sandbox runs. node.mu guards the policy,
 	// and the rest for a pooled sandbox that is being claimed.
 	Shape sandbox.Shape `json:"shape"`
@@ -93,7 +95,7 @@ func (n *Node) Create(ctx context.Context, spec sandbox.Spec) error {
 // newInstance returns the instance of a sandbox that is to be booted.
 func (n *Node) newInstance(spec sandbox.Spec) *instance {
 	return n.instanceOf(record{ID: spec.ID, Org: spec.OrgID, Run: spec.Run, Token: spec.Token, Handshake: true,
-		Shape: spec.Shape, Programs: n.cfg.Programs.Version, Flags: runsc.Flags(n.cfg.Platform)})
+		Reboots: true, Shape: spec.Shape, Programs: n.cfg.Programs.Version, Flags: runsc.Flags(n.cfg.Platform)})
 }
 
 // creation returns the steps that boot a new sandbox.
@@ -101,10 +103,15 @@ func (n *Node) creation(b *instance, spec sandbox.Spec) []step {
 	steps := n.steps(b, spec, func(ctx context.Context, image string) (int, error) {
 		return b.runtime().Run(ctx, n.container(b, spec, image))
 	}, func(ctx context.Context) error { return n.initAgent(ctx, b, spec) })
-	if !spec.Start.None() {
-		steps = append(steps, step{"command", func(ctx context.Context) error { return n.startCommand(ctx, b, spec.Start) }})
+	return append(steps, n.commandStep(b, spec.Start)...)
+}
+
+// commandStep returns the step that starts a start command, or none if there is no command.
+func (n *Node) commandStep(b *instance, s sandbox.Start) []step {
+	if s.None() {
+		return nil
 	}
-	return steps
+	return []step{{"command", func(ctx context.Context) error { return n.startCommand(ctx, b, s) }}}
 }
 
 // take registers the instance of a sandbox that has none on this machine and makes it step by
@@ -324,7 +331,7 @@ func (n *Node) initAgent(ctx context.Context, b *instance, spec sandbox.Spec) er
 }
 
 // startCommand starts the sandbox's start command and waits until it is ready. The call is separate
-// from init, which a wake makes too: a wake finds the command as it was and must not start it.
+// from init, which a wake makes too: a wake with memory finds the command as it was and must not start it.
 func (n *Node) startCommand(ctx context.Context, b *instance, s sandbox.Start) error {
 	ctx, cancel := context.WithTimeout(ctx, meetTimeout+s.Patience())
 	defer cancel()

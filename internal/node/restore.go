@@ -19,7 +19,7 @@ import (
 )
 
 // making returns the instance of a new sandbox and the steps that make it: a boot, or with spec.From a
-// restore from that snapshot under an identity of its own. Destroy undoes the steps of both.
+// restore from that snapshot, or a boot with its files, under an identity of its own. Destroy undoes the steps of both.
 func (n *Node) making(ctx context.Context, spec sandbox.Spec) (*instance, []step, error) {
 	if spec.From != "" {
 		return n.restoration(ctx, spec, string(spec.From), n.introduce)
@@ -37,12 +37,12 @@ func (n *Node) Wake(ctx context.Context, spec sandbox.Spec) error {
 	return n.take(ctx, b, steps, n.Rest)
 }
 
-// restoration returns an instance from the latest checkpoint of a name, and the steps that
-// make it. Of the spec it uses ID, Run, Token and Egress, and the settings that meet tells the
-// agent. Everything else is what the saved sandbox was first made with, its programs included: only
-// the gVisor that made a checkpoint can restore it, and only with the spec that it was made with.
-// One checkpoint serves any number of instances, one after the other or at once. An instance does not need
-// it after its last step.
+// restoration returns an instance from the latest checkpoint of a name, and the steps that make it: a
+// restore, or a boot if the checkpoint holds files alone. Of the spec it uses ID, Run, Token and Egress, the
+// settings that meet tells the agent, and for a boot the start command. Everything else is what the saved
+// sandbox was first made with, its programs included: only the gVisor that made a checkpoint can restore
+// it, and only with the spec that it was made with. One checkpoint serves any number of instances, one
+// after the other or at once. An instance does not need it after its last step.
 func (n *Node) restoration(ctx context.Context, spec sandbox.Spec, name string,
 	meet func(context.Context, *instance, sandbox.Spec, about) error) (*instance, []step, error) {
 	failed := func(cause error, why string, args ...any) error {
@@ -68,21 +68,34 @@ func (n *Node) restoration(ctx context.Context, spec sandbox.Spec, name string,
 		return nil, nil, failed(err,
 			"the version of cay's runtime that made the checkpoint (%s) is not on this machine any more", was.Programs.Runsc)
 	}
+	boots := was.Kept == sandbox.KeepFiles
+	if !boots {
+		spec.Start = sandbox.Start{} // it runs already
+	}
 	b := n.instanceOf(record{ID: spec.ID, Org: spec.OrgID, Run: spec.Run, Token: spec.Token, Shape: spec.Shape,
-		From: string(spec.From), Handshake: was.Handshake, Programs: was.Programs, Flags: was.Flags})
-	b.agentKey = was.Token
+		From: string(spec.From), Handshake: was.Handshake, Reboots: was.Reboots, Programs: was.Programs, Flags: was.Flags})
+	if !boots {
+		b.agentKey = was.Token
+	}
 	n.warnOlder(b)
 	steps := n.steps(b, spec, func(ctx context.Context, image string) (int, error) {
-		pid, err := b.runtime().Restore(ctx, b.container(), c.Dir, runsc.Place{
+		start := b.runtime().Restore
+		if boots {
+			start = b.runtime().Reboot
+		}
+		pid, err := start(ctx, b.container(), c.Dir, runsc.Place{
 			Image: image, Binds: binds(programs), Namespace: b.slot.Namespace, Cgroups: n.groupPath(spec.ID),
-			HostUID: b.record.UID, CPUShares: b.bootShares()})
-		b.hurry.settle() // programs other than the agent run again
+			HostUID: b.record.UID, CPUShares: b.bootShares(), Hostname: hostname(was.ID)})
+		if !boots {
+			b.hurry.settle() // programs other than the agent run again
+		}
 		if err != nil && ctx.Err() == nil {
 			err = failed(err, "gVisor could not restore the checkpoint; the server's log has the cause")
 		}
 		return pid, err
 	}, func(ctx context.Context) error { return meet(ctx, b, spec, was) })
-	return b, append(steps, step{"verify", func(context.Context) error { return n.verify(b, c) }}), nil
+	steps = append(steps, step{"verify", func(context.Context) error { return n.verify(b, c) }})
+	return b, append(steps, n.commandStep(b, spec.Start)...), nil
 }
 
 // latest returns the latest checkpoint of a name and the contents of its manifest; the checkpoint
@@ -110,11 +123,15 @@ func (n *Node) restorable(ctx context.Context, name string) (*checkpoint.Checkpo
 	return c, was, c.Verify(ctx, func(name string) bool { return suspect || !isPages(name) })
 }
 
-// greetAgent gives a woken agent its new key, and the name servers if they have changed. It sends
-// nothing else, since the user may have changed the files inside that the other settings are
-// written to.
-func (n *Node) greetAgent(ctx context.Context, b *instance, _ sandbox.Spec, was about) error {
-	return n.renew(ctx, b, was, agentapi.InitRequest{AccessToken: b.record.Token})
+// greetAgent gives a woken agent its new key, and the name servers if they have changed. An agent that was
+// booted again it tells the settings that an agent keeps in memory. It sends nothing else, since the user may
+// have changed the files inside that the other settings are written to.
+func (n *Node) greetAgent(ctx context.Context, b *instance, spec sandbox.Spec, was about) error {
+	hello := agentapi.InitRequest{AccessToken: b.record.Token}
+	if was.Kept == sandbox.KeepFiles {
+		hello.Env, hello.DefaultUser, hello.DefaultWorkdir = spec.Env, spec.User, spec.Workdir
+	}
+	return n.renew(ctx, b, was, hello)
 }
 
 // introduce tells an agent that it belongs to another sandbox now: its token, its host name, and

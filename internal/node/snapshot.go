@@ -28,7 +28,7 @@ func (n *Node) SnapshotCheckpoint(_ context.Context, id sandbox.ID, to sandbox.S
 		return sandbox.Checkpoint{}, fault.New(fault.Conflict, fault.CodeSandboxNotRunning,
 			"sandbox %s has no recovery point on this machine", id)
 	}
-	return sandbox.Checkpoint{At: c.At, Size: c.Size, Run: was.Run}, n.passed("copy")
+	return sandbox.Checkpoint{At: c.At, Size: c.Size, Run: was.Run, Kept: was.Kept}, n.passed("copy")
 }
 
 // DropSnapshot implements sandbox.Node.

@@ -82,7 +82,7 @@ func TestChildrenOfASnapshot(t *testing.T) {
 	// A child is independent: it can be suspended, woken and destroyed, and a snapshot of it has
 	// children too.
 	m.counts(specs[1], n)
-	point, err := m.node.Suspend(m.ctx(), specs[1].ID)
+	point, err := m.node.Suspend(m.ctx(), specs[1].ID, sandbox.KeepAll)
 	if err != nil {
 		t.Fatal(err)
 	}

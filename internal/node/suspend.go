@@ -27,16 +27,27 @@ const stateSize = 16 << 20
 type about struct {
 	record
 	Nameservers []string `json:"nameservers"`
+	// Kept says what the checkpoint holds. A checkpoint of a server that did not record it holds everything.
+	Kept sandbox.Kept `json:"kept,omitempty"`
 }
 
 // Suspend implements sandbox.Node. The sandbox is paused from before it is saved until it is ended
 // or its checkpoint has failed, so nothing that it did is lost.
-func (n *Node) Suspend(ctx context.Context, id sandbox.ID) (sandbox.Checkpoint, error) {
+func (n *Node) Suspend(ctx context.Context, id sandbox.ID, keep sandbox.Kept) (sandbox.Checkpoint, error) {
+	if b := n.instance(id); b != nil && keep == sandbox.KeepFiles && !b.record.Reboots {
+		return sandbox.Checkpoint{}, fault.New(fault.Conflict, fault.CodeSandboxTooOld,
+			"sandbox %s was started by an older version of cay, which cannot keep files without memory", id)
+	}
 	var hold *runsc.Hold
-	w, err := n.save(ctx, id, func(b *instance, dir string) (err error) {
+	w, err := n.save(ctx, id, keep, func(b *instance, dir string) (err error) {
 		// A woken agent should not have connections to a peer that has gone.
 		n.agents.Drop(string(id))
-		hold, err = b.runtime().Save(ctx, b.container(), dir)
+		hold, err = b.runtime().Save(ctx, b.container(), dir, keep == sandbox.KeepFiles)
+		if err == nil && keep == sandbox.KeepFiles {
+			if err = b.withinDisk(dir); err != nil {
+				err = errors.Join(err, hold.Release())
+			}
+		}
 		return err
 	})
 	if err != nil {
@@ -61,7 +72,9 @@ func (n *Node) Checkpoint(ctx context.Context, id sandbox.ID) (sandbox.Checkpoin
 // saveLive saves a sandbox that continues to run, as the latest checkpoint of a name: its own, or
 // that of a snapshot.
 func (n *Node) saveLive(ctx context.Context, id sandbox.ID, name string) (sandbox.Checkpoint, error) {
-	w, err := n.save(ctx, id, func(b *instance, dir string) error { return b.runtime().SaveLive(ctx, b.container(), dir) })
+	w, err := n.save(ctx, id, sandbox.KeepAll, func(b *instance, dir string) error {
+		return b.runtime().SaveLive(ctx, b.container(), dir)
+	})
 	if err != nil {
 		return sandbox.Checkpoint{}, err
 	}
@@ -81,18 +94,20 @@ type written struct {
 	instance *instance
 	draft    *checkpoint.Draft
 	at       time.Time
+	kept     sandbox.Kept
 }
 
 // save calls write with a running sandbox and the empty directory of a new draft. It tries again if
 // gVisor fails and the sandbox continues, but not if the disk is full, the sandbox is dead or ctx
 // has ended.
-func (n *Node) save(ctx context.Context, id sandbox.ID, write func(b *instance, dir string) error) (written, error) {
+func (n *Node) save(ctx context.Context, id sandbox.ID, keep sandbox.Kept,
+	write func(b *instance, dir string) error) (written, error) {
 	for attempt := 1; ; attempt++ {
-		b, draft, err := n.draft(ctx, id)
+		b, draft, err := n.draft(ctx, id, keep)
 		if err != nil {
 			return written{}, err
 		}
-		w := written{b, draft, time.Now()}
+		w := written{b, draft, time.Now(), keep}
 		if err = n.passed("draft"); err == nil {
 			err = write(b, draft.Dir())
 		}
@@ -118,7 +133,7 @@ func (n *Node) giveUp(b *instance, draft *checkpoint.Draft, cause error) error {
 }
 
 // draft begins a checkpoint of a sandbox that runs.
-func (n *Node) draft(ctx context.Context, id sandbox.ID) (*instance, *checkpoint.Draft, error) {
+func (n *Node) draft(ctx context.Context, id sandbox.ID, keep sandbox.Kept) (*instance, *checkpoint.Draft, error) {
 	b := n.instance(id)
 	if b == nil || b.dead() {
 		return nil, nil, fault.New(fault.Conflict, fault.CodeSandboxNotRunning, "sandbox %s does not run on this machine", id)
@@ -126,7 +141,7 @@ func (n *Node) draft(ctx context.Context, id sandbox.ID) (*instance, *checkpoint
 	if err := b.sound(ctx); err != nil {
 		return nil, nil, err
 	}
-	size, err := b.size()
+	size, err := b.size(keep)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -140,11 +155,11 @@ func (n *Node) commit(w written, name string) (sandbox.Checkpoint, error) {
 	}
 	l := w.instance.record
 	l.Shape = l.Shape.Public() // a restore gets the rest from its spec
-	c, err := w.draft.CommitAs(name, w.at, about{l, n.cfg.Nameservers})
+	c, err := w.draft.CommitAs(name, w.at, about{l, n.cfg.Nameservers, w.kept})
 	if err != nil {
 		return sandbox.Checkpoint{}, err
 	}
-	return sandbox.Checkpoint{At: c.At, Size: c.Size, Run: w.instance.record.Run}, n.passed("commit")
+	return sandbox.Checkpoint{At: c.At, Size: c.Size, Run: w.instance.record.Run, Kept: w.kept}, n.passed("commit")
 }
 
 // passed calls the hook with which tests make an operation fail after a step.
@@ -155,16 +170,37 @@ func (n *Node) passed(step string) error {
 	return n.after(step)
 }
 
-// size estimates the size of a checkpoint of the sandbox in bytes: that of its memory and of what
-// it has written to its disk. The checkpoint leaves out pages that are zero; their number is not
-// known before.
-func (b *instance) size() (int64, error) {
+// size estimates the size of a checkpoint of the sandbox in bytes: that of its memory, unless the files
+// are kept alone, and of what it has written to its disk. The checkpoint leaves out pages that are zero;
+// their number is not known before.
+func (b *instance) size(keep sandbox.Kept) (int64, error) {
+	if keep == sandbox.KeepFiles {
+		disk, err := b.layer()
+		return disk + stateSize, err
+	}
 	memory, err := b.node.groups.Group(b.node.groupPath(b.record.ID)).MemoryHeld()
 	if err != nil {
 		return 0, err
 	}
 	disk, err := b.layer()
 	return memory + disk + stateSize, err
+}
+
+// withinDisk returns an error if the saved files take more than the sandbox's disk. Files that were
+// removed while a program had them open are saved too, and belong to no name after a boot. Without the
+// limit, their number would grow with every suspend.
+func (b *instance) withinDisk(dir string) error {
+	var st unix.Stat_t
+	if err := unix.Stat(filepath.Join(dir, runsc.PagesFile), &st); err != nil {
+		return fmt.Errorf("looking at the saved files of %s: %w", b.record.ID, err)
+	}
+	limit := int64(b.record.Shape.DiskMB)<<20 + stateSize
+	if used := st.Blocks * 512; used > limit {
+		return fault.New(fault.NoSpace, fault.CodeDiskFull,
+			"the sandbox's files, with those that were removed while open, take %d MiB, more than its disk; keep its memory too",
+			used>>20)
+	}
+	return nil
 }
 
 // layer returns the size of the writable layer on disk in bytes. The layer is a file without a name
@@ -231,7 +267,7 @@ func (n *Node) point(id sandbox.ID) (*sandbox.Checkpoint, error) {
 	if err := c.Understand(&was); err != nil {
 		return &sandbox.Checkpoint{At: c.At, Size: c.Size}, nil
 	}
-	return &sandbox.Checkpoint{At: c.At, Size: c.Size, Run: was.Run}, nil
+	return &sandbox.Checkpoint{At: c.At, Size: c.Size, Run: was.Run, Kept: was.Kept}, nil
 }
 
 // Busy implements sandbox.Node.

@@ -47,7 +47,7 @@ func next(spec sandbox.Spec) sandbox.Spec {
 // suspend suspends the sandbox, which must succeed.
 func (m *machine) suspend(spec sandbox.Spec) sandbox.Checkpoint {
 	m.t.Helper()
-	point, err := m.node.Suspend(m.ctx(), spec.ID)
+	point, err := m.node.Suspend(m.ctx(), spec.ID, sandbox.KeepAll)
 	if err != nil {
 		m.t.Fatalf("suspending: %v", err)
 	}
@@ -174,7 +174,7 @@ func TestSuspendFailsAtEveryStep(t *testing.T) {
 			}
 			return nil
 		}
-		if _, err := m.node.Suspend(m.ctx(), spec.ID); !errors.Is(err, broken) {
+		if _, err := m.node.Suspend(m.ctx(), spec.ID, sandbox.KeepAll); !errors.Is(err, broken) {
 			t.Fatalf("%s: got %v", step, err)
 		}
 		m.node.after = nil
@@ -202,7 +202,7 @@ func TestSaveIsTriedAgain(t *testing.T) {
 	saves := map[string]func() error{
 		"checkpoint": func() error { _, err := m.node.Checkpoint(m.ctx(), spec.ID); return err },
 		"snapshot":   func() error { _, err := m.node.Snapshot(m.ctx(), spec.ID, snapshot); return err },
-		"suspend":    func() error { _, err := m.node.Suspend(m.ctx(), spec.ID); return err },
+		"suspend":    func() error { _, err := m.node.Suspend(m.ctx(), spec.ID, sandbox.KeepAll); return err },
 	}
 	for _, name := range []string{"checkpoint", "snapshot", "suspend"} {
 		for failing, want := range map[int]int{saveAttempts: saveAttempts, 1: 2, 0: 1} {
@@ -398,7 +398,14 @@ func TestDamagedMemory(t *testing.T) {
 	spec = m.wake(spec)
 	// No checkpoint of the damaged sandbox replaces the one that it was restored from.
 	for _, write := range []func(context.Context, sandbox.ID) (sandbox.Checkpoint, error){
-		m.node.Checkpoint, m.node.Suspend} {
+		m.node.Checkpoint,
+		func(ctx context.Context, id sandbox.ID) (sandbox.Checkpoint, error) {
+			return m.node.Suspend(ctx, id, sandbox.KeepAll)
+		},
+		func(ctx context.Context, id sandbox.ID) (sandbox.Checkpoint, error) {
+			return m.node.Suspend(ctx, id, sandbox.KeepFiles)
+		},
+	} {
 		if _, err := write(m.ctx(), spec.ID); err == nil {
 			t.Error("damaged memory was written down as if it were right")
 		}
@@ -454,7 +461,7 @@ func TestDiskFillsUp(t *testing.T) {
 	m.sh(spec, "head -c 20000000 /dev/urandom >/root/data")
 	sum := m.sh(spec, "md5sum /root/data")
 	for name, f := range map[string]func() (sandbox.Checkpoint, error){
-		"suspend":    func() (sandbox.Checkpoint, error) { return m.node.Suspend(m.ctx(), spec.ID) },
+		"suspend":    func() (sandbox.Checkpoint, error) { return m.node.Suspend(m.ctx(), spec.ID, sandbox.KeepAll) },
 		"checkpoint": func() (sandbox.Checkpoint, error) { return m.node.Checkpoint(m.ctx(), spec.ID) },
 	} {
 		if _, err := f(); err == nil {
@@ -484,12 +491,12 @@ func TestDiskFillsUp(t *testing.T) {
 func TestServerDiesInTheMiddle(t *testing.T) {
 	m := newMachine(t)
 	spec, n := m.working()
-	b, draft, err := m.node.draft(m.ctx(), spec.ID)
+	b, draft, err := m.node.draft(m.ctx(), spec.ID, sandbox.KeepAll)
 	if err != nil {
 		t.Fatal(err)
 	}
 	// Release closes the input of the child that saves, as the death of the server does.
-	hold, err := b.runtime().Save(m.ctx(), b.container(), draft.Dir())
+	hold, err := b.runtime().Save(m.ctx(), b.container(), draft.Dir(), false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -501,7 +508,7 @@ func TestServerDiesInTheMiddle(t *testing.T) {
 	n = m.counts(spec, n)
 
 	// The server dies before its child has finished: the final answer of the child is never read.
-	b, draft, err = m.node.draft(m.ctx(), spec.ID)
+	b, draft, err = m.node.draft(m.ctx(), spec.ID, sandbox.KeepAll)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -523,10 +530,10 @@ func TestServerDiesInTheMiddle(t *testing.T) {
 	// it is restored from its latest checkpoint.
 	m.suspend(spec)
 	spec = m.wake(spec)
-	if b, draft, err = m.node.draft(m.ctx(), spec.ID); err != nil {
+	if b, draft, err = m.node.draft(m.ctx(), spec.ID, sandbox.KeepAll); err != nil {
 		t.Fatal(err)
 	}
-	if hold, err = b.runtime().Save(m.ctx(), b.container(), draft.Dir()); err != nil {
+	if hold, err = b.runtime().Save(m.ctx(), b.container(), draft.Dir(), false); err != nil {
 		t.Fatal(err)
 	}
 	killSaver(t, spec.ID)

@@ -296,7 +296,7 @@ func TestOwnUID(t *testing.T) {
 		t.Error("two sandboxes have one user id")
 	}
 	child := m.restored(a, m.snapshot(a))
-	if _, err := m.node.Suspend(m.ctx(), b.ID); err != nil {
+	if _, err := m.node.Suspend(m.ctx(), b.ID, sandbox.KeepAll); err != nil {
 		t.Fatal(err)
 	}
 	b = m.wake(b)

@@ -8,13 +8,13 @@ import (
 )
 
 // Suspend implements sandbox.Node.
-func (n *Fake) Suspend(ctx context.Context, id sandbox.ID) (sandbox.Checkpoint, error) {
+func (n *Fake) Suspend(ctx context.Context, id sandbox.ID, keep sandbox.Kept) (sandbox.Checkpoint, error) {
 	if err := called(ctx, n, "suspend", id, id, n.OnSuspend); err != nil {
 		return sandbox.Checkpoint{}, err
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	point, err := n.save(id)
+	point, err := n.save(id, keep)
 	if err == nil {
 		n.rest(id)
 	}
@@ -28,19 +28,23 @@ func (n *Fake) Checkpoint(ctx context.Context, id sandbox.ID) (sandbox.Checkpoin
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	return n.save(id)
+	return n.save(id, sandbox.KeepAll)
 }
 
 // save gives a sandbox that runs a new recovery point.
 //
 // +checklocks:n.mu
-func (n *Fake) save(id sandbox.ID) (sandbox.Checkpoint, error) {
+func (n *Fake) save(id sandbox.ID, keep sandbox.Kept) (sandbox.Checkpoint, error) {
 	h, err := n.savable(id)
 	if err != nil {
 		return sandbox.Checkpoint{}, err
 	}
 	point := write(h.Run)
+	point.Kept = keep
 	h.Checkpoint, h.point = &point, h.now
+	if keep == sandbox.KeepFiles {
+		h.point.busy = false
+	}
 	n.sandboxes[id] = h
 	return point, nil
 }

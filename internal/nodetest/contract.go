@@ -35,6 +35,8 @@ type Inside interface {
 	Write(t *testing.T, spec sandbox.Spec, text string)
 	// Read returns the text of the last Write.
 	Read(t *testing.T, spec sandbox.Spec) string
+	// ReadFile returns the text of the last Write in a sandbox that has it in the file and not in memory.
+	ReadFile(t *testing.T, spec sandbox.Spec) string
 	// Command returns the value of an environment variable and the working directory of a command.
 	Command(t *testing.T, spec sandbox.Spec, variable string) (value, workdir string)
 	// Work starts a process that does not end.
@@ -60,6 +62,7 @@ func Contract(t *testing.T, open func(t *testing.T) Fixture) {
 		{"capacity", testCapacity},
 		{"policy", testPolicy},
 		{"suspend and wake", testSuspend},
+		{"files alone", testFilesAlone},
 		{"recovery point", testRecovery},
 		{"snapshots", testSnapshots},
 		{"snapshot of a recovery point", testSnapshotCheckpoint},
@@ -268,7 +271,7 @@ func (s *suite) wantNotRunning(id sandbox.ID) {
 		"Check":      func() error { return s.Node.Check(s.ctx(), id) },
 		"Busy":       func() error { _, err := s.Node.Busy(s.ctx(), id); return err },
 		"Dial":       func() error { _, err := s.Node.Dial(s.ctx(), id); return err },
-		"Suspend":    func() error { _, err := s.Node.Suspend(s.ctx(), id); return err },
+		"Suspend":    func() error { _, err := s.Node.Suspend(s.ctx(), id, sandbox.KeepAll); return err },
 		"Checkpoint": func() error { _, err := s.Node.Checkpoint(s.ctx(), id); return err },
 		"Snapshot":   func() error { _, err := s.Node.Snapshot(s.ctx(), id, sandbox.NewSnapshotID()); return err },
 		"SetEgress":  func() error { return s.Node.SetEgress(s.ctx(), id, sandbox.Egress{Mode: sandbox.AllowAll}) },

@@ -20,7 +20,7 @@ func (s *suite) wantCheckpoint(c sandbox.Checkpoint, err error, run string) sand
 // suspend suspends a sandbox, which must succeed and leave its recovery point alone.
 func (s *suite) suspend(spec sandbox.Spec) sandbox.Checkpoint {
 	s.Helper()
-	point, err := s.Node.Suspend(s.ctx(), spec.ID)
+	point, err := s.Node.Suspend(s.ctx(), spec.ID, sandbox.KeepAll)
 	s.wantCheckpoint(point, err, spec.Run)
 	s.wantObserved(sandbox.Observed{ID: spec.ID, Checkpoint: &point})
 	return point
@@ -54,6 +54,59 @@ func testSuspend(s *suite) {
 	s.destroy(spec.ID)
 	s.wantFault(s.Node.Wake(s.ctx(), spec), fault.Internal, "wake_failed")
 	s.wantGone(spec.ID)
+}
+
+// testFilesAlone suspends a sandbox without its memory and boots it with its files, and boots a child with
+// the files of its recovery point.
+func testFilesAlone(s *suite) {
+	spec := with(s.Spec(), "first")
+	spec.Workdir = "/tmp"
+	s.must(s.Node.Create(s.ctx(), spec))
+	s.Write(s.T, spec, "one")
+	s.Work(s.T, spec)
+	point, err := s.Node.Suspend(s.ctx(), spec.ID, sandbox.KeepFiles)
+	s.wantCheckpoint(point, err, spec.Run)
+	if point.Kept != sandbox.KeepFiles {
+		s.Errorf("the point keeps %q", point.Kept)
+	}
+	s.wantObserved(sandbox.Observed{ID: spec.ID, Checkpoint: &point})
+
+	// The start command runs again. If it fails, the point is left.
+	fails := spec
+	fails.Run, fails.Start = "fails", failingStart
+	s.wantFault(s.Node.Wake(s.ctx(), fails), fault.Conflict, "start_failed")
+	s.wantObserved(sandbox.Observed{ID: spec.ID, Checkpoint: &point})
+
+	from := sandbox.NewSnapshotID()
+	if c, err := s.Node.SnapshotCheckpoint(s.ctx(), spec.ID, from); err != nil || c != point {
+		s.Errorf("the snapshot is %+v, %v, the point %+v", c, err, point)
+	}
+	spec = s.wake(spec)
+	s.wantObserved(sandbox.Observed{ID: spec.ID, Run: spec.Run, Alive: true, Remains: true, Egress: spec.Egress,
+		Checkpoint: &point})
+	if busy, err := s.Node.Busy(s.ctx(), spec.ID); err != nil || busy {
+		s.Errorf("after the boot it is busy: %v, %v", busy, err)
+	}
+	child := s.child(spec, from)
+	s.must(s.Node.Create(s.ctx(), child))
+	for _, booted := range []sandbox.Spec{spec, child} {
+		if text := s.ReadFile(s.T, booted); text != "one" {
+			s.Errorf("inside %s is the text %q", booted.ID, text)
+		}
+		s.wantCommand(booted)
+	}
+	failing := s.child(spec, from)
+	failing.Start = failingStart
+	s.wantFault(s.Node.Create(s.ctx(), failing), fault.Conflict, "start_failed")
+	s.wantGone(failing.ID)
+	s.must(s.Node.DropSnapshot(s.ctx(), from))
+
+	// A suspend with memory follows one without.
+	s.Write(s.T, spec, "two")
+	s.suspend(spec)
+	spec = s.wake(spec)
+	s.wantText(spec, "two")
+	s.destroy(spec.ID, child.ID)
 }
 
 // testRecovery takes recovery points of a running sandbox, ends its processes and wakes it from the
@@ -178,7 +231,7 @@ func testNoSpace(s *suite) {
 	defer s.SetDiskFull(false)
 	of := sandbox.NewSnapshotID()
 	for name, call := range map[string]func() (sandbox.Checkpoint, error){
-		"Suspend":    func() (sandbox.Checkpoint, error) { return s.Node.Suspend(s.ctx(), spec.ID) },
+		"Suspend":    func() (sandbox.Checkpoint, error) { return s.Node.Suspend(s.ctx(), spec.ID, sandbox.KeepAll) },
 		"Checkpoint": func() (sandbox.Checkpoint, error) { return s.Node.Checkpoint(s.ctx(), spec.ID) },
 		"Snapshot":   func() (sandbox.Checkpoint, error) { return s.Node.Snapshot(s.ctx(), spec.ID, of) },
 	} {

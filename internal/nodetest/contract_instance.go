@@ -126,7 +126,7 @@ func testCapacity(s *suite) {
 		s.wantNoCapacity(make(other))
 		s.wantGone(other.ID)
 	}
-	if _, err := s.Node.Suspend(s.ctx(), spec.ID); err != nil {
+	if _, err := s.Node.Suspend(s.ctx(), spec.ID, sandbox.KeepAll); err != nil {
 		s.Fatal(err)
 	}
 	wantRoom(true) // a suspended sandbox takes no room
@@ -138,7 +138,7 @@ func testCapacity(s *suite) {
 	s.wantNoCapacity(s.Node.Prepare(s.ctx(), s.Spec()))
 	spec = s.wake(spec)
 	s.destroy(pooled.ID)
-	_, err := s.Node.Suspend(s.ctx(), spec.ID)
+	_, err := s.Node.Suspend(s.ctx(), spec.ID, sandbox.KeepAll)
 	s.must(err)
 
 	other := s.create()

@@ -22,6 +22,8 @@ func (f fakeInside) Read(_ *testing.T, spec sandbox.Spec) string {
 	return text
 }
 
+func (f fakeInside) ReadFile(t *testing.T, spec sandbox.Spec) string { return f.Read(t, spec) }
+
 func (f fakeInside) Command(_ *testing.T, spec sandbox.Spec, variable string) (value, workdir string) {
 	_, env, workdir := f.Contents(spec.ID)
 	return env[variable], workdir

@@ -79,6 +79,7 @@ type inside struct {
 type saved struct {
 	inside
 	whole bool
+	kept  sandbox.Kept
 }
 
 // NewFake makes an empty node.

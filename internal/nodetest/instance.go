@@ -42,8 +42,11 @@ func (n *Fake) made(spec sandbox.Spec, pooled bool) (held, error) {
 			return held{}, fault.New(fault.Internal, fault.CodeRestoreFailed, "there is no snapshot %s", spec.From)
 		}
 		h.now = from.inside
-	} else if err := start(spec.Start); err != nil {
-		return held{}, err
+	}
+	if spec.From == "" || n.snapshots[spec.From].kept == sandbox.KeepFiles {
+		if err := start(spec.Start); err != nil {
+			return held{}, err
+		}
 	}
 	h.now.env, h.now.workdir = spec.Env, spec.Workdir
 	return h, nil
@@ -74,6 +77,11 @@ func (n *Fake) Wake(ctx context.Context, spec sandbox.Spec) error {
 	}
 	if err := n.room(false); err != nil {
 		return err
+	}
+	if h.Checkpoint.Kept == sandbox.KeepFiles {
+		if err := start(spec.Start); err != nil {
+			return err
+		}
 	}
 	n.sandboxes[spec.ID] = held{now: h.point, point: h.point, Observed: sandbox.Observed{ID: spec.ID, Run: spec.Run,
 		Alive: true, Remains: true, Egress: spec.Egress, Checkpoint: h.Checkpoint}}

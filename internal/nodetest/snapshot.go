@@ -37,7 +37,7 @@ func (n *Fake) SnapshotCheckpoint(ctx context.Context, id sandbox.ID, to sandbox
 //
 // +checklocks:n.mu
 func (n *Fake) keep(id sandbox.SnapshotID, of inside, as sandbox.Checkpoint, failed error) (sandbox.Checkpoint, error) {
-	n.snapshots[id] = saved{of, failed == nil}
+	n.snapshots[id] = saved{of, failed == nil, as.Kept}
 	if failed != nil {
 		return sandbox.Checkpoint{}, failed
 	}

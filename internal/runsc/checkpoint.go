@@ -46,13 +46,18 @@ const savePatience = 5 * time.Second
 
 // Save pauses the sandbox, writes it into dir, which must be empty, with its spec, and
 // keeps it paused until the hold is released: a caller that ends the sandbox before knows
-// that nothing has happened in it since the save. If this process ends first, the sandbox
+// that nothing has happened in it since the save. With filesOnly it writes the writable layer of the root
+// alone, for [Runtime.Reboot]. If this process ends first, the sandbox
 // continues by itself. After an error the sandbox continues, if its sentry still can.
-func (r *Runtime) Save(ctx context.Context, c Container, dir string) (*Hold, error) {
+func (r *Runtime) Save(ctx context.Context, c Container, dir string, filesOnly bool) (*Hold, error) {
 	if err := copySpec(c.Bundle, dir); err != nil {
 		return nil, err
 	}
-	cmd := command(ctx, r.Program, r.args(c, "save", "--hold", "--image-path="+dir, c.ID)...)
+	verb := []string{"save", "--hold", "--image-path=" + dir}
+	if filesOnly { // older programs do not know the flag
+		verb = append(verb, "--files")
+	}
+	cmd := command(ctx, r.Program, r.args(c, append(verb, c.ID)...)...)
 	// After SIGTERM, and at the end of its input, it resumes the sandbox before it exits.
 	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
 	cmd.WaitDelay = savePatience
@@ -107,6 +112,7 @@ type Place struct {
 	Cgroups   string // as in [Limits]
 	HostUID   uint32 // as in [Box]
 	CPUShares uint64 // as in [Limits]; 0 leaves what was saved
+	Hostname  string // as in [Box]; only for a reboot
 }
 
 // Restore starts the sandbox that was saved into dir, with the spec it was saved with, in
@@ -114,18 +120,7 @@ type Place struct {
 // inside where it was; most of its memory is read afterwards, in the background or when
 // it is touched. Root.Overlay of the spec becomes c.Bundle.
 func (r *Runtime) Restore(ctx context.Context, c Container, dir string, p Place) (pid int, err error) {
-	data, err := os.ReadFile(filepath.Join(dir, specFile))
-	if err != nil {
-		return 0, fmt.Errorf("reading the spec of a checkpoint: %w", err)
-	}
-	c.Spec = &specs.Spec{}
-	if err := json.Unmarshal(data, c.Spec); err != nil {
-		return 0, fmt.Errorf("reading the spec of a checkpoint: %w", err)
-	}
-	if err := p.apply(c.Spec, c.Bundle); err != nil {
-		return 0, err
-	}
-	if err := writeSpec(c); err != nil {
+	if err := c.takeSpec(dir, p); err != nil {
 		return 0, err
 	}
 	// gVisor would compare the specs and refuse a sandbox in another directory than the saved
@@ -135,9 +130,47 @@ func (r *Runtime) Restore(ctx context.Context, c Container, dir string, p Place)
 	return unasked.start(ctx, c, "restore", "--background", "--image-path="+dir)
 }
 
+// Reboot boots a sandbox with the files that were saved into dir by a [Runtime.Save] of files only, in another place.
+// Otherwise it is like Restore, and returns as [Runtime.Run] does. The first process finds the variable
+// [Rebooted] in its environment.
+func (r *Runtime) Reboot(ctx context.Context, c Container, dir string, p Place) (pid int, err error) {
+	if err := c.takeSpec(dir, p); err != nil {
+		return 0, err
+	}
+	c.Spec.Hostname = p.Hostname
+	if env := c.Spec.Process.Env; !slices.Contains(env, Rebooted) {
+		c.Spec.Process.Env = append(env, Rebooted)
+	}
+	if err := writeSpec(c); err != nil {
+		return 0, err
+	}
+	return r.start(ctx, c, "run", "--fs-restore-image-path="+dir)
+}
+
+// Rebooted is the variable of the first process's environment that says that the files are those of an
+// earlier boot.
+const Rebooted = "CAY_REBOOTED=1"
+
+// takeSpec gives the container the spec that was saved into dir, changed for the place, and writes
+// it into the bundle.
+func (c *Container) takeSpec(dir string, p Place) error {
+	data, err := os.ReadFile(filepath.Join(dir, specFile))
+	if err != nil {
+		return fmt.Errorf("reading the spec of a checkpoint: %w", err)
+	}
+	c.Spec = &specs.Spec{}
+	if err := json.Unmarshal(data, c.Spec); err != nil {
+		return fmt.Errorf("reading the spec of a checkpoint: %w", err)
+	}
+	if err := p.apply(c.Spec, c.Bundle); err != nil {
+		return err
+	}
+	return writeSpec(*c)
+}
+
 // apply changes a spec of [NewSpec] to one for the place.
 func (p Place) apply(s *specs.Spec, overlay string) error {
-	if s.Root == nil || s.Linux == nil || s.Annotations == nil {
+	if s.Root == nil || s.Process == nil || s.Linux == nil || s.Annotations == nil {
 		return errors.New("the spec of a checkpoint is not one of ours")
 	}
 	s.Root.Path = overlay

@@ -41,7 +41,7 @@ func (s *Service) idled(l *instance) {
 	}
 	op, mine := s.ops.run(l.id, opSuspend, func(ctx context.Context) (any, error) {
 		return act(ctx, s, l.id, rules[opSuspend], func(ctx context.Context, sbx Sandbox) (Sandbox, error) {
-			return s.suspend(ctx, sbx, reasonIdle, s.live.detachIfIdle) // logs its errors
+			return s.suspend(ctx, sbx, KeepAll, reasonIdle, s.live.detachIfIdle) // logs its errors
 		})
 	})
 	if op == nil {

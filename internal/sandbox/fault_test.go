@@ -311,8 +311,10 @@ func (n gatedNode) Claim(ctx context.Context, spec sandbox.Spec) error {
 	return err
 }
 
-func (n gatedNode) Suspend(ctx context.Context, id sandbox.ID) (sandbox.Checkpoint, error) {
-	return through(ctx, n.gate, func(ctx context.Context) (sandbox.Checkpoint, error) { return n.Fake.Suspend(ctx, id) })
+func (n gatedNode) Suspend(ctx context.Context, id sandbox.ID, keep sandbox.Kept) (sandbox.Checkpoint, error) {
+	return through(ctx, n.gate, func(ctx context.Context) (sandbox.Checkpoint, error) {
+		return n.Fake.Suspend(ctx, id, keep)
+	})
 }
 
 func (n gatedNode) Checkpoint(ctx context.Context, id sandbox.ID) (sandbox.Checkpoint, error) {

@@ -154,7 +154,7 @@ func (s *Service) makeChildren(f *fork) {
 		wg.Go(func() {
 			defer func() { <-slots }()
 			sbx.CreatedAt = time.Now().UTC()
-			f.children[i].Sandbox, f.children[i].Err = s.restoreNew(context.Background(), f.caller, sbx, f.from.ID,
+			f.children[i].Sandbox, f.children[i].Err = s.restoreNew(context.Background(), f.caller, sbx, f.from,
 				Once{}, true, func() {})
 		})
 	}
@@ -175,7 +175,7 @@ func (s *Service) createFrom(ctx context.Context, c Caller, r Request, once Once
 		return Sandbox{}, err
 	}
 	sbx.Source, sbx.Origin = Restored, string(snap.ID)
-	return s.restoreNew(ctx, c, sbx, snap.ID, once, wait, release)
+	return s.restoreNew(ctx, c, sbx, snap, once, wait, release)
 }
 
 // restore returns the sandbox that a request for one from a snapshot asks for.
@@ -198,9 +198,9 @@ func (r Request) restore(cfg Config, snap Snapshot, now time.Time) (Sandbox, err
 
 // restoreNew makes a sandbox from a snapshot that the caller holds. It calls release when the
 // snapshot is no longer needed.
-func (s *Service) restoreNew(ctx context.Context, c Caller, sbx Sandbox, from SnapshotID, once Once, wait bool,
+func (s *Service) restoreNew(ctx context.Context, c Caller, sbx Sandbox, from Snapshot, once Once, wait bool,
 	release func()) (Sandbox, error) {
-	spec := sbx.restored()
-	spec.From = from
+	spec := sbx.restored(from.Kept)
+	spec.From = from.ID
 	return s.makeNew(ctx, c, sbx, spec, checkpointTimeout, once, wait, release)
 }

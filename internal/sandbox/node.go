@@ -14,17 +14,18 @@ type Spec struct {
 	Token string
 	Shape
 	// From names the snapshot from which a create or a pooled sandbox is restored instead of
-	// booted; "" means none. Image, Size and DiskMB must then be those of the snapshot's sandbox, and
-	// Start is ignored.
+	// booted; "" means none. Image, Size and DiskMB must then be those of the snapshot's sandbox. Start is
+	// ignored, unless the snapshot holds files alone.
 	From SnapshotID
 }
 
 // Checkpoint describes a recovery point: a complete checkpoint on the machine's disk, from which a
-// sandbox can be woken in its state of that time.
+// sandbox can be woken in its state of that time, or with its files of that time.
 type Checkpoint struct {
 	At   time.Time
 	Size int64  // bytes on disk
 	Run  string // run in which it was taken
+	Kept Kept   // what it holds
 }
 
 // Observed describes what a node has of one sandbox. A sandbox without anything on the node has no
@@ -83,16 +84,18 @@ type NodeInstances interface {
 	// memory, files and listening sockets, as a sandbox of its own. Its environment (for later
 	// commands), user, working directory, host name, address, token and policy are those of the spec.
 	// Its kernel gives other random values than those of other sandboxes from the snapshot.
-	// Connections of the snapshot's sandbox are broken. The snapshot is not needed after Create
-	// returns. A snapshot that cannot be restored is Internal, code "restore_failed", with a detail
-	// for the user.
+	// Connections of the snapshot's sandbox are broken. From a snapshot that holds files alone the
+	// sandbox is booted with these files. The snapshot is not needed after Create returns. A snapshot
+	// that cannot be restored is Internal, code "restore_failed", with a detail for the user.
 	Create(ctx context.Context, spec Spec) error
 	// Wake starts an instance from the sandbox's latest recovery point, as spec.Run and with
-	// spec.Token, and returns when its agent answers. Only ID, Run, Token and Egress of the spec are
-	// new; the rest must be the same as for Create. The point stays. After an error Wake has undone its
-	// work and the point is still there. A sandbox with something for Rest to remove is an error, and
-	// stays as it is. No room on the machine is an error as for Create. A missing point, or one that
-	// cannot be restored, is Internal, code "wake_failed", with a detail for the user.
+	// spec.Token, and returns when its agent answers. From a point that holds files alone it boots the
+	// sandbox, runs the start command and waits for it as Create does. Only ID, Run, Token and Egress of
+	// the spec are new; the rest must be the same as for Create. The point stays. After an error Wake has
+	// undone its work and the point is still there. A sandbox with something for Rest to remove is an
+	// error, and stays as it is. No room on the machine, and a start command that fails, are errors as
+	// for Create. A missing point, or one that cannot be restored, is Internal, code "wake_failed", with
+	// a detail for the user.
 	Wake(ctx context.Context, spec Spec) error
 	// Rest ends the sandbox's processes and removes everything of it except its recovery point. It
 	// continues after errors and joins them. A missing sandbox is no error.
@@ -125,11 +128,12 @@ type NodePool interface {
 
 // NodeCheckpoints saves sandboxes as recovery points.
 type NodeCheckpoints interface {
-	// Suspend writes a recovery point of the whole sandbox and then ends the instance. After success
-	// only the point is left. After an error the sandbox keeps running, or is dead with its previous
-	// or its new point whole; Inspect tells which. Too little space is NoSpace, code "disk_full", and
-	// is detected before the sandbox is touched.
-	Suspend(ctx context.Context, id ID) (Checkpoint, error)
+	// Suspend writes a recovery point of what is to be kept of the sandbox and then ends the instance. A
+	// sandbox that an older version of cay started may not be able to keep its files alone: Conflict,
+	// code "sandbox_too_old". After success only the point is left. After an error the sandbox keeps
+	// running, or is dead with its previous or its new point whole; Inspect tells which. Too little space
+	// is NoSpace, code "disk_full", and is detected before the sandbox is touched.
+	Suspend(ctx context.Context, id ID, keep Kept) (Checkpoint, error)
 	// Checkpoint writes a recovery point while the sandbox keeps running, after a pause that grows
 	// with its memory. It removes the previous point once the new one is whole. Errors are those of
 	// Suspend.

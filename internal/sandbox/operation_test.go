@@ -16,7 +16,7 @@ import (
 // asks has a call for each operation that has a rule.
 var asks = map[string]func(f *fixture, id sandbox.ID) error{
 	"suspend": func(f *fixture, id sandbox.ID) error {
-		_, err := f.Suspend(context.Background(), org, id)
+		_, err := f.Suspend(context.Background(), org, id, sandbox.KeepAll)
 		return err
 	},
 	"wake": func(f *fixture, id sandbox.ID) error {

@@ -27,7 +27,8 @@ func (h *fixture) suspended() sandbox.ID {
 
 func (h *fixture) mustSuspend(id sandbox.ID) {
 	h.t.Helper()
-	if sbx, err := h.Suspend(context.Background(), org, id); err != nil || sbx.State != sandbox.Suspended {
+	sbx, err := h.Suspend(context.Background(), org, id, sandbox.KeepAll)
+	if err != nil || sbx.State != sandbox.Suspended {
 		h.t.Fatalf("suspending: %s, %v", sbx.State, err)
 	}
 	h.wantState(id, sandbox.Suspended, "")
@@ -302,7 +303,7 @@ func TestRefusedWhenNotRunning(t *testing.T) {
 		}{
 			{ephemeral, "sandbox_not_persistent"}, {asleep, "sandbox_not_running"}, {gone, "sandbox_not_running"}, {starting.ID, "sandbox_not_running"},
 		} {
-			_, err := h.Suspend(ctx, org, tt.id)
+			_, err := h.Suspend(ctx, org, tt.id, sandbox.KeepAll)
 			wantCode(t, err, fault.Conflict, tt.code)
 			_, err = h.Checkpoint(ctx, org, tt.id)
 			wantCode(t, err, fault.Conflict, tt.code)
@@ -323,7 +324,7 @@ func TestRefusedWhenNotRunning(t *testing.T) {
 			t.Errorf("woke %+v", sbx)
 		}
 		const other = "org_bbbbbbbbbbbbbbbbbbbb"
-		_, err = h.Suspend(ctx, other, asleep)
+		_, err = h.Suspend(ctx, other, asleep, sandbox.KeepAll)
 		wantCode(t, err, fault.Denied, "not_your_sandbox")
 		_, err = h.Checkpoint(ctx, other, asleep)
 		wantCode(t, err, fault.Denied, "not_your_sandbox")
@@ -331,7 +332,7 @@ func TestRefusedWhenNotRunning(t *testing.T) {
 		wantCode(t, err, fault.Denied, "not_your_sandbox")
 		_, err = h.Wake(ctx, sandbox.Caller{OrgID: other}, asleep)
 		wantCode(t, err, fault.Denied, "not_your_sandbox")
-		_, err = h.Suspend(ctx, org, sandbox.NewID())
+		_, err = h.Suspend(ctx, org, sandbox.NewID(), sandbox.KeepAll)
 		wantCode(t, err, fault.NotFound, "sandbox_not_found")
 	})
 }

@@ -120,7 +120,7 @@ func TestPolicyWaits(t *testing.T) {
 			done <- err
 		}()
 		time.Sleep(1500 * time.Millisecond)
-		if _, err := h.Suspend(ctx, org, sbx.ID); err != nil {
+		if _, err := h.Suspend(ctx, org, sbx.ID, sandbox.KeepAll); err != nil {
 			t.Error(err)
 		}
 		if err := <-done; err != nil {

@@ -286,10 +286,10 @@ func (l *scenario) take(s step) error {
 			l.leases = l.leases[1:]
 		}
 	case "suspend":
-		_, err := l.Suspend(ctx, org, id)
+		_, err := l.Suspend(ctx, org, id, sandbox.KeepAll)
 		return expected(err)
 	case "pause":
-		_, err := l.Pause(ctx, org, id)
+		_, err := l.Pause(ctx, org, id, sandbox.KeepAll)
 		return expected(err)
 	case "set timeout":
 		_, err := l.SetTimeout(ctx, org, id, time.Duration(s.secs-5)*time.Second, s.which%2 == 0)

@@ -281,7 +281,7 @@ func TestLostDuringAnOperation(t *testing.T) {
 		h.mustCheckpoint(id)
 		lease := h.mustConnect(id)
 		suspended := make(chan error)
-		go func() { _, err := h.Suspend(context.Background(), org, id); suspended <- err }()
+		go func() { _, err := h.Suspend(context.Background(), org, id, sandbox.KeepAll); suspended <- err }()
 		synctest.Wait()
 		h.node.Die(id)
 		wantCode(t, <-suspended, fault.Conflict, "sandbox_in_use")
@@ -322,7 +322,7 @@ func TestRestartInTheMiddle(t *testing.T) {
 					if tt.wake {
 						_, _ = h.Wake(context.Background(), h.caller(), id)
 					} else {
-						_, _ = h.Suspend(context.Background(), org, id)
+						_, _ = h.Suspend(context.Background(), org, id, sandbox.KeepAll)
 					}
 				}()
 				synctest.Wait()

@@ -98,8 +98,8 @@ func (r Request) check(cfg Config) error {
 		if t := r.Timeout; t != nil && (*t < MinTimeout || *t > MaxTimeout) {
 			return invalid("timeout", "must be between %s and %s", MinTimeout, MaxTimeout)
 		}
-		if r.AtEnd != "" && r.AtEnd != EndDestroys && r.AtEnd != EndSuspends {
-			return invalid("at_end", "must be %s or %s, not %q", EndDestroys, EndSuspends, r.AtEnd)
+		if r.AtEnd != "" && r.AtEnd != EndDestroys && !r.AtEnd.Suspends() {
+			return invalid("at_end", "must be %s, %s or %s, not %q", EndDestroys, EndSuspends, EndSuspendsFiles, r.AtEnd)
 		}
 	case Persistent:
 		if r.Timeout != nil {
@@ -249,10 +249,12 @@ func (b Sandbox) spec() Spec {
 	return Spec{ID: b.ID, OrgID: b.OrgID, Run: b.Run, Token: b.Token, Shape: b.Shape}
 }
 
-// restored returns the spec of a sandbox that continues from saved state, where its start command
-// runs already.
-func (b Sandbox) restored() Spec {
+// restored returns the spec of a sandbox that continues from saved state. Its start command runs there
+// already, unless files alone were saved.
+func (b Sandbox) restored(saved Kept) Spec {
 	spec := b.spec()
-	spec.Start = Start{}
+	if saved == KeepAll {
+		spec.Start = Start{}
+	}
 	return spec
 }

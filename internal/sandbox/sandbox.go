@@ -54,6 +54,28 @@ type AtEnd string
 const (
 	EndDestroys AtEnd = "destroy"
 	EndSuspends AtEnd = "suspend" // keeps all of its state until it is woken for another timeout
+	// EndSuspendsFiles is like EndSuspends, but keeps the files alone, see [KeepFiles].
+	EndSuspendsFiles AtEnd = "suspend_files"
+)
+
+// Suspends reports whether the sandbox is suspended, and not destroyed.
+func (e AtEnd) Suspends() bool { return e == EndSuspends || e == EndSuspendsFiles }
+
+// keeps returns what the suspend at the end keeps.
+func (e AtEnd) keeps() Kept {
+	if e == EndSuspendsFiles {
+		return KeepFiles
+	}
+	return KeepAll
+}
+
+// Kept selects what a suspend keeps of a sandbox.
+type Kept string
+
+// The values of Kept.
+const (
+	KeepAll   Kept = ""      // processes, memory and files, with which a wake continues
+	KeepFiles Kept = "files" // files: processes end, and a wake boots the sandbox
 )
 
 // Source tells how a sandbox was made.
@@ -105,6 +127,7 @@ type Sandbox struct {
 	ExpiresAt      time.Time // ephemeral only; zero while it is suspended
 	LastActivityAt time.Time // persistent only
 	SuspendedAt    time.Time // time of the recovery point that a wake would restore
+	Kept           Kept      // what that recovery point holds; of no meaning while SuspendedAt is zero
 	DestroyedAt    time.Time
 	DestroyReason  Reason
 	Error          string // why it failed or could not be woken, for the user

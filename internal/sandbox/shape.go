@@ -22,7 +22,7 @@ type Shape struct {
 	Workdir string            `json:"workdir,omitempty"` // default working directory; "" is the user's home
 	Egress  Egress            `json:"egress"`
 	// Start is run when the sandbox boots. A sandbox that is woken or restored from a snapshot has it
-	// running already.
+	// running already, unless only files were kept.
 	Start Start `json:"start,omitzero"`
 }
 

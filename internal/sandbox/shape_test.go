@@ -65,7 +65,7 @@ func TestShapeIsCarried(t *testing.T) {
 		sbx := h.mustCreate(sandbox.Request{Mode: "persistent"})
 		check("a create", specs["create"].Shape, true)
 		check("a row", h.get(sbx.ID).Shape, true)
-		if _, err := h.Suspend(t.Context(), org, sbx.ID); err != nil {
+		if _, err := h.Suspend(t.Context(), org, sbx.ID, sandbox.KeepAll); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := h.Wake(t.Context(), h.caller(), sbx.ID); err != nil {

@@ -60,6 +60,7 @@ type Snapshot struct {
 
 	Bytes     int64     // on disk; 0 until the snapshot is ready
 	CreatedAt time.Time // time of the state that it holds
+	Kept      Kept      // what it holds
 }
 
 // SnapshotFilter selects and pages snapshots, newest first.
@@ -72,9 +73,13 @@ type SnapshotFilter struct {
 }
 
 func snapshotOf(sbx Sandbox, name string) Snapshot {
+	kept := KeepAll
+	if sbx.State == Suspended {
+		kept = sbx.Kept
+	}
 	return Snapshot{ID: NewSnapshotID(), OrgID: sbx.OrgID, Name: name, State: SnapshotCreating, SandboxID: sbx.ID,
 		Template: sbx.Template, TemplateID: sbx.TemplateID, TemplateVersion: sbx.TemplateVersion, Shape: sbx.Shape.Clone(),
-		CreatedAt: time.Now().UTC().Truncate(time.Microsecond)}
+		CreatedAt: time.Now().UTC().Truncate(time.Microsecond), Kept: kept}
 }
 
 func noSnapshot(nameOrID string) error {

@@ -111,7 +111,7 @@ func TestStartCommandFails(t *testing.T) {
 			return nil
 		}
 		sbx := h.mustCreate(sandbox.Request{Template: "service", Mode: string(sandbox.Persistent)})
-		if _, err := h.Suspend(context.Background(), org, sbx.ID); err != nil {
+		if _, err := h.Suspend(context.Background(), org, sbx.ID, sandbox.KeepAll); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := h.Wake(context.Background(), h.caller(), sbx.ID); err != nil {

@@ -18,6 +18,8 @@ type Filter struct {
 	States   []State           // any of these; empty means all
 	Metadata map[string]string // every pair must match
 	Template string            // name or id; "" means any
+	// TemplateVersion is the version of the template; 0 means any.
+	TemplateVersion int
 	// CreatedFrom leaves out sandboxes created before it; zero leaves out none.
 	CreatedFrom time.Time
 	OldestFirst bool
@@ -52,6 +54,7 @@ type Change struct {
 	Timeout        *time.Duration
 	ExpiresAt      *time.Time // for this and the times below, the zero time writes "does not apply"
 	SuspendedAt    *time.Time
+	Kept           *Kept
 	LastActivityAt *time.Time
 	DestroyedAt    *time.Time
 	DestroyReason  *Reason

@@ -26,29 +26,29 @@ const (
 // such suspends; a longer one makes the caller wait for another caller's command.
 const leaseGrace = 5 * time.Second
 
-// Suspend takes a running persistent sandbox to suspended, with its complete state. It shares the
-// result of a suspend under way, waits for a checkpoint, and continues when ctx ends. It returns a
-// Conflict with code "sandbox_not_persistent", "sandbox_not_running", or "sandbox_in_use" when
-// calls in flight do not end within 5 seconds. Other errors are the machine's (NoSpace, code
-// "disk_full", …) or Internal, code "suspend_failed"; the sandbox then keeps running if it is still
-// alive.
-func (s *Service) Suspend(ctx context.Context, orgID string, id ID) (Sandbox, error) {
-	return s.suspendBy(ctx, orgID, id, persistent, s.live.detachWhenFree)
+// Suspend takes a running persistent sandbox to suspended, and keeps its complete state or its files
+// alone. It shares the result of a suspend under way, whatever that one keeps, waits for a checkpoint, and
+// continues when ctx ends. It returns a Conflict with code "sandbox_not_persistent",
+// "sandbox_not_running", or "sandbox_in_use" when calls in flight do not end within 5 seconds. Other
+// errors are the machine's (NoSpace, code "disk_full", Conflict, code "sandbox_too_old", …) or Internal,
+// code "suspend_failed"; the sandbox then keeps running if it is still alive.
+func (s *Service) Suspend(ctx context.Context, orgID string, id ID, keep Kept) (Sandbox, error) {
+	return s.suspendBy(ctx, orgID, id, keep, persistent, s.live.detachWhenFree)
 }
 
 // Pause takes a running sandbox of either mode to suspended, even while it is in use. It breaks
 // calls in flight after the row says that the sandbox does not run. Otherwise it behaves like
 // [Service.Suspend].
-func (s *Service) Pause(ctx context.Context, orgID string, id ID) (Sandbox, error) {
-	return s.suspendBy(ctx, orgID, id, nil, s.live.detachNow)
+func (s *Service) Pause(ctx context.Context, orgID string, id ID, keep Kept) (Sandbox, error) {
+	return s.suspendBy(ctx, orgID, id, keep, nil, s.live.detachNow)
 }
 
 // suspendBy suspends a sandbox if may, if not nil, returns nil for it. It ends the sandbox's use with
 // detach.
-func (s *Service) suspendBy(ctx context.Context, orgID string, id ID, may func(Sandbox) error,
+func (s *Service) suspendBy(ctx context.Context, orgID string, id ID, keep Kept, may func(Sandbox) error,
 	detach detachFunc) (Sandbox, error) {
 	return operate(ctx, s, orgID, id, opSuspend, may, func(ctx context.Context, sbx Sandbox) (Sandbox, error) {
-		return s.suspend(ctx, sbx, string(Requested), detach)
+		return s.suspend(ctx, sbx, keep, string(Requested), detach)
 	})
 }
 
@@ -63,7 +63,8 @@ func persistent(sbx Sandbox) error {
 
 // suspend takes a running sandbox to suspended; the caller holds the operation. detach ends the
 // sandbox's use: later calls wait for the result of the suspend.
-func (s *Service) suspend(ctx context.Context, sbx Sandbox, reason string, detach detachFunc) (Sandbox, error) {
+func (s *Service) suspend(ctx context.Context, sbx Sandbox, keep Kept, reason string,
+	detach detachFunc) (Sandbox, error) {
 	id := sbx.ID
 	l, err := detach(ctx, id)
 	if err != nil {
@@ -81,18 +82,29 @@ func (s *Service) suspend(ctx context.Context, sbx Sandbox, reason string, detac
 		s.live.track(l) // the sandbox is unchanged
 		return Sandbox{}, err
 	}
-	checkpoint, err := s.writeCheckpoint(ctx, id, s.node.Suspend)
+	checkpoint, err := s.writeCheckpoint(ctx, id, func(ctx context.Context, id ID) (Checkpoint, error) {
+		return s.node.Suspend(ctx, id, keep)
+	})
 	if err != nil {
 		return s.suspendFailed(ctx, id, began, err)
 	}
 	suspended, err := s.transition(ctx, Change{ID: id, From: []State{Suspending}, Run: sbx.Run, To: Suspended,
-		At: time.Now().UTC(), Reason: reason, SuspendedAt: &checkpoint.At, ExpiresAt: new(time.Time)})
+		At: time.Now().UTC(), Reason: reason, Detail: detailOf(keep), SuspendedAt: &checkpoint.At, Kept: &checkpoint.Kept,
+		ExpiresAt: new(time.Time)})
 	if err != nil {
 		// The row stays a claim, which the next call or Reconcile settles from the point.
 		s.log.ErrorContext(ctx, "recording that a sandbox is suspended", "sandbox", id, "error", err)
 		return Sandbox{}, fmt.Errorf("suspending %s: %w", id, err)
 	}
 	return suspended, nil
+}
+
+// detailOf returns the detail of the event of a suspend.
+func detailOf(keep Kept) string {
+	if keep == KeepFiles {
+		return "keeps its files alone"
+	}
+	return ""
 }
 
 func (s *Service) writeCheckpoint(ctx context.Context, id ID,

@@ -30,7 +30,7 @@ func TestSuspendOnRequest(t *testing.T) {
 		errs := make(chan error, 5) // concurrent callers share the answer
 		for range cap(errs) {
 			go func() {
-				sbx, err := h.Suspend(context.Background(), org, id)
+				sbx, err := h.Suspend(context.Background(), org, id, sandbox.KeepAll)
 				if err == nil && (sbx.State != sandbox.Suspended || !sbx.LastActivityAt.Equal(used)) {
 					t.Errorf("answered with %+v", sbx)
 				}
@@ -47,7 +47,7 @@ func TestSuspendOnRequest(t *testing.T) {
 		if n := h.calls("suspend", id); n != 1 {
 			t.Errorf("suspended %d times", n)
 		}
-		_, err := h.Suspend(context.Background(), org, id)
+		_, err := h.Suspend(context.Background(), org, id, sandbox.KeepAll)
 		wantCode(t, err, fault.Conflict, "sandbox_not_running")
 	})
 }
@@ -70,7 +70,7 @@ func TestSuspendWaitsForCalls(t *testing.T) {
 
 		first, second := h.mustConnect(id), h.mustConnect(id)
 		began = time.Now()
-		_, err := h.Suspend(context.Background(), org, id)
+		_, err := h.Suspend(context.Background(), org, id, sandbox.KeepAll)
 		wantCode(t, err, fault.Conflict, "sandbox_in_use")
 		if e := fault.As(err); e != nil && !strings.Contains(e.Detail, "calls in flight: 2") {
 			t.Errorf("told %q", e.Detail)
@@ -105,10 +105,10 @@ func TestFullDiskKeepsItRunning(t *testing.T) {
 			t.Errorf("tried %d times in %s", n, time.Since(began))
 		}
 		lease := h.mustConnect(id) // the sandbox can be used
-		_, err := h.Suspend(context.Background(), org, id)
+		_, err := h.Suspend(context.Background(), org, id, sandbox.KeepAll)
 		wantCode(t, err, fault.Conflict, "sandbox_in_use")
 		lease.Release()
-		_, err = h.Suspend(context.Background(), org, id)
+		_, err = h.Suspend(context.Background(), org, id, sandbox.KeepAll)
 		wantCode(t, err, fault.NoSpace, "disk_full")
 		h.wantState(id, sandbox.Running, "")
 		h.node.OnSuspend = nil
@@ -155,7 +155,7 @@ func TestSuspendThatFails(t *testing.T) {
 					}
 					return broken
 				}
-				_, err := h.Suspend(context.Background(), org, id)
+				_, err := h.Suspend(context.Background(), org, id, sandbox.KeepAll)
 				if tt.ok && err != nil {
 					t.Error(err)
 				}
@@ -190,7 +190,7 @@ func TestSuspendThatCannotBeWrittenDown(t *testing.T) {
 				h := newFixture(t)
 				id := h.persistent(10 * time.Second)
 				h.gate.breakTransitions(func(to sandbox.State) bool { return to == tt.broken })
-				_, err := h.Suspend(context.Background(), org, id)
+				_, err := h.Suspend(context.Background(), org, id, sandbox.KeepAll)
 				if !errors.Is(err, errBroken) {
 					t.Errorf("got %v", err)
 				}
@@ -305,7 +305,7 @@ func TestNobodyIsSuspendedInUse(t *testing.T) {
 				return
 			default:
 			}
-			if _, err := s.Suspend(t.Context(), org, sbx.ID); err != nil && !fault.Is(err, fault.Conflict) {
+			if _, err := s.Suspend(t.Context(), org, sbx.ID, sandbox.KeepAll); err != nil && !fault.Is(err, fault.Conflict) {
 				t.Error(err)
 			}
 		}

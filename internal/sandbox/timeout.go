@@ -74,7 +74,7 @@ func (s *Service) SetSurface(ctx context.Context, orgID string, id ID, surface s
 func (s *Service) suspendExpired(expired Sandbox) {
 	op, _ := s.ops.run(expired.ID, opSuspend, func(ctx context.Context) (any, error) {
 		return act(ctx, s, expired.ID, rules[opSuspend], func(ctx context.Context, sbx Sandbox) (Sandbox, error) {
-			return s.suspend(ctx, sbx, string(Expired), s.detachExpired(expired.Run)) // logs its errors
+			return s.suspend(ctx, sbx, expired.AtEnd.keeps(), string(Expired), s.detachExpired(expired.Run)) // logs its errors
 		})
 	})
 	if op == nil {
@@ -147,7 +147,7 @@ func (s *Service) expire(id ID) {
 	}
 	switch {
 	case err != nil:
-	case sbx.AtEnd == EndSuspends:
+	case sbx.AtEnd.Suspends():
 		s.suspendExpired(sbx)
 		return
 	default:

@@ -53,7 +53,7 @@ func TestEndSuspends(t *testing.T) {
 
 func (h *fixture) mustPause(id sandbox.ID) {
 	h.t.Helper()
-	if sbx, err := h.Pause(context.Background(), org, id); err != nil || sbx.State != sandbox.Suspended {
+	if sbx, err := h.Pause(context.Background(), org, id, sandbox.KeepAll); err != nil || sbx.State != sandbox.Suspended {
 		h.t.Fatalf("pausing: %s, %v", sbx.State, err)
 	}
 }
@@ -65,7 +65,7 @@ func TestPauseOfEitherModeInUse(t *testing.T) {
 		for _, id := range []sandbox.ID{ephemeral, h.persistent(time.Hour)} {
 			lease := h.mustConnect(id)
 			h.mustPause(id)
-			_, err := h.Pause(context.Background(), org, id)
+			_, err := h.Pause(context.Background(), org, id, sandbox.KeepAll)
 			wantCode(t, err, fault.Conflict, "sandbox_not_running")
 			_, err = h.Attach(context.Background(), id)
 			wantCode(t, err, fault.Conflict, "sandbox_not_running")
@@ -84,9 +84,9 @@ func TestPauseOfEitherModeInUse(t *testing.T) {
 			t.Errorf("%d leases are left", n)
 		}
 		// It behaves as the v1 API promises for an ephemeral sandbox.
-		_, err := h.Suspend(context.Background(), org, ephemeral)
+		_, err := h.Suspend(context.Background(), org, ephemeral, sandbox.KeepAll)
 		wantCode(t, err, fault.Conflict, "sandbox_not_persistent")
-		_, err = h.Pause(context.Background(), "org_other", ephemeral)
+		_, err = h.Pause(context.Background(), "org_other", ephemeral, sandbox.KeepAll)
 		wantCode(t, err, fault.Denied, "not_your_sandbox")
 	})
 }
@@ -187,5 +187,43 @@ func TestEndRefused(t *testing.T) {
 		wantCode(t, err, fault.Invalid, "invalid_at_end")
 		_, err = h.create(sandbox.Request{Mode: "persistent", AtEnd: sandbox.EndSuspends})
 		wantCode(t, err, fault.Invalid, "invalid_at_end")
+	})
+}
+
+// TestEndSuspendsFiles suspends sandboxes without memory, at their end and by a call. What a suspend keeps
+// is in the row, also after a fall back.
+func TestEndSuspendsFiles(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newFixture(t)
+		minute := time.Minute
+		id := h.mustCreate(sandbox.Request{Timeout: &minute, AtEnd: sandbox.EndSuspendsFiles}).ID
+		kept := func(want sandbox.Kept) {
+			t.Helper()
+			if sbx := h.get(id); sbx.State != sandbox.Suspended || sbx.Kept != want {
+				t.Errorf("it is %s and keeps %q, want %q", sbx.State, sbx.Kept, want)
+			}
+		}
+		h.node.Work(id)
+		pass(time.Minute)
+		kept(sandbox.KeepFiles)
+		h.wantEvent(id, sandbox.Suspending, sandbox.Suspended, "expired", "keeps its files alone")
+		h.mustWake(id)
+		if busy, err := h.node.Busy(context.Background(), id); err != nil || busy {
+			t.Errorf("after the boot it is busy: %v, %v", busy, err)
+		}
+		h.mustPause(id)
+		kept(sandbox.KeepAll)
+		h.mustWake(id)
+		if _, err := h.Pause(context.Background(), org, id, sandbox.KeepFiles); err != nil {
+			t.Fatal(err)
+		}
+		kept(sandbox.KeepFiles)
+		h.mustWake(id)
+		h.node.Die(id)
+		synctest.Wait()
+		kept(sandbox.KeepFiles)
+		if err := h.Destroy(context.Background(), org, id); err != nil {
+			t.Error(err)
+		}
 	})
 }

@@ -133,7 +133,7 @@ func (s *Service) wake(ctx context.Context, c Caller, sbx Sandbox, timeout time.
 func (s *Service) restore(ctx context.Context, sbx Sandbox) (Sandbox, error) {
 	ctx, cancel := context.WithTimeout(ctx, checkpointTimeout)
 	defer cancel()
-	if err := s.node.Wake(ctx, sbx.restored()); err != nil {
+	if err := s.node.Wake(ctx, sbx.restored(sbx.Kept)); err != nil {
 		return Sandbox{}, err
 	}
 	now := time.Now().UTC()

@@ -210,12 +210,12 @@ func TestWakeThatCannotBeWrittenDown(t *testing.T) {
 func TestDestroyWins(t *testing.T) {
 	for name, begin := range map[string]func(h *fixture, id sandbox.ID) error{
 		"suspend": func(h *fixture, id sandbox.ID) error {
-			_, err := h.Suspend(context.Background(), org, id)
+			_, err := h.Suspend(context.Background(), org, id, sandbox.KeepAll)
 			return err
 		},
 		"suspend that waits for a call": func(h *fixture, id sandbox.ID) error {
 			h.mustConnect(id)
-			_, err := h.Suspend(context.Background(), org, id)
+			_, err := h.Suspend(context.Background(), org, id, sandbox.KeepAll)
 			return err
 		},
 		"wake": func(h *fixture, id sandbox.ID) error {
@@ -277,7 +277,7 @@ func TestDestroyBetweenPointAndRow(t *testing.T) {
 		}
 		interrupted := make(chan error)
 		go func() {
-			_, err := h.Suspend(context.Background(), org, id)
+			_, err := h.Suspend(context.Background(), org, id, sandbox.KeepAll)
 			interrupted <- err
 		}()
 		synctest.Wait()
@@ -296,14 +296,14 @@ func TestClosing(t *testing.T) {
 		asleep, running, going := h.suspended(), h.persistent(0), h.persistent(0)
 		h.node.OnSuspend = func(context.Context, sandbox.ID) error { time.Sleep(time.Second); return nil }
 		going2 := make(chan error)
-		go func() { _, err := h.Suspend(ctx, org, going); going2 <- err }()
+		go func() { _, err := h.Suspend(ctx, org, going, sandbox.KeepAll); going2 <- err }()
 		synctest.Wait()
 		closed := make(chan error)
 		go func() { closed <- h.Close(ctx) }()
 		synctest.Wait()
 		_, err := h.Wake(ctx, h.caller(), asleep)
 		wantCode(t, err, fault.Unavailable, "shutting_down")
-		_, err = h.Suspend(ctx, org, running)
+		_, err = h.Suspend(ctx, org, running, sandbox.KeepAll)
 		wantCode(t, err, fault.Unavailable, "shutting_down")
 		_, err = h.Checkpoint(ctx, org, running)
 		wantCode(t, err, fault.Unavailable, "shutting_down")

@@ -23,7 +23,7 @@ const onceFor = 24 * time.Hour
 const sandboxColumns = `id, org_id, mode, state, run, template, template_id, template_version,
 	image, vcpus, memory_mb, shape, metadata, timeout, idle_timeout, recovery_interval,
 	created_at, started_at, expires_at, last_activity_at, suspended_at, destroyed_at, destroy_reason, error,
-	source, origin, token, at_end, surface`
+	source, origin, token, at_end, surface, kept`
 
 // sandboxFields returns s's columns, to scan into or to write.
 func sandboxFields(s *sandbox.Sandbox) []any {
@@ -32,7 +32,7 @@ func sandboxFields(s *sandbox.Sandbox) []any {
 		durationColumn{&s.Timeout}, durationColumn{&s.IdleTimeout}, durationColumn{&s.RecoveryInterval},
 		timeColumn{&s.CreatedAt}, timeColumn{&s.StartedAt}, timeColumn{&s.ExpiresAt}, timeColumn{&s.LastActivityAt},
 		timeColumn{&s.SuspendedAt}, timeColumn{&s.DestroyedAt}, &s.DestroyReason, &s.Error, &s.Source, &s.Origin,
-		&s.Token, &s.AtEnd, &s.Surface}
+		&s.Token, &s.AtEnd, &s.Surface, &s.Kept}
 }
 
 func scanSandbox(row scanner) (sandbox.Sandbox, error) {
@@ -276,6 +276,9 @@ func listQuery(f sandbox.Filter) (string, params, error) {
 	if f.Template != "" {
 		q += " AND (template_id = " + p.add(f.Template) + " OR template = " + p.add(f.Template) + ")"
 	}
+	if f.TemplateVersion != 0 {
+		q += " AND template_version = " + p.add(f.TemplateVersion)
+	}
 	if !f.CreatedFrom.IsZero() {
 		q += " AND created_at >= " + p.add(at(f.CreatedFrom))
 	}
@@ -372,6 +375,9 @@ func updateQuery(c sandbox.Change, before sandbox.Sandbox) (string, params) {
 	}
 	if c.SuspendedAt != nil {
 		add("suspended_at", at(*c.SuspendedAt))
+	}
+	if c.Kept != nil {
+		add("kept", *c.Kept)
 	}
 	if c.LastActivityAt != nil {
 		add("last_activity_at", at(*c.LastActivityAt))

@@ -44,7 +44,7 @@ func fullSandbox(org string, i int) sandbox.Sandbox {
 		Timeout:  5 * time.Minute, IdleTimeout: 90 * time.Second, RecoveryInterval: 1500 * time.Millisecond,
 		CreatedAt: created, StartedAt: created.Add(1), ExpiresAt: created.Add(time.Hour), LastActivityAt: created.Add(2 * time.Second),
 		SuspendedAt: created.Add(3 * time.Second), DestroyedAt: created.Add(4 * time.Second), DestroyReason: sandbox.Lost,
-		Error: "it broke", Source: sandbox.Restored, Origin: "snap_a", Token: "secret", AtEnd: sandbox.EndSuspends, Surface: "kept",
+		Error: "it broke", Source: sandbox.Restored, Origin: "snap_a", Token: "secret", AtEnd: sandbox.EndSuspends, Surface: "kept", Kept: sandbox.KeepFiles,
 	}
 }
 
@@ -538,6 +538,8 @@ func sandboxListUp(t *testing.T, st sandbox.Store) {
 		"from a bit later": {sandbox.Filter{CreatedFrom: start.Add(2*time.Second + time.Microsecond)}, oldest[3:]},
 		"template by name": {sandbox.Filter{Template: "node"}, oldest[4:]},
 		"template by id":   {sandbox.Filter{Template: "tpl_python"}, oldest[:4]},
+		"version":          {sandbox.Filter{Template: "tpl_python", TemplateVersion: 3}, oldest[:4]},
+		"another version":  {sandbox.Filter{Template: "tpl_python", TemplateVersion: 4}, nil},
 		"unknown template": {sandbox.Filter{Template: "go"}, nil},
 	} {
 		c.filter.OrgID, c.filter.OldestFirst, c.filter.Limit = "org_a", true, 2

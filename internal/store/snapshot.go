@@ -14,13 +14,13 @@ import (
 
 // snapshotColumns lists the columns of snapshotFields, in the same order.
 const snapshotColumns = `id, org_id, name, state, sandbox_id, template, template_id, template_version, image,
-	shape, bytes, created_at`
+	shape, bytes, created_at, kept`
 
 // snapshotFields returns s's columns, to scan into or to write.
 func snapshotFields(s *sandbox.Snapshot) []any {
 	return []any{&s.ID, &s.OrgID, &s.Name, &s.State, &s.SandboxID,
 		&s.Template, &s.TemplateID, &s.TemplateVersion, &s.Image,
-		jsonColumn{&s.Shape}, &s.Bytes, timeColumn{&s.CreatedAt}}
+		jsonColumn{&s.Shape}, &s.Bytes, timeColumn{&s.CreatedAt}, &s.Kept}
 }
 
 func scanSnapshot(row scanner, id string) (sandbox.Snapshot, error) {

@@ -1258,6 +1258,9 @@ type Sandbox struct {
 	// Persistent only: when the sandbox was last used.
 	LastActivityAt *time.Time `json:"last_activity_at,omitempty"`
 
+	// Whether the checkpoint holds memory and processes beside the files. Absent while the sandbox runs.
+	MemoryKept *bool `json:"memory_kept,omitempty"`
+
 	// Memory in MiB.
 	MemoryMB int `json:"memory_mb"`
 
@@ -1396,7 +1399,7 @@ type Snapshot struct {
 	// Example: snap_abcdefghijklmnopqrst
 	ID string `json:"id"`
 
-	// Whether the snapshot has processes and memory, and not only files. At present always true.
+	// Whether the snapshot has processes and memory, and not only files, as one of a sandbox that was suspended without memory. Sandboxes from one with files alone are booted.
 	Memory bool `json:"memory"`
 
 	// Memory of these sandboxes, in MiB.
@@ -1477,6 +1480,12 @@ type StartProcessRequest struct {
 
 	// Absolute path of the working directory, which must exist. The default is the template's, else the user's home.
 	Workdir *string `json:"workdir,omitempty"`
+}
+
+// suspendRequest describes what a suspend keeps.
+type suspendRequest struct {
+	// If `false`, only the files are kept: processes end, and a wake boots the sandbox.
+	Memory *bool `json:"memory,omitempty"`
 }
 
 // Template describes a template, from which sandboxes are created.
@@ -1974,6 +1983,9 @@ type signalProcessJSONRequestBody = signalRequest
 
 // createSnapshotJSONRequestBody defines body for CreateSnapshot for application/json ContentType.
 type createSnapshotJSONRequestBody = createSnapshotRequest
+
+// suspendSandboxJSONRequestBody defines body for SuspendSandbox for application/json ContentType.
+type suspendSandboxJSONRequestBody = suspendRequest
 
 // createTemplateJSONRequestBody defines body for CreateTemplate for application/json ContentType.
 type createTemplateJSONRequestBody = CreateTemplateRequest

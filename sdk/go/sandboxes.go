@@ -110,7 +110,13 @@ func (c *Client) Wake(ctx context.Context, id string) (*Sandbox, error) {
 // when the sandbox uses no CPU or memory of the machine. The next call that uses the
 // sandbox wakes it. While other calls use it, Suspend fails with code "sandbox_in_use".
 func (c *Client) Suspend(ctx context.Context, id string) (*Sandbox, error) {
-	return decode[Sandbox](c.wire.SuspendSandbox(ctx, id))
+	return decode[Sandbox](c.wire.SuspendSandbox(ctx, id, suspendRequest{}))
+}
+
+// SuspendFiles is like Suspend, but keeps only the files on the sandbox's disk. Its processes
+// end, and the next call that uses the sandbox boots it and runs its start command.
+func (c *Client) SuspendFiles(ctx context.Context, id string) (*Sandbox, error) {
+	return decode[Sandbox](c.wire.SuspendSandbox(ctx, id, suspendRequest{Memory: new(false)}))
 }
 
 // Checkpoint takes a recovery point of a running persistent sandbox. The sandbox falls

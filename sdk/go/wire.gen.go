@@ -820,14 +820,40 @@ type clientInterface interface {
 	// Writes the sandbox's processes, memory, open files and disk to a checkpoint and frees its resources on the
 	// machine. Connections to the outside are cut.
 	//
+	// With `memory: false` only the files on its disk are kept. Its processes end, and the next use boots it: its
+	// start command runs again. The answer is 409 with code `sandbox_too_old` for a sandbox that an older version of
+	// cay started.
+	//
 	// The answer is 409 if the sandbox is not persistent (`sandbox_not_persistent`), is not running
 	// (`sandbox_not_running`), or is used by calls that do not end within 5 seconds (`sandbox_in_use`). It is 507 with
 	// code `disk_full` if the machine's disk has no room for the checkpoint; the sandbox keeps running. It is 500 with
 	// code `suspend_failed` if the checkpoint could not be written; the sandbox keeps running if it is still alive,
 	// and otherwise is suspended at its latest recovery point.
 	//
+	// Takes any type of body and a specified content type.
+	//
 	// Corresponds with POST /v1/sandboxes/{id}/suspend (the `SuspendSandbox` operationId).
-	SuspendSandbox(ctx context.Context, id sandboxID, reqEditors ...requestEditorFn) (*http.Response, error)
+	SuspendSandboxWithBody(ctx context.Context, id sandboxID, contentType string, body io.Reader, reqEditors ...requestEditorFn) (*http.Response, error)
+
+	// Suspend a persistent sandbox
+	//
+	// Writes the sandbox's processes, memory, open files and disk to a checkpoint and frees its resources on the
+	// machine. Connections to the outside are cut.
+	//
+	// With `memory: false` only the files on its disk are kept. Its processes end, and the next use boots it: its
+	// start command runs again. The answer is 409 with code `sandbox_too_old` for a sandbox that an older version of
+	// cay started.
+	//
+	// The answer is 409 if the sandbox is not persistent (`sandbox_not_persistent`), is not running
+	// (`sandbox_not_running`), or is used by calls that do not end within 5 seconds (`sandbox_in_use`). It is 507 with
+	// code `disk_full` if the machine's disk has no room for the checkpoint; the sandbox keeps running. It is 500 with
+	// code `suspend_failed` if the checkpoint could not be written; the sandbox keeps running if it is still alive,
+	// and otherwise is suspended at its latest recovery point.
+	//
+	// Takes a body of the `application/json` content type.
+	//
+	// Corresponds with POST /v1/sandboxes/{id}/suspend (the `SuspendSandbox` operationId).
+	SuspendSandbox(ctx context.Context, id sandboxID, body suspendSandboxJSONRequestBody, reqEditors ...requestEditorFn) (*http.Response, error)
 
 	// Open a terminal
 	//
@@ -2375,10 +2401,14 @@ func (c *wire) CreateSnapshot(ctx context.Context, id sandboxID, body createSnap
 	return c.Client.Do(req)
 }
 
-// SuspendSandbox describes suspend a persistent sandbox
+// SuspendSandboxWithBody describes suspend a persistent sandbox
 //
 // Writes the sandbox's processes, memory, open files and disk to a checkpoint and frees its resources on the
 // machine. Connections to the outside are cut.
+//
+// With `memory: false` only the files on its disk are kept. Its processes end, and the next use boots it: its
+// start command runs again. The answer is 409 with code `sandbox_too_old` for a sandbox that an older version of
+// cay started.
 //
 // The answer is 409 if the sandbox is not persistent (`sandbox_not_persistent`), is not running
 // (`sandbox_not_running`), or is used by calls that do not end within 5 seconds (`sandbox_in_use`). It is 507 with
@@ -2386,9 +2416,41 @@ func (c *wire) CreateSnapshot(ctx context.Context, id sandboxID, body createSnap
 // code `suspend_failed` if the checkpoint could not be written; the sandbox keeps running if it is still alive,
 // and otherwise is suspended at its latest recovery point.
 //
+// Takes any type of body and a specified content type.
+//
 // Corresponds with POST /v1/sandboxes/{id}/suspend (the `SuspendSandbox` operationId).
-func (c *wire) SuspendSandbox(ctx context.Context, id sandboxID, reqEditors ...requestEditorFn) (*http.Response, error) {
-	req, err := newSuspendSandboxRequest(c.Server, id)
+func (c *wire) SuspendSandboxWithBody(ctx context.Context, id sandboxID, contentType string, body io.Reader, reqEditors ...requestEditorFn) (*http.Response, error) {
+	req, err := newSuspendSandboxRequestWithBody(c.Server, id, contentType, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// SuspendSandbox describes suspend a persistent sandbox
+//
+// Writes the sandbox's processes, memory, open files and disk to a checkpoint and frees its resources on the
+// machine. Connections to the outside are cut.
+//
+// With `memory: false` only the files on its disk are kept. Its processes end, and the next use boots it: its
+// start command runs again. The answer is 409 with code `sandbox_too_old` for a sandbox that an older version of
+// cay started.
+//
+// The answer is 409 if the sandbox is not persistent (`sandbox_not_persistent`), is not running
+// (`sandbox_not_running`), or is used by calls that do not end within 5 seconds (`sandbox_in_use`). It is 507 with
+// code `disk_full` if the machine's disk has no room for the checkpoint; the sandbox keeps running. It is 500 with
+// code `suspend_failed` if the checkpoint could not be written; the sandbox keeps running if it is still alive,
+// and otherwise is suspended at its latest recovery point.
+//
+// Takes a body of the `application/json` content type.
+//
+// Corresponds with POST /v1/sandboxes/{id}/suspend (the `SuspendSandbox` operationId).
+func (c *wire) SuspendSandbox(ctx context.Context, id sandboxID, body suspendSandboxJSONRequestBody, reqEditors ...requestEditorFn) (*http.Response, error) {
+	req, err := newSuspendSandboxRequest(c.Server, id, body)
 	if err != nil {
 		return nil, err
 	}
@@ -5179,8 +5241,19 @@ func newCreateSnapshotRequestWithBody(server string, id sandboxID, contentType s
 	return req, nil
 }
 
-// newSuspendSandboxRequest constructs an http.Request for the SuspendSandbox method
-func newSuspendSandboxRequest(server string, id sandboxID) (*http.Request, error) {
+// newSuspendSandboxRequest calls the generic SuspendSandbox builder with application/json body
+func newSuspendSandboxRequest(server string, id sandboxID, body suspendSandboxJSONRequestBody) (*http.Request, error) {
+	var bodyReader io.Reader
+	buf, err := json.Marshal(body)
+	if err != nil {
+		return nil, err
+	}
+	bodyReader = bytes.NewReader(buf)
+	return newSuspendSandboxRequestWithBody(server, id, "application/json", bodyReader)
+}
+
+// newSuspendSandboxRequestWithBody constructs an http.Request for the SuspendSandbox method, with any body, and a specified content type
+func newSuspendSandboxRequestWithBody(server string, id sandboxID, contentType string, body io.Reader) (*http.Request, error) {
 	var err error
 
 	var pathParam0 string
@@ -5205,10 +5278,12 @@ func newSuspendSandboxRequest(server string, id sandboxID) (*http.Request, error
 		return nil, err
 	}
 
-	req, err := http.NewRequest(http.MethodPost, queryURL.String(), nil)
+	req, err := http.NewRequest(http.MethodPost, queryURL.String(), body)
 	if err != nil {
 		return nil, err
 	}
+
+	req.Header.Add("Content-Type", contentType)
 
 	return req, nil
 }
