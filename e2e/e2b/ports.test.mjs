@@ -101,3 +101,15 @@ test('a request wakes a server', async () => {
     await Promise.all([sandbox.kill(), quiet.kill()])
   }
 })
+
+test('the host of a port', async () => {
+  const sandbox = await serving()
+  try {
+    const host = sandbox.getHost(8000)
+    assert.equal(host, `8000-${sandbox.sandboxId}.localhost:${new URL(base).port}`)
+    await until('the server', async () => (await byHost(host)).status === 200)
+    assert.equal((await byHost(host, '/x')).body, `from inside /x ${host}`)
+  } finally {
+    await sandbox.kill()
+  }
+})

@@ -256,9 +256,9 @@ func (s *server) portShown(r *http.Request, id string, port int) Port {
 }
 
 // portURL returns the URL of a port: one with its host name, or a path on the host that was called
-// if ports have no host names.
+// if ports have no host names that every client resolves.
 func (s *server) portURL(r *http.Request, id string, port int) string {
-	if base := s.Names.Of(id, port); base != "" {
+	if base := s.Names.Of(id, port); base != "" && !s.Names.Local {
 		return base + "/"
 	}
 	return portproxy.Scheme(r) + "://" + r.Host + portproxy.Path(id, port) + "/"

@@ -13,6 +13,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"github.com/cayhq/cay/internal/api"
+	"github.com/cayhq/cay/internal/config"
 	"github.com/cayhq/cay/internal/e2b"
 	"github.com/cayhq/cay/internal/httpserver"
 	"github.com/cayhq/cay/internal/portproxy"
@@ -24,6 +25,7 @@ func (s *server) listen(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("listening for the API: %w", err)
 	}
+	names := portNames(s.cfg.Proxy, listener.Addr())
 	metrics := promhttp.HandlerFor(s.registry, promhttp.HandlerOpts{})
 	secret, err := s.setting(ctx, settingPorts, portproxy.NewSecret)
 	if err != nil {
@@ -34,12 +36,12 @@ func (s *server) listen(ctx context.Context) error {
 	var hijacked sync.WaitGroup
 	handler := api.New(api.Config{
 		Stopping: stopping, Hijacked: &hijacked,
-		Ports: s.ports, Names: s.portNames(), Signer: portproxy.NewSigner(secret),
+		Ports: s.ports, Names: names, Signer: portproxy.NewSigner(secret),
 		Sandboxes: s.sandboxes, Templates: s.templates, Auth: s.auth, Events: s.events, Agent: s.node.Agents(),
 		Budget: s.budget, Ready: func() error { return s.db.Ping(ctx) }, Metrics: metrics, Registry: s.registry,
 		Log: s.log, Version: s.version,
 	})
-	surface, err := s.openE2B(ctx, handler)
+	surface, err := s.openE2B(ctx, names, handler)
 	if err != nil {
 		return errors.Join(err, listener.Close())
 	}
@@ -111,7 +113,7 @@ func waitFor(ctx context.Context, wg *sync.WaitGroup) {
 
 // openE2B returns the surface for E2B's clients, which hands all other requests to next. It returns nil if the
 // surface is turned off.
-func (s *server) openE2B(ctx context.Context, next http.Handler) (*e2b.Surface, error) {
+func (s *server) openE2B(ctx context.Context, names portproxy.Names, next http.Handler) (*e2b.Surface, error) {
 	if !s.cfg.E2B.Enabled {
 		return nil, nil
 	}
@@ -120,11 +122,15 @@ func (s *server) openE2B(ctx context.Context, next http.Handler) (*e2b.Surface, 
 		return nil, err
 	}
 	return e2b.New(e2b.Config{Sandboxes: s.sandboxes, Templates: s.templates, Auth: s.auth, Agent: s.node.Agents(),
-		Ports: s.ports, Samples: s.samples, Names: s.portNames(), Secret: []byte(secret), Budget: s.budget, Log: s.log,
+		Ports: s.ports, Samples: s.samples, Names: names, Secret: []byte(secret), Budget: s.budget, Log: s.log,
 		Registry: s.registry}, next), nil
 }
 
-// portNames returns the host names of ports.
-func (s *server) portNames() portproxy.Names {
-	return portproxy.Names{Domain: s.cfg.Proxy.Domain, Scheme: s.cfg.Proxy.Scheme}
+// portNames returns the host names of ports: those of the operator's domain, or if there is none those below
+// localhost for a server that listens on the loopback alone.
+func portNames(cfg config.Proxy, at net.Addr) portproxy.Names {
+	if tcp, ok := at.(*net.TCPAddr); ok && cfg.Domain == "" && tcp.IP.IsLoopback() {
+		return portproxy.LocalNames(tcp.Port)
+	}
+	return portproxy.Names{Domain: cfg.Domain, Scheme: cfg.Scheme}
 }

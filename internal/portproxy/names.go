@@ -24,6 +24,15 @@ const idPrefix = "sbx_"
 type Names struct {
 	Domain string // with a port, unless it is the scheme's default; "" if there are no host names
 	Scheme string // of the URLs made: "https" or "http"
+	// Local reports whether the names lead to the server only in browsers and programs on its own machine
+	// that resolve all names below localhost to it, as browsers and curl do.
+	Local bool
+}
+
+// LocalNames returns the names for a server on the loopback whose operator has no domain. Browsers take
+// localhost for a public suffix, so that each name is a site of its own.
+func LocalNames(port int) Names {
+	return Names{Domain: net.JoinHostPort("localhost", strconv.Itoa(port)), Scheme: "http", Local: true}
 }
 
 var portLabel = regexp.MustCompile(`^([1-9][0-9]{0,4})-([a-z0-9]{20})$`)
