@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io/fs"
+	"math"
 	"net/http"
 	"regexp"
 	"slices"
@@ -283,7 +284,11 @@ func (s *Surface) base(ctx context.Context, org string, in buildBody) (steps.Bas
 		return steps.Base{}, template.Request{}, fault.InvalidField("fromImage",
 			"one of fromImage and fromTemplate is needed")
 	}
-	start, ready := in.StartCmd, readyOf(in.ReadyCmd)
+	start := in.StartCmd
+	ready, err := readyOf(in.ReadyCmd)
+	if err != nil {
+		return steps.Base{}, template.Request{}, err
+	}
 	request := template.Request{Definition: template.Definition{StartCommand: &start, Ready: ready}}
 	if in.StartCmd == "" {
 		request.Ready = nil // nothing runs whose readiness could be awaited
@@ -365,23 +370,37 @@ func registryCredentials(ref string, in *registryBody) (*template.Credentials, e
 
 // Forms of the ready commands that clients make.
 var (
-	sleeps      = regexp.MustCompile(`^sleep [0-9.]+$`)
+	sleeps      = regexp.MustCompile(`^sleep ([0-9]{1,6}(?:\.[0-9]*)?)$`)
 	waitsOfPort = regexp.MustCompile(`^(?:\[ -n "\$\(ss -Htuln sport = :([0-9]{1,5})\)" \]|` +
 		`ss -tuln \| grep :([0-9]{1,5}))$`)
 )
 
+// maxSleep bounds the fixed time of a ready command, in seconds. It passes in every create, for which
+// clients wait 60 s.
+const maxSleep = 45
+
 // readyOf translates a ready command. A port is looked at without a program of the image. A fixed
-// time, which E2B lets pass once for all sandboxes, is not awaited in each.
-func readyOf(command string) *sandbox.Ready {
-	if command == "" || sleeps.MatchString(command) {
-		return nil
+// time counts from the boot, which is a fraction of a second before the start command. It is no command
+// that sleeps, since a try of the check has a limit of its own.
+func readyOf(command string) (*sandbox.Ready, error) {
+	if command == "" {
+		return nil, nil
+	}
+	if m := sleeps.FindStringSubmatch(command); m != nil {
+		seconds, err := strconv.ParseFloat(m[1], 64)
+		if err != nil || seconds > maxSleep {
+			return nil, fault.InvalidField("readyCmd", "waits for a fixed time, which passes in every new sandbox: "+
+				"at most %d seconds; name what to wait for instead", maxSleep)
+		}
+		return &sandbox.Ready{Command: fmt.Sprintf(`read -r up rest </proc/uptime && [ "${up%%.*}" -ge %d ]`,
+			int(math.Ceil(seconds))+1)}, nil
 	}
 	if m := waitsOfPort.FindStringSubmatch(command); m != nil {
 		if port, err := strconv.Atoi(m[1] + m[2]); err == nil && port > 0 && port < 1<<16 {
-			return &sandbox.Ready{Port: port}
+			return &sandbox.Ready{Port: port}, nil
 		}
 	}
-	return &sandbox.Ready{Command: command}
+	return &sandbox.Ready{Command: command}, nil
 }
 
 // statusBody is E2B's TemplateBuildInfo.

@@ -329,6 +329,7 @@ func TestRefusedBuilds(t *testing.T) {
 	for body, status := range map[string]int{
 		`{}`: 400, `{"fromImage":"a","fromTemplate":"b"}`: 400, `{"fromTemplate":"none"}`: 404, `{"fromTemplate":"a\nRUN id"}`: 404,
 		`{"fromImage":"a\nRUN id"}`: 400, `{"fromImage":"$X"}`: 400, `{"fromImage":"a AS b"}`: 400, `{"fromImage":"--platform=x"}`: 400,
+		`{"fromTemplate":"base","startCmd":"s","readyCmd":"sleep 45.1"}`:            400,
 		`{"fromImage":"a","fromImageRegistry":{"type":"aws","awsAccessKeyId":"x"}}`: 501, `{"fromImage":"a","fromImageRegistry":{"type":"registry"}}`: 400,
 		`{"fromTemplate":"base","steps":[{"type":"ADD","args":["a","b"]}]}`:                                                               400,
 		`{"fromTemplate":"base","steps":[{"type":"COPY","args":["a","b"],"filesHash":"../../x"}]}`:                                        400,
@@ -383,7 +384,7 @@ func TestBases(t *testing.T) {
 		`{"fromTemplate":"base"}`:                                                                   {Ref: "base", User: "root", Account: true},
 		`{"fromImage":"e2bdev/base"}`:                                                               {Ref: "base", User: "root", Account: true},
 		`{"fromImage":"docker.io/e2bdev/base:latest","readyCmd":"true"}`:                            {Ref: "base", User: "root", Account: true},
-		`{"fromTemplate":"mine:default","startCmd":"s","readyCmd":"sleep 20"}`:                      {Ref: "mine", User: "root", Start: "s"},
+		`{"fromTemplate":"mine:default","startCmd":"s","readyCmd":"sleep 20"}`:                      {Ref: "mine", User: "root", Start: "s", Ready: &sandbox.Ready{Command: `read -r up rest </proc/uptime && [ "${up%.*}" -ge 21 ]`}},
 		`{"fromTemplate":"mine","startCmd":"s","readyCmd":"curl x"}`:                                {Ref: "mine", User: "root", Start: "s", Ready: &sandbox.Ready{Command: "curl x"}},
 		`{"fromTemplate":"mine","startCmd":"s","readyCmd":"ss -tuln | grep :80"}`:                   {Ref: "mine", User: "root", Start: "s", Ready: &sandbox.Ready{Port: 80}},
 		`{"fromTemplate":"serving_"}`:                                                               {Ref: serving.ID, User: "www", Start: "the image's", Ready: serving.Start.Ready},

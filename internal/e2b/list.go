@@ -29,7 +29,7 @@ var (
 // list answers GET /v2/sandboxes, and GET /sandboxes with fixed states.
 func (s *Surface) list(states []sandbox.State) func(http.ResponseWriter, *http.Request) error {
 	return func(w http.ResponseWriter, r *http.Request) error {
-		f, err := filter(r)
+		f, err := s.filter(r)
 		if err != nil {
 			return err
 		}
@@ -102,7 +102,7 @@ func limits(q url.Values) (limit int, cursor string, err error) {
 }
 
 // filter parses the query of a listing.
-func filter(r *http.Request) (f sandbox.Filter, err error) {
+func (s *Surface) filter(r *http.Request) (f sandbox.Filter, err error) {
 	q := r.URL.Query()
 	f = sandbox.Filter{OrgID: orgOf(r)}
 	if f.Limit, f.Cursor, err = limits(q); err != nil {
@@ -115,10 +115,8 @@ func filter(r *http.Request) (f sandbox.Filter, err error) {
 		return f, err
 	}
 	if ref := q.Get("template"); ref != "" {
-		// A tag that no template has finds nothing, nor does a name with it.
-		f.Template = ref
-		if name, err := templateName(ref); err == nil {
-			f.Template = name
+		if f.Template, f.TemplateVersion, err = s.templateFilter(r, ref); err != nil {
+			return f, err
 		}
 	}
 	if text := q.Get("startedAfter"); text != "" {
@@ -134,6 +132,28 @@ func filter(r *http.Request) (f sandbox.Filter, err error) {
 		return f, fault.InvalidField("order", "must be asc or desc, not %.40q", order)
 	}
 	return f, nil
+}
+
+// templateFilter returns the template that a reference names, and the version that its tag names; 0 is any
+// version. A tag that the template does not have finds nothing.
+func (s *Surface) templateFilter(r *http.Request, ref string) (name string, version int, err error) {
+	name, tag := templateRef(strings.ToLower(ref))
+	if tag == "" {
+		return name, 0, nil
+	}
+	t, tags, err := s.Templates.Tags(r.Context(), orgOf(r), name)
+	switch {
+	case fault.Is(err, fault.NotFound):
+		return ref, 0, nil
+	case err != nil:
+		return "", 0, err
+	}
+	for _, one := range tags {
+		if one.Name == tag {
+			return t.ID, one.Version.Version, nil
+		}
+	}
+	return ref, 0, nil
 }
 
 // states parses states as clients write them: joined by commas, or in several values.

@@ -15,6 +15,9 @@ import (
 // trafficHeader is the header with the token for ports that are not public.
 const trafficHeader = "E2b-Traffic-Access-Token"
 
+// mcpPort is the port of E2B's MCP gateway, to which getMcpUrl leads.
+const mcpPort = 50005
+
 // errPrivate is returned for a port that is not public.
 var errPrivate = fault.New(fault.Denied, fault.CodePrivate,
 	"the ports of this sandbox are not public: a valid %s is needed",
@@ -77,6 +80,8 @@ func (s *Surface) servePort(w http.ResponseWriter, r *http.Request, sb sandbox.S
 	switch {
 	case f == nil:
 		return err
+	case f.Code == fault.CodePortClosed && to.port == mcpPort:
+		return unsupported("no template of this server has E2B's MCP gateway; a server of your own may listen on this port")
 	case f.Code == fault.CodePortClosed:
 		return gone{to, "The sandbox is running but port is not open", true}
 	case f.Kind == fault.Upstream:

@@ -59,6 +59,10 @@ func TestPorts(t *testing.T) {
 		t.Errorf("the domain is %v", d)
 	}
 
+	h.portErr = fault.New(fault.Upstream, fault.CodePortClosed, "no")
+	if r := h.send("GET", "/mcp", "", idHeader, open, portHeader, "50005"); r.status != 501 {
+		t.Errorf("the port of the MCP gateway: %d %s", r.status, r.body)
+	}
 	for err, want := range map[error]string{
 		fault.New(fault.Upstream, fault.CodePortClosed, "no"):            "The sandbox is running but port is not open",
 		fault.New(fault.Upstream, fault.CodePortNoAnswer, "it is mute"):  "The sandbox is running but it is mute",

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
+	"net/url"
 	"strings"
 	"testing"
 
@@ -64,6 +65,12 @@ func TestTags(t *testing.T) {
 		}
 	}
 	want(b.control("POST", "/v2/sandboxes", `{"templateID":"mine:v2"}`), 404, "no tag")
+	for ref, count := range map[string]int{"mine": 5, "mine:v1": 1, "mine:default": 5, "mine:v2": 0, "none:v1": 0} {
+		r := b.control("GET", "/v2/sandboxes?template="+url.QueryEscape(ref), "")
+		if got := strings.Count(r.body, `"sandboxID"`); r.status != 200 || got != count {
+			t.Errorf("%s lists %d, want %d: %d %s", ref, got, count, r.status, r.body)
+		}
+	}
 	want(b.control("GET", "/templates/aliases/mine%3Av1", ""), 200, "tpl_")
 	want(b.control("GET", "/templates/aliases/mine%3Av2", ""), 404, "no tag")
 	for body, status := range map[string]int{
