@@ -30,6 +30,7 @@ func TestE2B(t *testing.T) {
 				"code interpreter")
 		})
 	}
+	t.Run("Python", func(t *testing.T) { s.runPython(t, key) })
 }
 
 // e2bKey makes a key for an E2B user with the command line.
@@ -68,6 +69,10 @@ func (s *server) runE2B(t *testing.T, version, key string, chosen func(file stri
 	cmd.Dir = run
 	cmd.Env = append(os.Environ(), "E2B_API_URL="+s.url, "E2B_SANDBOX_URL="+s.url, "E2B_API_KEY="+key,
 		"E2B_TEST_VERSION="+packageVersion(t, filepath.Join(dir, "node_modules", "e2b")))
+	record := filepath.Join(run, "record")
+	if version == "newest" {
+		cmd.Env = append(cmd.Env, "E2B_TEST_RECORD="+record)
+	}
 	out, err := cmd.CombinedOutput()
 	if err != nil {
 		t.Errorf("the tests of version %s: %v\n%s", version, err, out)
@@ -78,6 +83,9 @@ func (s *server) runE2B(t *testing.T, version, key string, chosen func(file stri
 		}
 	}
 	t.Logf("%s", out)
+	if version == "newest" && !t.Failed() {
+		checkMatrix(t, node, run, record, chosen(templatesFile))
+	}
 	// No sandbox may be left, and no lease may be held.
 	if status, body := s.call("GET", "/v1/sandboxes", nil); status != 200 ||
 		!strings.Contains(string(body), `"sandboxes":[]`) {

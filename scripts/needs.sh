@@ -48,9 +48,11 @@ if [[ $1 == test ]] && ! compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/n
 		echo 'create_main_cluster = false' >/etc/postgresql-common/createcluster.conf
 	fi
 fi
-# A program for test sandboxes that needs no library.
-if [[ $1 == test ]] && ! dpkg -s busybox-static >/dev/null 2>&1; then
-	missing+=(busybox-static)
+if [[ $1 == test ]]; then
+	# A program for test sandboxes that needs no library, and what E2B's Python package speaks with.
+	for name in busybox-static python3-httpx python3-h2; do
+		dpkg -s "$name" >/dev/null 2>&1 || missing+=("$name")
+	done
 fi
 [[ ${#missing[@]} -eq 0 ]] && exit 0
 

@@ -2,10 +2,11 @@
 // directory of one version of the client.
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
+import { note } from './record.mjs'
 import { Sandbox } from 'e2b'
 
 export * from 'e2b'
-export { assert, test }
+export { assert, note, test }
 
 // withSandbox runs a test with a sandbox that it kills at the end, so that a failed test does not
 // leave the sandbox until its timeout.

@@ -2,7 +2,7 @@
 import { mkdtempSync, mkdirSync, writeFileSync, symlinkSync, chmodSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { assert, test, control, until, newer, Sandbox, Template, waitForPort, waitForTimeout } from './lib.mjs'
+import { assert, note, test, control, until, newer, Sandbox, Template, waitForPort, waitForTimeout } from './lib.mjs'
 
 const name = (what) => `${what}__${process.env.E2B_TEST_VERSION.replace(/\./g, '-')}`
 
@@ -183,7 +183,7 @@ once('builds in the background, from templates, and their end', async () => {
   const info = await Template.buildInBackground(slow, name('slow'))
   await until('the build runs', async () => (await Template.getBuildStatus(info)).status === 'building')
   // The next build of the template takes its place.
-  const quick = await Template.buildInBackground(Template().fromTemplate('base').runCmd('echo 1 > n').setStartCmd('sleep 1000', waitForTimeout(20_000)), name('slow'))
+  const quick = await Template.buildInBackground(Template().fromTemplate('base').runCmd('echo 1 > n').setStartCmd('sleep 1000', waitForTimeout(2_000)), name('slow'))
   assert.equal(quick.templateId, info.templateId)
   await until('the next build', async () => (await Template.getBuildStatus(quick)).status === 'ready')
   const before = await Template.getBuildStatus(info)
@@ -191,10 +191,45 @@ once('builds in the background, from templates, and their end', async () => {
   assert.match(before.reason.message, /newer build/)
   // A template of it has its start command.
   await built(Template().fromTemplate(name('slow')).skipCache().runCmd('echo 2 >> n'), name('child'))
-  await within(name('child'), async (out) => assert.equal(await out('cat n; pgrep -c sleep'), '1\n2\n1\n'))
+  await within(name('child'), async (out) => assert.equal(await out('cat n; pgrep -c sleep; [ $(cut -d. -f1 /proc/uptime) -ge 2 ] && echo waited'), '1\n2\n1\nwaited\n'))
   const gone = await control('DELETE', `/templates/${name('child')}`)
   assert.equal(gone.status, 204, JSON.stringify(gone.body))
   assert.equal(await Template.exists(name('child')), false)
   assert.match(Template.toDockerfile(Template().fromImage('debian:12').runCmd('true')), /^FROM debian:12\nRUN true/)
   assert.equal(JSON.parse(await Template.toJSON(slow)).fromTemplate, 'base')
+})
+
+// steps returns what the client makes of a template without a server.
+const steps = async (template) => {
+  const { fromImage, fromTemplate, steps } = JSON.parse(await Template.toJSON(template))
+  return [fromImage ?? fromTemplate, ...steps.map((s) => [s.type, s.args?.[0]].join(' '))]
+}
+
+once('methods that need a registry, and those for templates of theirs', async () => {
+  for (const [template, want] of [
+    [Template().fromDebianImage('x'), ['debian:x']], [Template().fromUbuntuImage('x'), ['ubuntu:x']], [Template().fromFedoraImage('x'), ['fedora:x']],
+    [Template().fromAlpineImage('x'), ['alpine:x']], [Template().fromArchImage('x'), ['archlinux:x']], [Template().fromPythonImage('x'), ['python:x']],
+    [Template().fromNodeImage('x'), ['node:x']], [Template().fromBunImage('x'), ['oven/bun:x']],
+  ]) assert.deepEqual(await steps(template), want)
+  assert.equal(JSON.parse(await Template.toJSON(Template().fromGCPRegistry('g/i', { serviceAccountJSON: { a: 1 } }))).fromImageRegistry.type, 'gcp')
+  for (const [template, want] of [
+    [Template().fromTemplate('base').aptInstall('jq'), /^RUN .*apt-get install .*jq/], [Template().fromTemplate('base').pipInstall('six'), /^RUN pip install .*six/],
+    [Template().fromTemplate('base').npmInstall('is-odd'), /^RUN npm install .*is-odd/], [Template().fromTemplate('base').bunInstall('is-odd'), /^RUN bun install .*is-odd/],
+  ]) assert.match((await steps(template)).at(-1).replace(/^RUN (sudo )?(DEBIAN_FRONTEND=\S+ )?/, 'RUN '), want)
+  assert.equal(Template.toDockerfile(Template().fromImage('debian:12').skipCache().runCmd('true')).split('\n')[0], 'FROM debian:12')
+  assert.equal(await Template.aliasExists(name('no-such')), false)
+  const cloned = await built(Template().fromTemplate('base')
+    .runCmd('git init -q /tmp/of && cd /tmp/of && git -c user.name=a -c user.email=a@b commit -q --allow-empty -m first')
+    .gitClone('/tmp/of', 'clone').runCmd('git -C clone log --format=%s').setReadyCmd('true'), name('clone'))
+  assert.match(cloned.text, /^first$/m)
+
+  const refused = async (method, template, want) => {
+    const error = await Template.build(template, name('refused')).then(() => null, (e) => e)
+    assert.match(error.message, want)
+    note(`template.${method}`, { message: `501: ${error.message.replace(/^[0-9]{3}:? */, '')}` })
+  }
+  await refused('fromAWSRegistry', Template().fromAWSRegistry('1.dkr.ecr.eu-west-1.amazonaws.com/i', { accessKeyId: 'a', secretAccessKey: 'b', region: 'eu-west-1' }), /501.*AWS/)
+  await refused('addMcpServer', Template().fromTemplate('mcp-gateway').addMcpServer('exa'), /404.*mcp-gateway/)
+  await refused('betaDevContainerPrebuild', Template().fromTemplate('devcontainer').betaDevContainerPrebuild('/w'), /404.*devcontainer/)
+  await refused('betaSetDevContainerStart', Template().fromTemplate('devcontainer').betaSetDevContainerStart('/w'), /404.*devcontainer/)
 })

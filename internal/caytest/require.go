@@ -8,6 +8,7 @@ package caytest
 import (
 	"os"
 	"os/exec"
+	"strings"
 	"testing"
 )
 
@@ -28,6 +29,17 @@ func RequireProgram(t testing.TB, name string) string {
 		Missing(t, "needs the program "+name)
 	}
 	return path
+}
+
+// RequirePython returns Debian's Python, and skips the test, or fails it if CAY_TEST_REQUIRE is set, without
+// the modules.
+func RequirePython(t testing.TB, modules ...string) string {
+	t.Helper()
+	python := RequireProgram(t, "/usr/bin/python3")
+	if err := exec.Command(python, "-c", "import "+strings.Join(modules, ", ")).Run(); err != nil {
+		Missing(t, "Python's "+strings.Join(modules, ", ")+" are needed")
+	}
+	return python
 }
 
 // Missing skips the test, or fails it with CAY_TEST_REQUIRE=1.

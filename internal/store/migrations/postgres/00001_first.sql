@@ -134,7 +134,8 @@ CREATE TABLE sandboxes (
     at_end            TEXT COLLATE "C" NOT NULL,
     surface           TEXT COLLATE "C" NOT NULL,
     ended_at          BIGINT, -- NULL in every state that is not over
-    weight            BIGINT NOT NULL DEFAULT 1
+    weight            BIGINT NOT NULL DEFAULT 1,
+    kept              TEXT COLLATE "C" NOT NULL -- what a suspend keeps, '' is everything
 );
 
 CREATE INDEX sandboxes_page ON sandboxes (org_id, created_at, id);
@@ -197,7 +198,8 @@ CREATE TABLE snapshots (
     image            TEXT COLLATE "C" NOT NULL,
     bytes            BIGINT NOT NULL,
     created_at       BIGINT NOT NULL,
-    shape            TEXT COLLATE "C" NOT NULL -- JSON
+    shape            TEXT COLLATE "C" NOT NULL, -- JSON
+    kept             TEXT COLLATE "C" NOT NULL  -- as in sandboxes
 );
 
 CREATE INDEX snapshots_page ON snapshots (org_id, created_at, id);

@@ -1,0 +1,117 @@
+package e2e
+
+import (
+	"bytes"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"maps"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// writeMatrix makes the tests of E2B's client write the table of its methods instead of comparing it.
+var writeMatrix = flag.Bool("e2b.matrix", false, "write the tables of methods in docs/e2b.md")
+
+const matrixFile = "../docs/e2b.md"
+
+// checkMatrix compares the table of methods in the document with what the tests have recorded: a method
+// works if a call of it succeeded, and is refused if every call was answered with 501. A method that no
+// test calls fails the test. Templates have a table of their own, since their tests have a server of their
+// own.
+func checkMatrix(t *testing.T, node, dir, record string, templates bool) {
+	t.Helper()
+	cmd := exec.Command(node, "record.mjs")
+	cmd.Dir, cmd.Env = dir, append(os.Environ(), "E2B_TEST_METHODS=1")
+	out, err := cmd.Output()
+	var methods []string
+	if err == nil {
+		err = json.Unmarshal(out, &methods)
+	}
+	if err != nil {
+		t.Fatalf("listing the methods: %v\n%s", err, out)
+	}
+	works, refused := recorded(t, record)
+	table := matrix(t, slices.DeleteFunc(methods, func(name string) bool {
+		return strings.HasPrefix(strings.ToLower(name), "template") != templates
+	}), works, refused)
+
+	doc, err := os.ReadFile(matrixFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	begin := map[bool]string{false: "<!-- methods of sandboxes -->\n", true: "<!-- methods of templates -->\n"}[templates]
+	const end = "<!-- end -->\n"
+	before, rest, found := strings.Cut(string(doc), begin)
+	old, after, ended := strings.Cut(rest, end)
+	if !found || !ended {
+		t.Fatalf("%s has no place for the table", matrixFile)
+	}
+	switch {
+	case t.Failed(), old == table:
+	case *writeMatrix:
+		if err := os.WriteFile(matrixFile, []byte(before+begin+table+end+after), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	default:
+		t.Errorf("%s has\n%s\nand the tests say\n%s\nwrite it with -e2b.matrix", matrixFile, old, table)
+	}
+}
+
+// recorded reads what record.mjs has written.
+func recorded(t *testing.T, file string) (works map[string]bool, refused map[string]string) {
+	t.Helper()
+	data, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	works, refused = map[string]bool{}, map[string]string{}
+	for line := range bytes.Lines(data) {
+		var call struct{ Name, Refused string }
+		if err := json.Unmarshal(line, &call); err != nil {
+			t.Fatalf("%q: %v", line, err)
+		}
+		if call.Refused == "" {
+			works[call.Name] = true
+		} else {
+			refused[call.Name] = call.Refused
+		}
+	}
+	return works, refused
+}
+
+// matrix returns the table of the methods.
+func matrix(t *testing.T, methods []string, works map[string]bool, refused map[string]string) string {
+	t.Helper()
+	good, bad := map[string][]string{}, map[string][]string{}
+	for _, name := range methods {
+		i := strings.LastIndexByte(name, '.')
+		switch {
+		case works[name]:
+			good[name[:i]] = append(good[name[:i]], name[i+1:])
+		case refused[name] != "":
+			bad[refused[name]] = append(bad[refused[name]], name)
+		default:
+			t.Errorf("no test calls %s with success, and none is answered 501", name)
+		}
+	}
+	var out strings.Builder
+	list := func(title string, rows map[string][]string, row func(key, names string) string) {
+		if len(rows) == 0 {
+			return
+		}
+		fmt.Fprintf(&out, "\n| %s |\n| --- | --- |\n", title)
+		for _, key := range slices.Sorted(maps.Keys(rows)) {
+			slices.Sort(rows[key])
+			fmt.Fprintln(&out, row(key, "`"+strings.Join(rows[key], "`, `")+"`"))
+		}
+	}
+	list("object | methods that work", good, func(key, names string) string { return "| `" + key + "` | " + names + " |" })
+	list("does not work | what the server says", bad, func(key, names string) string {
+		return "| " + names + " | " + key + " |"
+	})
+	return out.String() + "\n"
+}
