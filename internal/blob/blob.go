@@ -167,8 +167,8 @@ func (s *Store) Path(ctx context.Context, hash string) (path string, release fun
 	return s.path(hash), release, nil
 }
 
-// Open returns a reader of a file, which the caller closes, or fs.ErrNotExist. It fetches a missing file as [Store.Path]
-// does.
+// Open returns a reader of a file, which the caller closes, or fs.ErrNotExist. It fetches a missing file as
+// [Store.Path] does.
 func (s *Store) Open(ctx context.Context, hash string) (io.ReadCloser, error) {
 	path, release, err := s.Path(ctx, hash)
 	if err != nil {

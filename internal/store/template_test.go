@@ -76,7 +76,8 @@ func templateRoundTrip(t *testing.T, st template.Store) {
 			Egress: sandbox.Egress{Mode: sandbox.DenyAll, AllowCIDRs: []netip.Prefix{netip.MustParsePrefix("1.2.3.0/24")}}},
 		CreatedAt: start, UpdatedAt: start.Add(time.Second), BuiltAt: start.Add(2 * time.Second)}
 	for _, f := range reflect.VisibleFields(reflect.TypeFor[template.Template]()) {
-		if reflect.ValueOf(full).FieldByIndex(f.Index).IsZero() && f.Name != "Tagging" && f.Name != "Repairs" { // see templateTags
+		if reflect.ValueOf(full).FieldByIndex(f.Index).IsZero() && f.Name != "Tagging" &&
+			f.Name != "Repairs" { // see templateTags
 			t.Errorf("the test leaves field %s empty", f.Name)
 		}
 	}
