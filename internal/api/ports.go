@@ -255,8 +255,8 @@ func (s *server) portShown(r *http.Request, id string, port int) Port {
 	return Port{Port: port, URL: s.portURL(r, id, port)}
 }
 
-// portURL returns the URL of a port: one with its host name, or a path on the host that was called
-// if ports have no host names that every client resolves.
+// portURL returns the URL of a port: by host name if every client resolves these names, otherwise by path on the host
+// that was called.
 func (s *server) portURL(r *http.Request, id string, port int) string {
 	if base := s.Names.Of(id, port); base != "" && !s.Names.Local {
 		return base + "/"

@@ -44,7 +44,7 @@ func (b *Buckets) Take(key string, now time.Time) time.Duration {
 	return wait
 }
 
-// take is Take. The returned function gives a taken token back, as if it had not been taken.
+// take takes a token as Take does. giveBack returns the token.
 func (b *Buckets) take(key string, now time.Time) (giveBack func(), wait time.Duration) {
 	if b.rate <= 0 {
 		return func() {}, 0

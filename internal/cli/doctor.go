@@ -22,9 +22,9 @@ func (a *app) doctorCommand() *cobra.Command {
 		Use:   "doctor",
 		Short: "Check this machine for what cay needs, and for leftovers of dead servers",
 		Long: `Check whether this machine has what cay server needs, whether a server answers, and
-whether dead servers left something behind, and print what to do about it. With a server's --config,
-or its environment, it also checks its PostgreSQL, and the bucket of files.url with objects that it
-removes again.
+whether dead servers left something behind, and print what to do about it. Given a server's
+settings, by --config or CAY_… variables, it also checks PostgreSQL and the bucket of files.url. In the
+bucket it writes small objects and removes them again.
 --clean skips these checks and removes what dead servers left: their sandboxes' processes,
 networks, control groups and files. The rest of a data directory stays; cay server --purge
 removes it. The exit status is 1 if something is wrong.`,

@@ -27,7 +27,7 @@ Afterwards start the server with store.url set to the same database. Until
 then the command can be repeated. It leaves DIR/cay.db as it is.
 
 The settings of the connection, such as store.password_file, come from the
-file and the environment of the server; --to stands for store.url.`,
+file and the environment of the server; --to overrides store.url.`,
 		Example: "  cay server migrate --from sqlite:/var/lib/cay --to 'postgres://cay@db.example.com/cay?sslmode=verify-full'",
 		Args:    noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -36,7 +36,7 @@ file and the environment of the server; --to stands for store.url.`,
 				return err
 			}
 			if to != "" {
-				cfg.Store.URL = to
+				cfg.Store.URL = config.Secret(to)
 			}
 			if err := cfg.Check(); err != nil {
 				return err

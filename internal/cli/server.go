@@ -20,9 +20,10 @@ func (a *app) serverCommand() *cobra.Command {
 		Short: "Run the sandbox service on this machine",
 		Long: `Run the sandbox service on this machine.
 
-The server needs root. It keeps everything in one data directory, writes the
-first API key to DIR/api-key, and runs until SIGTERM or SIGINT. Sandboxes
-outlive it: the next server on the same directory adopts them.
+The server needs root. It keeps everything in one data directory, except records
+in PostgreSQL (store.url), writes the first API key to DIR/api-key, and runs
+until SIGTERM or SIGINT. Sandboxes outlive it: the next server on the same
+directory adopts them.
 
 Settings come from the file, then the environment (CAY_LISTEN,
 CAY_NETWORK_RANGE, …), then flags.`,
@@ -71,7 +72,7 @@ CAY_NETWORK_RANGE, …), then flags.`,
 	f.StringVar(&flags.LogFormat, "log-format", flags.LogFormat, "text or json")
 	cmd.AddCommand(a.migrateCommand())
 	f.BoolVar(&acceptRestore, "accept-restore", false,
-		"take the records in PostgreSQL as they are, although older ones were restored: sandboxes without a row are removed")
+		"accept records in PostgreSQL that were restored from an older backup; sandboxes without a row there are removed")
 	f.BoolVar(&purge, "purge", false, "remove the server's sandboxes and data from this machine, and exit")
 	return cmd
 }

@@ -46,8 +46,8 @@ type Config struct {
 
 // Store says where the records are: in DataDir, or in the PostgreSQL that URL names.
 type Store struct {
-	URL          string `toml:"url"`
-	Password     string `toml:"password"`
+	URL          Secret `toml:"url"` // may contain the password
+	Password     Secret `toml:"password"`
 	PasswordFile string `toml:"password_file"`
 	MaxConns     int    `toml:"max_conns"`
 }

@@ -27,8 +27,8 @@ type Secret string
 
 const hidden = "(hidden)"
 
-// SecretVariables lists the environment variables of settings that are secrets.
-var SecretVariables = []string{"CAY_FILES_SECRET_KEY", "CAY_FILES_SESSION_TOKEN"}
+// SecretVariables lists the environment variables of settings that are secrets or may have one in them.
+var SecretVariables = []string{"CAY_STORE_URL", "CAY_STORE_PASSWORD", "CAY_FILES_SECRET_KEY", "CAY_FILES_SESSION_TOKEN"}
 
 // String returns no part of the secret.
 func (s Secret) String() string {

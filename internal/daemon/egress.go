@@ -28,7 +28,7 @@ func (s *server) openNetwork(ctx context.Context) (*network.Network, error) {
 	if err != nil {
 		return nil, err
 	}
-	records, err := store.PostgresAddresses(ctx, s.cfg.Store.URL)
+	records, err := store.PostgresAddresses(ctx, string(s.cfg.Store.URL))
 	if err != nil {
 		return nil, err
 	}

@@ -17,7 +17,7 @@ func TestRecords(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	postgres := config.Store{URL: url, MaxConns: 4}
+	postgres := config.Store{URL: config.Secret(url), MaxConns: 4}
 	open := func(dir string, s config.Store, want string) (instance string) {
 		t.Helper()
 		db, instance, err := openRecords(t.Context(), config.Config{DataDir: dir, Store: s}, false)
@@ -31,7 +31,7 @@ func TestRecords(t *testing.T) {
 	}
 	a, b, c := t.TempDir(), t.TempDir(), t.TempDir()
 	none := postgres
-	none.URL = pg.URL("none")
+	none.URL = config.Secret(pg.URL("none"))
 	open(a, none, "does not exist")
 	// The directory can still have its records in SQLite.
 	if _, err := os.Stat(filepath.Join(a, instanceFile)); err == nil {

@@ -282,7 +282,7 @@ func (p *Proxy) Recheck(from netip.Addr) {
 	}
 }
 
-// turnAway reports a connection that is too much, and resets it.
+// turnAway resets a connection beyond a limit, and reports it.
 func (p *Proxy) turnAway(handle any, c *net.TCPConn) {
 	defer reset(c)
 	to, err := p.host.Original(c)

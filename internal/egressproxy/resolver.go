@@ -216,7 +216,7 @@ func (p *Proxy) answer(ctx context.Context, sandbox Sandbox, handle any, message
 	return a.Data
 }
 
-// refuseKind makes of a the refusal of a question of a class or a type that is never asked for a sandbox.
+// refuseKind refuses a question of a class or type that cay never forwards, and reports it.
 func (p *Proxy) refuseKind(handle any, a *dns.Msg) {
 	a.Rcode = dns.RcodeRefused
 	p.host.Denied(handle, "dns", a.Question[0].Header().Name, netip.AddrPort{})

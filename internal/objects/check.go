@@ -59,7 +59,7 @@ func checkRights(ctx context.Context, b Bucket, key string) (err error) {
 		return err
 	}
 	if len(found) != 1 || found[0].Key != key {
-		return fmt.Errorf("the list of objects has %d of the one that was written", len(found))
+		return fmt.Errorf("the list has %d objects instead of the 1 that was written", len(found))
 	}
 	return nil
 }
@@ -83,8 +83,11 @@ func checkConditions(ctx context.Context, b Bucket, key string) (err error) {
 		if err != nil && !errors.Is(err, ErrCondition) {
 			return fmt.Errorf("%s: %w", c.name, err)
 		}
-		if ok := err == nil; ok != c.ok {
-			return fmt.Errorf("%s: the write was done: %t, and must be %t", c.name, ok, c.ok)
+		switch ok := err == nil; {
+		case ok && !c.ok:
+			return fmt.Errorf("%s: the server wrote the object and must refuse", c.name)
+		case !ok && c.ok:
+			return fmt.Errorf("%s: the server refused the write and must do it", c.name)
 		}
 	}
 	return checkParts(ctx, b, key)

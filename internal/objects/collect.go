@@ -125,7 +125,7 @@ func (m *Mirror) removed(name string, done bool) {
 	m.stir()
 }
 
-// abortOld removes uploads that were not continued.
+// abortOld removes uploads that are not complete a week after they were begun.
 func (m *Mirror) abortOld(ctx context.Context) error {
 	skew, err := m.cfg.Transfer.bucket.Skew(ctx)
 	if err != nil {

@@ -145,7 +145,7 @@ func (m *Mirror) offerLocked(name string) {
 	m.waiting[name] = w
 }
 
-// Keep tells the names of all files that are needed. Those that the bucket lacks are uploaded, objects with other names
+// Keep sets the names of all files that are needed. Those that the bucket lacks are uploaded, objects with other names
 // are removed after [Grace], and local files are evicted if they take too much space. It does not wait.
 func (m *Mirror) Keep(names []string) {
 	m.mu.Lock()

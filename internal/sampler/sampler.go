@@ -214,8 +214,8 @@ func (s *Sampler) Run(ctx context.Context) {
 	}
 }
 
-// place waits for a place among the calls at once. The returned function gives it back, if its time has
-// not ended before. It reports false if ctx ends first.
+// place waits for a place among the calls at once. leave gives the place back, unless its time has ended
+// before. ok is false if ctx ended first.
 func (s *Sampler) place(ctx context.Context) (leave func(), ok bool) {
 	select {
 	case s.places <- struct{}{}:

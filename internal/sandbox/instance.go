@@ -174,8 +174,8 @@ func (u *instances) resetEnd(id ID, run string, when func(*instance) time.Time) 
 }
 
 // The row of a sandbox is changed before its instance, and not under the lock of the instances. So a
-// row that was read or written may be old by the time it reaches the instance. moves tells: what was
-// read or written is kept only if the instance still has the number of moves of before.
+// row that was read or written may be old by the time it reaches the instance. The count of moves
+// detects that: a row that was read or written is used only if the count has not changed since.
 
 // about returns the description of a sandbox and the number of moves, and reports whether the row
 // has the same description. The number is -1 for a sandbox that cannot be used.

@@ -128,11 +128,12 @@ type NodePool interface {
 
 // NodeCheckpoints saves sandboxes as recovery points.
 type NodeCheckpoints interface {
-	// Suspend writes a recovery point of what is to be kept of the sandbox and then ends the instance. A
-	// sandbox that an older version of cay started may not be able to keep its files alone: Conflict,
-	// code "sandbox_too_old". After success only the point is left. After an error the sandbox keeps
-	// running, or is dead with its previous or its new point whole; Inspect tells which. Too little space
-	// is NoSpace, code "disk_full", and is detected before the sandbox is touched.
+	// Suspend writes a checkpoint of what keep selects and then ends the instance. A sandbox that an
+	// older version of cay started may not be able to keep its files alone: Conflict, code
+	// "sandbox_too_old". After success only the checkpoint is left. After an error the sandbox keeps
+	// running, or is dead with its previous or its new checkpoint whole; Inspect tells which. Too little
+	// space on the machine is NoSpace, code "disk_full", before the sandbox is touched; files that exceed
+	// the sandbox's disk are NoSpace too, after they were written.
 	Suspend(ctx context.Context, id ID, keep Kept) (Checkpoint, error)
 	// Checkpoint writes a recovery point while the sandbox keeps running, after a pause that grows
 	// with its memory. It removes the previous point once the new one is whole. Errors are those of

@@ -51,7 +51,7 @@ func (d *demand) use(now time.Time) {
 	d.used = now
 }
 
-// wants returns its target at the time.
+// wants returns the number of pooled sandboxes that the demand justifies now.
 func (d *demand) wants(now time.Time) int {
 	d.roll(now)
 	if d.target == 0 || d.kind.TemplateID == "" || !d.fixed && now.Sub(d.used) > inUseFor {

@@ -196,7 +196,7 @@ func (s *snapshots) release(id SnapshotID) {
 	}
 }
 
-// doom has the last user of a snapshot remove it. It returns false if the snapshot has no user.
+// doom marks a snapshot that is in use, so that its last user removes it. It returns false if it has no user.
 func (s *snapshots) doom(id SnapshotID) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()

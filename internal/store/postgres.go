@@ -71,7 +71,7 @@ func CheckPostgresURL(text string) error {
 	}
 	c, err := pgx.ParseConfig(text)
 	if err != nil {
-		return err // has no password in it
+		return fmt.Errorf("is not valid: %w", err) // has no password in it
 	}
 	if u.Query().Get("sslmode") != "" {
 		return nil

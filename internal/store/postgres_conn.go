@@ -26,7 +26,7 @@ func away(ctx context.Context, err error) error {
 	if err == nil || ctx.Err() != nil || fault.As(err) != nil || !isAway(err) {
 		return err
 	}
-	return fault.New(fault.Unavailable, fault.CodeNotReady, "the server's database is away; try again soon").
+	return fault.New(fault.Unavailable, fault.CodeNotReady, "the server cannot reach its database; try again soon").
 		After(awayRetry).Because(err)
 }
 

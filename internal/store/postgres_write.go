@@ -19,7 +19,7 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// postgresDialect does what only PostgreSQL does so. Many writers work at once; each locks the rows that it decides by.
+// postgresDialect implements dialect for PostgreSQL. Many writers work at once; each locks the rows that it decides by.
 type postgresDialect struct {
 	db   *DB
 	pool *pgxpool.Pool

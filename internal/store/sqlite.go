@@ -94,7 +94,7 @@ func dsn(path string, more url.Values) string {
 	return u.String()
 }
 
-// sqliteDialect does what only SQLite does so. SQLite has one writer at a time, so no row needs a lock.
+// sqliteDialect implements dialect for SQLite, which has one writer at a time, so no row needs a lock.
 type sqliteDialect struct {
 	db *DB
 	// event and listed are prepared once, because every create and transition runs one of them and
@@ -176,7 +176,7 @@ func (d *sqliteDialect) setActivity(ctx context.Context, tx *sql.Tx, last map[sa
 	return nil
 }
 
-// current returns nil: a file is restored while no server runs, and nothing tells.
+// current returns nil: cay cannot notice that a file of SQLite was replaced while no server ran.
 func (d *sqliteDialect) current(context.Context) error { return nil }
 
 func (d *sqliteDialect) close() error {

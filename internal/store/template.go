@@ -191,6 +191,7 @@ func (db *DB) CopyTag(ctx context.Context, id, from string, names []string, when
 	var source template.Tag
 	err := db.write(ctx, func(tx *sql.Tx) error {
 		name := ""
+		source = template.Tag{} // a transaction that is run again must not add to what the first run read
 		// Others that add tags wait, so that the count below is right.
 		err := tx.QueryRowContext(ctx, "SELECT name FROM templates WHERE id = $1"+db.forUpdate(), id).Scan(&name)
 		if errors.Is(err, sql.ErrNoRows) {
