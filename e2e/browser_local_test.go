@@ -7,8 +7,8 @@ import (
 	"testing"
 )
 
-// TestLocalHostNames opens a page of a sandbox below localhost in a real browser, on a server without a
-// domain of its own. The page has an origin and a site of its own, which its neighbours and the API do not
+// TestLocalHostNames opens a page of a sandbox below localhost in a real browser, on a server whose
+// domain is localhost. The page has an origin and a site of its own, which its neighbours and the API do not
 // share.
 func TestLocalHostNames(t *testing.T) {
 	s := shared(t)

@@ -554,7 +554,7 @@ func shared(t *testing.T) *server {
 	t.Helper()
 	caytest.RequireRoot(t)
 	sharedOnce.Do(func() {
-		s := newServer(suite)
+		s := newServer(suite, "CAY_PROXY_DOMAIN=localhost") // the names are an addition: URLs stay by path
 		s.start()
 		s.needTemplate("python")
 		sharedServer = s

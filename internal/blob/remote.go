@@ -14,7 +14,8 @@ import (
 type Remote interface {
 	// Fetch writes the copy of a file to an empty file and verifies it. It returns fs.ErrNotExist if there is none.
 	Fetch(ctx context.Context, hash string, f *os.File) error
-	// Keep sets the hashes of all files that are needed. Copies of others may be removed, and needed ones that have none are made.
+	// Keep sets the hashes of all files that are needed. Copies of others may be removed, and needed ones that have
+	// none are made.
 	Keep(hashes []string)
 }
 

@@ -126,10 +126,11 @@ func (s *server) openE2B(ctx context.Context, names portproxy.Names, next http.H
 		Registry: s.registry}, next), nil
 }
 
-// portNames returns the host names of ports: those of the operator's domain, or if there is none those below
-// localhost for a server that listens on the loopback alone.
+// portNames returns the host names of ports: those of the operator's domain. With the domain "localhost" a server that
+// listens on the loopback alone has names below it with its own port. They are not the default, since programs on the
+// same machine may trust all pages below localhost.
 func portNames(cfg config.Proxy, at net.Addr) portproxy.Names {
-	if tcp, ok := at.(*net.TCPAddr); ok && cfg.Domain == "" && tcp.IP.IsLoopback() {
+	if tcp, ok := at.(*net.TCPAddr); ok && cfg.Domain == "localhost" && tcp.IP.IsLoopback() {
 		return portproxy.LocalNames(tcp.Port)
 	}
 	return portproxy.Names{Domain: cfg.Domain, Scheme: cfg.Scheme}

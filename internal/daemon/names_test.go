@@ -12,9 +12,10 @@ func TestPortNames(t *testing.T) {
 		domain, listens, want string
 		local                 bool
 	}{
-		{"", "127.0.0.1:7070", "localhost:7070", true},
-		{"", "[::1]:80", "localhost:80", true},
-		{"", "0.0.0.0:7070", "", false},
+		{"", "127.0.0.1:7070", "", false},
+		{"localhost", "127.0.0.1:7070", "localhost:7070", true},
+		{"localhost", "[::1]:80", "localhost:80", true},
+		{"localhost", "0.0.0.0:7070", "localhost", false},
 		{"", "[::]:7070", "", false},
 		{"", "192.0.2.1:7070", "", false},
 		{"boxes.example", "127.0.0.1:7070", "boxes.example", false},

@@ -78,7 +78,8 @@ func openSQLite(ctx context.Context, dataDir string) (*store.DB, string, error) 
 }
 
 func postgresConfig(s config.Store) store.PostgresConfig {
-	return store.PostgresConfig{URL: string(s.URL), Password: string(s.Password), PasswordFile: s.PasswordFile, MaxConns: s.MaxConns}
+	return store.PostgresConfig{URL: string(s.URL), Password: string(s.Password),
+		PasswordFile: s.PasswordFile, MaxConns: s.MaxConns}
 }
 
 // ownInstance returns the server instance of a data directory whose records are in PostgreSQL. It makes one for a new

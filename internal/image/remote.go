@@ -25,7 +25,8 @@ type Remote interface {
 	Offer(digest string)
 	// Fetch writes the copy of an image to an empty file and verifies it. It returns fs.ErrNotExist if there is none.
 	Fetch(ctx context.Context, digest string, f *os.File) error
-	// Keep sets the digests of all images that are needed. Copies of others may be removed, and needed ones that have none are made.
+	// Keep sets the digests of all images that are needed. Copies of others may be removed, and needed ones that have
+	// none are made.
 	Keep(digests []string)
 }
 

@@ -39,7 +39,8 @@ func Claim(ctx context.Context, b Bucket, name string) error {
 		if err == nil {
 			var o owner
 			if err := json.Unmarshal(data, &o); err != nil || o.Owner != name {
-				return fmt.Errorf("%w: its %s names the owner %.40q, and this server's records are %.40q", ErrForeign, ownerKey, o.Owner, name)
+				return fmt.Errorf("%w: its %s names the owner %.40q, and this server's records are %.40q", ErrForeign, ownerKey,
+					o.Owner, name)
 			}
 			return nil
 		}

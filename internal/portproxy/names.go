@@ -29,8 +29,8 @@ type Names struct {
 	Local bool
 }
 
-// LocalNames returns the names for a server on the loopback whose operator has no domain. Browsers take
-// localhost for a public suffix, so that each name is a site of its own.
+// LocalNames returns the names below localhost for a server on the loopback. Browsers treat localhost as a
+// public suffix, so that each name is a site of its own.
 func LocalNames(port int) Names {
 	return Names{Domain: net.JoinHostPort("localhost", strconv.Itoa(port)), Scheme: "http", Local: true}
 }
