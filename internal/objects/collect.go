@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -66,8 +67,8 @@ func (m *Mirror) listUnneeded(ctx context.Context) (all []unneeded, err error) {
 			return nil, err
 		}
 		for _, o := range page {
-			name := o.Key[len(m.cfg.Prefix):]
-			if _, err := ParseSum(name); err != nil {
+			name, ours := strings.CutPrefix(o.Key, m.cfg.Prefix)
+			if _, err := ParseSum(name); err != nil || !ours {
 				continue // not of this mirror
 			}
 			if since, is := m.unneededSince(name); is {

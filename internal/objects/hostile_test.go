@@ -1,6 +1,7 @@
 package objects
 
 import (
+	"context"
 	"errors"
 	"io/fs"
 	"net/http"
@@ -70,8 +71,8 @@ func TestLyingAnswers(t *testing.T) {
 				`</ListBucketResult>`))
 		case r.URL.Query().Has("list-type"):
 			w.Write([]byte(`<ListBucketResult><IsTruncated>true</IsTruncated><NextContinuationToken>x</NextContinuationToken>` +
-				`<Contents><Key>../../etc/passwd</Key></Contents><Contents><Key>ok</Key><Size>-5</Size></Contents>` +
-				`</ListBucketResult>`))
+				`<Contents><Key>../../etc/passwd</Key></Contents><Contents><Key>a</Key></Contents>` +
+				`<Contents><Key>ok</Key><Size>-5</Size></Contents><Contents><Key>okay</Key></Contents></ListBucketResult>`))
 		case r.URL.Query().Has("uploadId"):
 			w.Write([]byte(`<ListPartsResult><IsTruncated>true</IsTruncated><NextPartNumberMarker>-1</NextPartNumberMarker>` +
 				`<Part><PartNumber>-7</PartNumber><Size>-1</Size><ChecksumSHA256>!</ChecksumSHA256></Part></ListPartsResult>`))
@@ -79,8 +80,12 @@ func TestLyingAnswers(t *testing.T) {
 			http.Redirect(w, r, "http://192.0.2.1/stolen", http.StatusTemporaryRedirect)
 		}
 	})
-	if all, err := b.List(t.Context(), "", "", 3); err != nil || len(all) != 3 || all[0].Key != "ok" {
+	if all, err := b.List(t.Context(), "", "", 3); err != nil || len(all) != 3 || all[0].Key != "a" {
 		t.Errorf("the list is %v, %v", all, err)
+	}
+	if all, err := b.List(t.Context(), "o", "ok", 2); err != nil || len(all) != 2 || all[0].Key != "okay" ||
+		all[1].Key != "okay" {
+		t.Errorf("the list of what begins with o, after ok, is %v, %v", all, err)
 	}
 	if _, err := b.List(t.Context(), "none", "", 3); err == nil {
 		t.Error("a list without end that has nothing of ours ended without an error")
@@ -93,5 +98,37 @@ func TestLyingAnswers(t *testing.T) {
 	}
 	if _, err := NewTransfer(b).Download(t.Context(), "a", emptyFile(t), Sum{1}, 1<<30); !errors.Is(err, ErrDamaged) {
 		t.Errorf("an object of a terabyte: %v", err)
+	}
+}
+
+// surplus is a bucket that lists an object beside those that it was asked for.
+type surplus struct {
+	Bucket
+	key string
+}
+
+func (s surplus) List(ctx context.Context, prefix, after string, most int) ([]Info, error) {
+	all, err := s.Bucket.List(ctx, prefix, after, most)
+	return append(all, Info{Key: s.key, Size: 1}), err
+}
+
+// TestMirrorCollectsFromSurplus checks that a collection neither fails by nor touches objects of other prefixes that
+// the bucket lists.
+func TestMirrorCollectsFromSurplus(t *testing.T) {
+	dir, err := OpenDir(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	other := strings.Repeat("0", 64)
+	write(t, dir, other, "of another program", Condition{})
+	for _, key := range []string{"a", other} {
+		w := newWorld(t, surplus{dir, key}, t.TempDir(), 0)
+		for range 3 {
+			w.keep(t)
+			w.pass(10 * Grace)
+		}
+	}
+	if read(t, dir, other) == "" {
+		t.Error("an object of another program was removed")
 	}
 }

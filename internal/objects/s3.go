@@ -191,9 +191,10 @@ func (s *S3) List(ctx context.Context, prefix, after string, most int) ([]Info, 
 			return nil, fail("listing", prefix, err)
 		}
 		for _, o := range page.Contents {
+			// Some servers list more than was asked for, and not all objects were written by cay.
 			key, ours := strings.CutPrefix(aws.ToString(o.Key), s.prefix)
-			if !ours || checkKey(key) != nil {
-				continue // it was not written by cay
+			if !ours || !strings.HasPrefix(key, prefix) || key <= after || checkKey(key) != nil {
+				continue
 			}
 			all = append(all, Info{Key: key, Size: aws.ToInt64(o.Size), ETag: etag(o.ETag),
 				Modified: aws.ToTime(o.LastModified)})
