@@ -37,7 +37,7 @@ func (s *Store) fetch(ctx context.Context, hash string) error {
 	defer os.Remove(f.Name()) // after the rename there is nothing to remove
 	defer f.Close()
 	if err := s.remote.Fetch(ctx, hash, f); err != nil {
-		return err
+		return noSpace(err)
 	}
 	if err := f.Sync(); err != nil {
 		return fmt.Errorf("syncing file: %w", noSpace(err))

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/objects"
 )
 
@@ -17,8 +18,9 @@ import (
 type copies struct {
 	t *testing.T
 	*objects.Transfer
-	s    *Store
-	kept []string
+	s       *Store
+	kept    []string
+	minFree int64 // bytes that a fetch leaves free
 }
 
 func (c *copies) Fetch(ctx context.Context, hash string, f *os.File) error {
@@ -26,7 +28,7 @@ func (c *copies) Fetch(ctx context.Context, hash string, f *os.File) error {
 	if err != nil {
 		return err
 	}
-	_, err = c.Download(ctx, hash, f, sum, 1<<20)
+	_, err = c.Download(ctx, hash, f, sum, 1<<20, c.minFree)
 	return err
 }
 
@@ -82,7 +84,7 @@ func TestEvictAndFetch(t *testing.T) {
 		}
 	}
 	evict(false) // it is young
-	now = now.Add(Grace)
+	now = now.Add(2 * Grace) // of the files, which were made a little later
 	path, release, err := s.Path(t.Context(), needed)
 	if err != nil {
 		t.Fatal(err)
@@ -105,6 +107,11 @@ func TestEvictAndFetch(t *testing.T) {
 	if size, err := s.Size(needed); err != nil || size != int64(len("needed")) {
 		t.Errorf("its size is %d, %v", size, err)
 	}
+	c.minFree = 1 << 60
+	if _, _, err := s.Path(t.Context(), needed); errors.Is(err, fs.ErrNotExist) || !fault.Is(err, fault.NoSpace) {
+		t.Errorf("fetching without room: %v", err)
+	}
+	c.minFree = 0
 	path, release, err = s.Path(t.Context(), needed)
 	if err != nil {
 		t.Fatal(err)

@@ -57,7 +57,8 @@ func (s *Store) fetchRemote(ctx context.Context, digest string) error {
 	case ctx.Err() != nil:
 		return context.Cause(ctx)
 	case errors.Is(err, unix.ENOSPC):
-		return fault.New(fault.Unavailable, fault.CodeNoCapacity, "this machine's disk has no room for the template's image").
+		return fault.New(fault.Unavailable, fault.CodeNoCapacity,
+			"this machine's disk has no room for the template's image now: try again later").
 			After(retryRoom).Because(err)
 	case err != nil:
 		return fmt.Errorf("%w: %s: %w", ErrRemoteUnreachable, digest, err)

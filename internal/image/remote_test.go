@@ -10,8 +10,10 @@ import (
 	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"golang.org/x/sys/unix"
 
 	"github.com/cayhq/cay/internal/caytest"
+	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/objects"
 )
 
@@ -133,6 +135,40 @@ func TestRemoteAway(t *testing.T) {
 		t.Errorf("an image that may be in the bucket: %v", err)
 	}
 	leftovers(t, s)
+}
+
+// TestRemoteOnFullDisk asks for an image that the bucket has, and for which the disk has no room. It is not missing.
+func TestRemoteOnFullDisk(t *testing.T) {
+	b := directory(t)
+	s, m := mirrored(t, b, 0, nil)
+	img, _ := someImage(t, newHub(t), s, "1")
+	eventually(t, "it is uploaded", func() bool { return m.Stored(img.Digest) })
+	var st unix.Statfs_t
+	if err := unix.Statfs(s.cfg.Dir, &st); err != nil {
+		t.Fatal(err)
+	}
+	// The image has no room beside minFree, which itself is free.
+	free := int64(st.Bavail) * st.Bsize
+	other := openStore(t)
+	other.UseRemote(objects.NewMirror(objects.MirrorConfig{Transfer: objects.NewTransfer(oversized{b, free}),
+		Prefix: "images/", Local: other, MaxFile: 2 * free, MinFree: free / 2, Log: slog.New(slog.DiscardHandler)}), nil)
+	_, err := other.Path(t.Context(), img.Digest)
+	if f := fault.As(err); f == nil || f.Code != fault.CodeNoCapacity || f.RetryAfter == 0 || errors.Is(err, ErrMissing) {
+		t.Errorf("an image without room is %v, want %s", err, fault.CodeNoCapacity)
+	}
+	leftovers(t, other)
+}
+
+// oversized is a bucket that tells a size of all its objects.
+type oversized struct {
+	objects.Bucket
+	size int64
+}
+
+func (o oversized) Stat(ctx context.Context, key string) (objects.Info, error) {
+	info, err := o.Bucket.Stat(ctx, key)
+	info.Size = o.size
+	return info, err
 }
 
 // TestRemoteEviction evicts all images but those that are in use or were used lately.

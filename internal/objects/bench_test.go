@@ -78,7 +78,7 @@ func BenchmarkTransfer(b *testing.B) {
 			return err
 		}},
 		{"down/cay", func(ctx context.Context, b *testing.B) error {
-			_, err := transfer.Download(ctx, "cay/1", to(b), sum, size)
+			_, err := transfer.Download(ctx, "cay/1", to(b), sum, size, 0)
 			return err
 		}},
 	} {

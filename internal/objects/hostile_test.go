@@ -96,7 +96,7 @@ func TestLyingAnswers(t *testing.T) {
 	if _, err := b.Get(t.Context(), "a", 0, 10); err == nil || errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("an answer from elsewhere: %v", err)
 	}
-	if _, err := NewTransfer(b).Download(t.Context(), "a", emptyFile(t), Sum{1}, 1<<30); !errors.Is(err, ErrDamaged) {
+	if _, err := NewTransfer(b).Download(t.Context(), "a", emptyFile(t), Sum{1}, 1<<30, 0); !errors.Is(err, ErrDamaged) {
 		t.Errorf("an object of a terabyte: %v", err)
 	}
 }

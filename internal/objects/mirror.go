@@ -326,18 +326,15 @@ func (m *Mirror) replaceDamaged(ctx context.Context, name string, sum Sum, file 
 var ErrUnreachable = errors.New("the bucket cannot be reached")
 
 // Fetch writes a file of the bucket to an empty file and verifies it. It returns fs.ErrNotExist if the bucket does not
-// have it or has a damaged one, and [ErrUnreachable] if that is unknown.
+// have it or has a damaged one, [unix.ENOSPC] if the local disk has no room for it, and [ErrUnreachable] if it is unknown
+// whether the bucket has it.
 func (m *Mirror) Fetch(ctx context.Context, name string, to *os.File) error {
 	m.fetches.Add(1)
 	sum, err := ParseSum(name)
 	if err != nil {
 		return fmt.Errorf("%w: %w", fs.ErrNotExist, err)
 	}
-	most, err := m.room(to)
-	if err != nil {
-		return err
-	}
-	size, err := m.cfg.Transfer.Download(ctx, m.key(name), to, sum, most)
+	size, err := m.cfg.Transfer.Download(ctx, m.key(name), to, sum, m.cfg.MaxFile, m.cfg.MinFree)
 	switch {
 	case err == nil:
 		m.fetched.Add(size)
@@ -349,23 +346,10 @@ func (m *Mirror) Fetch(ctx context.Context, name string, to *os.File) error {
 		m.mu.Unlock()
 		m.cfg.Log.Error("an object is damaged", "object", m.key(name), "error", err)
 		return fmt.Errorf("%w: %w", fs.ErrNotExist, err)
-	case errors.Is(err, fs.ErrNotExist), ctx.Err() != nil:
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ENOSPC), ctx.Err() != nil:
 		return err
 	}
 	return fmt.Errorf("%w: %w", ErrUnreachable, err)
-}
-
-// room returns the size that a file may get.
-func (m *Mirror) room(f *os.File) (int64, error) {
-	var st unix.Statfs_t
-	if err := unix.Fstatfs(int(f.Fd()), &st); err != nil {
-		return 0, fmt.Errorf("looking at the free space: %w", err)
-	}
-	free := int64(st.Bavail)*st.Bsize - m.cfg.MinFree
-	if free <= 0 {
-		return 0, fmt.Errorf("downloading: %w", unix.ENOSPC)
-	}
-	return min(free, m.cfg.MaxFile), nil
 }
 
 // Counts describes the work of a mirror.

@@ -11,8 +11,11 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/cayhq/cay/internal/caytest"
 )
@@ -257,6 +260,56 @@ func TestMirrorReplacesDamage(t *testing.T) {
 			}
 		})
 	}
+}
+
+// inflated is a bucket that tells a size of all its objects, if that is not 0.
+type inflated struct {
+	Bucket
+	size atomic.Int64
+}
+
+func (i *inflated) Stat(ctx context.Context, key string) (Info, error) {
+	info, err := i.Bucket.Stat(ctx, key)
+	if size := i.size.Load(); size > 0 {
+		info.Size = size
+	}
+	return info, err
+}
+
+// TestMirrorOnFullDisk fetches an object for which there is no room. That must not count as damage, by which the object
+// would be removed.
+func TestMirrorOnFullDisk(t *testing.T) {
+	eachBucket(t, func(t *testing.T, b Bucket) {
+		big := &inflated{Bucket: b}
+		w := newWorld(t, big, t.TempDir(), 0)
+		name := w.shelf.put(t, "hello", time.Now())
+		w.Offer(name)
+		eventually(t, "it is uploaded", func() bool { return w.Stored(name) })
+		var st unix.Statfs_t
+		if err := unix.Statfs(w.shelf.dir, &st); err != nil {
+			t.Fatal(err)
+		}
+		free := int64(st.Bavail) * st.Bsize
+		big.size.Store(free)
+		w.cfg.MaxFile, w.cfg.MinFree = 2*free, free/2
+		if _, err := w.fetch(t, name); !errors.Is(err, unix.ENOSPC) || errors.Is(err, fs.ErrNotExist) ||
+			errors.Is(err, ErrUnreachable) {
+			t.Errorf("fetching without room: %v", err)
+		}
+		w.Mirror.mu.Lock()
+		if w.damaged[name] || !w.stored[name] {
+			t.Errorf("it is taken for damaged: %t, and for stored: %t", w.damaged[name], w.stored[name])
+		}
+		w.Mirror.mu.Unlock()
+		w.cfg.MaxFile = free / 4 // beyond which it cannot be what was stored
+		if _, err := w.fetch(t, name); !errors.Is(err, fs.ErrNotExist) || !errors.Is(err, ErrDamaged) {
+			t.Errorf("fetching what is too large: %v", err)
+		}
+		big.size.Store(0)
+		if text, err := w.fetch(t, name); err != nil || text != "hello" {
+			t.Errorf("fetched with room: %q, %v", text, err)
+		}
+	})
 }
 
 // TestMirrorCollects lets time pass over objects that are needed and that are not.

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -207,14 +208,19 @@ func (t *Transfer) resume(ctx context.Context, key string) (id string, arrived m
 }
 
 // Download writes the object of a key to an empty file and verifies it. A longer object than most bytes, and one with
-// another SHA-256, gives [ErrDamaged]. After an error the file may have any content.
-func (t *Transfer) Download(ctx context.Context, key string, f *os.File, sum Sum, most int64) (size int64, err error) {
+// another SHA-256, gives [ErrDamaged]. One that would not leave minFree bytes of the file's disk free gives
+// [unix.ENOSPC], which says nothing about the object. After an error the file may have any content.
+func (t *Transfer) Download(ctx context.Context, key string, f *os.File, sum Sum, most, minFree int64) (size int64,
+	err error) {
 	info, err := t.bucket.Stat(ctx, key)
 	if err != nil {
 		return 0, err
 	}
 	if size = info.Size; size < 0 || size > most {
 		return 0, fmt.Errorf("object %s has %d bytes, more than %d: %w", key, size, most, ErrDamaged)
+	}
+	if err := checkRoom(f, size, minFree); err != nil {
+		return 0, fmt.Errorf("making room for object %s: %w", key, err)
 	}
 	if err := f.Truncate(size); err != nil {
 		return 0, fmt.Errorf("making room for object %s: %w", key, err)
@@ -260,6 +266,18 @@ func (t *Transfer) Download(ctx context.Context, key string, f *os.File, sum Sum
 		})
 	}
 	return size, g.Wait()
+}
+
+// checkRoom returns [unix.ENOSPC] if a file's disk does not have size bytes free beside minFree.
+func checkRoom(f *os.File, size, minFree int64) error {
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(int(f.Fd()), &st); err != nil {
+		return fmt.Errorf("looking at the free space: %w", err)
+	}
+	if free := int64(st.Bavail)*st.Bsize - minFree; size > free {
+		return fmt.Errorf("it has %d bytes, and %d may be written: %w", size, max(free, 0), unix.ENOSPC)
+	}
+	return nil
 }
 
 // piece writes n bytes of an object from off on to the same place of a file. If the connection breaks, it continues

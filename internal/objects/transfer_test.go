@@ -100,7 +100,7 @@ func TestTransfer(t *testing.T) {
 				t.Errorf("%d bytes took %d puts and %d parts; the second upload has nothing to do", size, puts, parts)
 			}
 			got := emptyFile(t)
-			n, err := transfer.Download(t.Context(), "transfer/"+sum.String(), got, sum, size)
+			n, err := transfer.Download(t.Context(), "transfer/"+sum.String(), got, sum, size, 0)
 			if err != nil || n != size {
 				t.Fatalf("downloading %d bytes: %d, %v", size, n, err)
 			}
@@ -141,7 +141,7 @@ func TestTransferResumes(t *testing.T) {
 		if again := int(c.parts.Load()); again != 5-len(arrived) {
 			t.Errorf("%d parts had arrived, and %d were uploaded after that; want 5 in all", len(arrived), again)
 		}
-		if _, err := NewTransfer(b).Download(t.Context(), "resumes/a", emptyFile(t), sum, size); err != nil {
+		if _, err := NewTransfer(b).Download(t.Context(), "resumes/a", emptyFile(t), sum, size, 0); err != nil {
 			t.Error(err)
 		}
 	})
@@ -167,10 +167,10 @@ func TestTransferRefusesDamage(t *testing.T) {
 			if err := transfer.Upload(t.Context(), "damage/a", f, size, sum); err != nil {
 				t.Fatal(err)
 			}
-			if _, err := transfer.Download(t.Context(), "damage/a", emptyFile(t), wrong, size); !errors.Is(err, ErrDamaged) {
+			if _, err := transfer.Download(t.Context(), "damage/a", emptyFile(t), wrong, size, 0); !errors.Is(err, ErrDamaged) {
 				t.Errorf("another content than the wanted one: %v", err)
 			}
-			if _, err := transfer.Download(t.Context(), "damage/a", emptyFile(t), sum, size-1); !errors.Is(err, ErrDamaged) {
+			if _, err := transfer.Download(t.Context(), "damage/a", emptyFile(t), sum, size-1, 0); !errors.Is(err, ErrDamaged) {
 				t.Errorf("a longer object than allowed: %v", err)
 			}
 			other, otherSum := testFile(t, size+1)
@@ -208,7 +208,7 @@ func TestTransferTwice(t *testing.T) {
 		if done.Load() != 4 {
 			t.Errorf("%d of 4 uploads succeeded", done.Load())
 		}
-		if _, err := NewTransfer(b).Download(t.Context(), "twice/a", emptyFile(t), sum, size); err != nil {
+		if _, err := NewTransfer(b).Download(t.Context(), "twice/a", emptyFile(t), sum, size, 0); err != nil {
 			t.Error(err)
 		}
 	})
@@ -243,7 +243,7 @@ func TestTransferMemory(t *testing.T) {
 			if err := transfer.Upload(t.Context(), key, f, size, sum); err != nil {
 				t.Error(err)
 			}
-			if _, err := transfer.Download(t.Context(), key, emptyFile(t), sum, size); err != nil {
+			if _, err := transfer.Download(t.Context(), key, emptyFile(t), sum, size, 0); err != nil {
 				t.Error(err)
 			}
 		})

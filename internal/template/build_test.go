@@ -585,13 +585,21 @@ func TestContextOfABuild(t *testing.T) {
 		if last := h.shelf.kept[len(h.shelf.kept)-1]; !slices.Equal(last, []string{digest(tar + tar)}) {
 			t.Errorf("kept %v", last)
 		}
+		failsWith := func(message string) {
+			t.Helper()
+			h.rebuild(t, "app", nil)
+			if row := h.wantStatus(t, "app", Failed, 1); !strings.Contains(row.BuildError.Message, message) {
+				t.Errorf("without its context it failed with %+v, want %q", row.BuildError, message)
+			}
+		}
+		h.shelf.mu.Lock()
+		h.shelf.away = fault.New(fault.NoSpace, fault.CodeDiskFull, "there is no room to fetch it")
+		h.shelf.mu.Unlock()
+		failsWith("try again later")
 		h.shelf.mu.Lock()
 		clear(h.shelf.files)
 		h.shelf.mu.Unlock()
-		h.rebuild(t, "app", nil)
-		if row := h.wantStatus(t, "app", Failed, 1); !strings.Contains(row.BuildError.Message, "context") {
-			t.Errorf("without its context it failed with %+v", row.BuildError)
-		}
+		failsWith("context is gone")
 	})
 }
 

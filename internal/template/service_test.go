@@ -342,6 +342,8 @@ type shelf struct {
 	files map[string]string
 	// +checklocks:mu
 	kept [][]string
+	// +checklocks:mu
+	away error // of every Path
 }
 
 func newShelf() *shelf { return &shelf{files: map[string]string{}} }
@@ -366,6 +368,9 @@ func (s *shelf) Path(_ context.Context, name string) (string, func(), error) {
 	defer s.mu.Unlock()
 	if _, ok := s.files[name]; !ok {
 		return "", nil, fs.ErrNotExist
+	}
+	if s.away != nil {
+		return "", nil, s.away
 	}
 	return "/shelf/" + name, func() {}, nil
 }
