@@ -247,12 +247,14 @@ func (m *Mirror) upload(ctx context.Context, w *waiting) {
 	sent, err := m.send(ctx, w.name)
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	wrongSize := errors.Is(err, errWrongSize)
+	if wrongSize {
+		m.damaged[w.name] = true // the next try replaces it
+	}
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		delete(m.waiting, w.name) // no longer needed, or evicted, since the bucket has it
-	case errors.Is(err, errWrongSize) && !m.damaged[w.name]:
-		w.busy, m.damaged[w.name] = false, true // the next try replaces it
-	case errors.Is(err, ErrDamaged):
+	case errors.Is(err, ErrDamaged) && !wrongSize:
 		delete(m.waiting, w.name) // it is found and moved away at its next use
 		m.cfg.Log.Error("cannot upload a file, which is damaged", "file", m.key(w.name), "error", err)
 	case err == nil:

@@ -262,18 +262,17 @@ func TestMirrorReplacesDamage(t *testing.T) {
 	}
 }
 
-// inflated is a bucket that tells a size of all its objects, if that is not 0.
+// inflated is a bucket that tells a size of every object, even of one that it does not have, if that is not 0.
 type inflated struct {
 	Bucket
 	size atomic.Int64
 }
 
 func (i *inflated) Stat(ctx context.Context, key string) (Info, error) {
-	info, err := i.Bucket.Stat(ctx, key)
 	if size := i.size.Load(); size > 0 {
-		info.Size = size
+		return Info{Key: key, Size: size}, nil
 	}
-	return info, err
+	return i.Bucket.Stat(ctx, key)
 }
 
 // TestMirrorOnFullDisk fetches an object for which there is no room. That must not count as damage, by which the object
@@ -308,6 +307,35 @@ func TestMirrorOnFullDisk(t *testing.T) {
 		big.size.Store(0)
 		if text, err := w.fetch(t, name); err != nil || text != "hello" {
 			t.Errorf("fetched with room: %q, %v", text, err)
+		}
+	})
+}
+
+// TestMirrorPausesOnWrongSize uploads to a bucket that tells a wrong size even of what was just replaced.
+func TestMirrorPausesOnWrongSize(t *testing.T) {
+	eachBucket(t, func(t *testing.T, b Bucket) {
+		wrong := &inflated{Bucket: b}
+		w := newWorld(t, wrong, t.TempDir(), 0)
+		name := w.shelf.put(t, "hello", time.Now())
+		write(t, b, "files/"+name, "of another size", Condition{})
+		wrong.size.Store(100)
+		w.Offer(name)
+		for try := 1; try <= 3; try++ {
+			eventually(t, "a try failed and the next one waits", func() bool {
+				w.Mirror.mu.Lock()
+				defer w.Mirror.mu.Unlock()
+				file := w.waiting[name]
+				return file != nil && file.tries == try && !file.busy && file.next.After(w.clock())
+			})
+			w.pass(lastRetry)
+		}
+		wrong.size.Store(0)
+		eventually(t, "it is uploaded", func() bool {
+			w.pass(lastRetry)
+			return w.Stored(name)
+		})
+		if got := read(t, b, "files/"+name); got != "hello" {
+			t.Errorf("the object is %q", got)
 		}
 	})
 }
