@@ -83,7 +83,7 @@ func TestEvictAndFetch(t *testing.T) {
 			t.Errorf("its size is %d, %v", size, err)
 		}
 	}
-	evict(false) // it is young
+	evict(false)             // it is young
 	now = now.Add(2 * Grace) // of the files, which were made a little later
 	path, release, err := s.Path(t.Context(), needed)
 	if err != nil {

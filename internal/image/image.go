@@ -208,6 +208,8 @@ type Store struct {
 	// +checklocks:mu
 	used map[string]time.Time // time of the last use, by digest
 	// +checklocks:mu
+	keepHere map[string]bool // images that are not evicted, by digest
+	// +checklocks:mu
 	held map[string]int // number of readers, by name of a pulled layout
 	// +checklocks:mu
 	pulls map[string]*pull // downloads under way, by name of the layout

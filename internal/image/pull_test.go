@@ -379,7 +379,7 @@ func TestPulledLayoutsFitTheBudget(t *testing.T) {
 	release()
 	clock = clock.Add(collectGrace)
 	s.cfg.Budget = treeSize(one.Dir) // room for one
-	if _, _, err := s.Collect(nil); err != nil {
+	if _, _, err := s.Collect(nil, nil); err != nil {
 		t.Fatal(err)
 	}
 	there(true, one) // used last, since it was held until just now

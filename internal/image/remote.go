@@ -103,9 +103,12 @@ func (s *Store) EachFile(f func(digest string, size int64, used time.Time)) erro
 }
 
 // Evict removes an image of which there is a copy, and reports whether it did. It keeps one that was used in the last
-// 15 minutes or that a running sandbox has open.
+// 15 minutes, that a running sandbox has open, or that the last Collect was told to keep here.
 func (s *Store) Evict(digest string) (bool, error) {
-	if s.inUse != nil && s.inUse(digest) {
+	s.mu.Lock()
+	stays := s.keepHere[digest]
+	s.mu.Unlock()
+	if stays || s.inUse != nil && s.inUse(digest) {
 		return false, nil
 	}
 	info, err := os.Stat(s.file(digest))

@@ -171,7 +171,7 @@ func (o oversized) Stat(ctx context.Context, key string) (objects.Info, error) {
 	return info, err
 }
 
-// TestRemoteEviction evicts all images but those that are in use or were used lately.
+// TestRemoteEviction evicts all images but those that are in use, were used lately or must stay here.
 func TestRemoteEviction(t *testing.T) {
 	clock := time.Now()
 	used := ""
@@ -180,7 +180,7 @@ func TestRemoteEviction(t *testing.T) {
 	h := newHub(t)
 	var all []string
 	var sources []Source
-	for _, content := range []string{"1", "2", "3"} {
+	for _, content := range []string{"1", "2", "3", "4"} {
 		img, src := someImage(t, h, s, content)
 		all, sources = append(all, img.Digest), append(sources, src)
 	}
@@ -199,17 +199,22 @@ func TestRemoteEviction(t *testing.T) {
 	if _, err := s.Path(t.Context(), all[1]); err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := s.Collect(all); err != nil {
+	// Templates have all of them, and a suspended sandbox has the last one too.
+	if _, _, err := s.Collect(all, all[3:]); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, "the unused one is evicted", func() bool { return !has(2) })
+	if gone, err := s.Evict(all[3]); gone || err != nil || !has(3) {
+		t.Errorf("an image of a suspended sandbox was evicted: %t, %v", gone, err)
+	}
 	if !has(0) || !has(1) {
 		t.Errorf("the one in use is there: %t, and the one used just now: %t", has(0), has(1))
 	}
 	// The result of its inputs is still known, without another build.
-	if _, _, err := s.Collect(all); err != nil {
+	if _, _, err := s.Collect(all, nil); err != nil {
 		t.Fatal(err)
 	}
+	eventually(t, "the image of a sandbox that ended is evicted", func() bool { return !has(3) })
 	found := false
 	img, err := s.Build(t.Context(), sources[2], func(line string) {
 		found = found || line == "using the result of an earlier build with the same inputs"

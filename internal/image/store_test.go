@@ -600,7 +600,7 @@ func TestCollect(t *testing.T) {
 	}
 	collect := func(keep []string, want ...string) {
 		t.Helper()
-		removed, freed, err := s.Collect(keep)
+		removed, freed, err := s.Collect(keep, nil)
 		slices.Sort(removed)
 		slices.Sort(want)
 		if err != nil || !slices.Equal(removed, want) || (freed > 0) != (len(want) > 0) {

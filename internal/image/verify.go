@@ -11,6 +11,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -96,17 +97,18 @@ func (s *Store) touch(digest string) {
 // Between choosing an image and recording that it is needed, no caller can name it to Collect.
 const collectGrace = 15 * time.Minute
 
-// Collect removes the images that are not in keep, and pulled OCI images that exceed the budget.
+// Collect removes the images that are in neither list, and pulled OCI images that exceed the budget.
 // It never removes one that was built or used in the last 15 minutes. Sandboxes that have a
 // removed file open are not disturbed. After an error it goes on, and returns all errors joined.
-// The [Remote] learns what to keep.
-func (s *Store) Collect(keep []string) (removed []string, freed int64, err error) {
-	kept := map[string]bool{}
-	for _, digest := range keep {
-		kept[digest] = true
-	}
+// The [Remote] keeps those of both lists too, and until the next Collect none of keepHere is evicted.
+func (s *Store) Collect(keep, keepHere []string) (removed []string, freed int64, err error) {
+	all := slices.Concat(keep, keepHere)
+	kept := setOf(all)
+	s.mu.Lock()
+	s.keepHere = setOf(keepHere)
+	s.mu.Unlock()
 	if s.remote != nil {
-		s.remote.Keep(keep)
+		s.remote.Keep(all) // after which it may evict
 	}
 	s.trimLayouts()
 	entries, err := os.ReadDir(s.cfg.Dir)
@@ -141,6 +143,15 @@ func (s *Store) Collect(keep []string) (removed []string, freed int64, err error
 		}
 	}
 	return removed, freed, errors.Join(append(errs, s.forget(kept))...)
+}
+
+// setOf returns the set of digests.
+func setOf(digests []string) map[string]bool {
+	set := make(map[string]bool, len(digests))
+	for _, digest := range digests {
+		set[digest] = true
+	}
+	return set
 }
 
 // forget removes the records of images that are gone and not in kept: those may be in the [Remote].

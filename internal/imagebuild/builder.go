@@ -138,8 +138,8 @@ func (b *Builder) Same(ctx context.Context, one, other string) (bool, error) {
 }
 
 // Collect implements [template.Builder].
-func (b *Builder) Collect(_ context.Context, keep []string) ([]string, int64, error) {
-	return b.cfg.Images.Collect(keep)
+func (b *Builder) Collect(_ context.Context, keep, keepHere []string) ([]string, int64, error) {
+	return b.cfg.Images.Collect(keep, keepHere)
 }
 
 // unusable reports whether an image is missing or corrupt, so that it must be built again.

@@ -81,9 +81,10 @@ type Builder interface {
 	// Same reports whether two images differ in the times of their files at most. It has the errors
 	// of Check.
 	Same(ctx context.Context, a, b string) (bool, error)
-	// Collect removes the images that are not in keep and were not used recently. After an error
-	// it goes on, and returns all errors joined.
-	Collect(ctx context.Context, keep []string) (removed []string, freed int64, err error)
+	// Collect removes the images that are in neither list and were not used recently. Those in keepHere
+	// stay on this machine, even if there are copies elsewhere: a build may not make the same image again.
+	// After an error it goes on, and returns all errors joined.
+	Collect(ctx context.Context, keep, keepHere []string) (removed []string, freed int64, err error)
 }
 
 // Users returns the images in use besides those of templates. The sandboxes' Store implements it.

@@ -426,6 +426,8 @@ type builder struct {
 	// +checklocks:mu
 	collected [][]string
 	// +checklocks:mu
+	keptHere []string
+	// +checklocks:mu
 	block   chan struct{} // if not nil, Build waits for it after its first line
 	made    func(d Definition) string
 	takes   []time.Duration // what the steps take, and what writing the image does; set before the first build
@@ -501,11 +503,11 @@ func (b *builder) Check(_ context.Context, image string) error {
 	return b.checkErr
 }
 
-func (b *builder) Collect(_ context.Context, keep []string) ([]string, int64, error) {
+func (b *builder) Collect(_ context.Context, keep, keepHere []string) ([]string, int64, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	slices.Sort(keep)
-	b.collected = append(b.collected, keep)
+	b.collected, b.keptHere = append(b.collected, keep), keepHere
 	return nil, 0, nil
 }
 
@@ -884,10 +886,15 @@ func TestImagesOfTemplatesAndSandboxesAreKept(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := start(t, newMemory(), newBuilder(), definition("base"), definition("python"))
 		h.wantBuilt(t, "base", "python")
-		want := []string{"image of base base:1", "image of python python:1", "of a sandbox"}
+		want := []string{"image of base base:1", "image of python python:1"}
 		if diff := cmp.Diff([][]string{want}, h.builder.kept()); diff != "" {
 			t.Errorf("kept at the first collection (-want +got):\n%s", diff)
 		}
+		h.builder.mu.Lock()
+		if diff := cmp.Diff([]string{"of a sandbox"}, h.builder.keptHere); diff != "" {
+			t.Errorf("kept on this machine (-want +got):\n%s", diff)
+		}
+		h.builder.mu.Unlock()
 		time.Sleep(2 * collectEvery)
 		synctest.Wait()
 		if n := len(h.builder.kept()); n != 3 {

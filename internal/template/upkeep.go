@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"time"
 
 	"github.com/cayhq/cay/internal/fault"
@@ -112,7 +111,7 @@ func (s *Service) Collect(ctx context.Context) (removed []string, freed int64, e
 		return nil, 0, fmt.Errorf("listing contexts: %w", err)
 	}
 	s.drafts.expire(time.Now().Add(-draftKept))
-	removed, freed, err = s.builder.Collect(ctx, slices.Concat(templates, sandboxes))
+	removed, freed, err = s.builder.Collect(ctx, templates, sandboxes)
 	gone, bytes, contextErr := s.contexts.Collect(contexts, s.uploads.expire(time.Now().Add(-uploadKept)))
 	s.budget.gone(gone)
 	return append(removed, gone...), freed + bytes, errors.Join(err, contextErr)
