@@ -153,7 +153,8 @@ func TestRemoteOnFullDisk(t *testing.T) {
 	other.UseRemote(objects.NewMirror(objects.MirrorConfig{Transfer: objects.NewTransfer(oversized{b, free}),
 		Prefix: "images/", Local: other, MaxFile: 2 * free, MinFree: free / 2, Log: slog.New(slog.DiscardHandler)}), nil)
 	_, err := other.Path(t.Context(), img.Digest)
-	if f := fault.As(err); f == nil || f.Code != fault.CodeNoCapacity || f.RetryAfter == 0 || errors.Is(err, ErrMissing) {
+	f := fault.As(err)
+	if f == nil || f.Code != fault.CodeNoCapacity || f.RetryAfter == 0 || errors.Is(err, ErrMissing) {
 		t.Errorf("an image without room is %v, want %s", err, fault.CodeNoCapacity)
 	}
 	leftovers(t, other)

@@ -72,7 +72,8 @@ func TestLyingAnswers(t *testing.T) {
 		case r.URL.Query().Has("list-type"):
 			w.Write([]byte(`<ListBucketResult><IsTruncated>true</IsTruncated><NextContinuationToken>x</NextContinuationToken>` +
 				`<Contents><Key>../../etc/passwd</Key></Contents><Contents><Key>a</Key></Contents>` +
-				`<Contents><Key>ok</Key><Size>-5</Size></Contents><Contents><Key>okay</Key></Contents></ListBucketResult>`))
+				`<Contents><Key>ok</Key><Size>-5</Size></Contents><Contents><Key>okay</Key></Contents>` +
+				`</ListBucketResult>`))
 		case r.URL.Query().Has("uploadId"):
 			w.Write([]byte(`<ListPartsResult><IsTruncated>true</IsTruncated><NextPartNumberMarker>-1</NextPartNumberMarker>` +
 				`<Part><PartNumber>-7</PartNumber><Size>-1</Size><ChecksumSHA256>!</ChecksumSHA256></Part></ListPartsResult>`))

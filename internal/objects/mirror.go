@@ -328,8 +328,8 @@ func (m *Mirror) replaceDamaged(ctx context.Context, name string, sum Sum, file 
 var ErrUnreachable = errors.New("the bucket cannot be reached")
 
 // Fetch writes a file of the bucket to an empty file and verifies it. It returns fs.ErrNotExist if the bucket does not
-// have it or has a damaged one, [unix.ENOSPC] if the local disk has no room for it, and [ErrUnreachable] if it is unknown
-// whether the bucket has it.
+// have it or has a damaged one, [unix.ENOSPC] if the local disk has no room for it, and [ErrUnreachable] if it is
+// unknown whether the bucket has it.
 func (m *Mirror) Fetch(ctx context.Context, name string, to *os.File) error {
 	m.fetches.Add(1)
 	sum, err := ParseSum(name)

@@ -10,6 +10,8 @@ import (
 	"io/fs"
 	"os"
 	"slices"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -44,6 +46,10 @@ func partSize(size int64) int64 {
 type Transfer struct {
 	bucket   Bucket
 	up, down slots
+
+	mu sync.Mutex
+	// +checklocks:mu
+	promised int64 // bytes that the downloads under way have still to write, so that no two count on the same free space
 }
 
 // NewTransfer returns a Transfer over a bucket.
@@ -219,9 +225,12 @@ func (t *Transfer) Download(ctx context.Context, key string, f *os.File, sum Sum
 	if size = info.Size; size < 0 || size > most {
 		return 0, fmt.Errorf("object %s has %d bytes, more than %d: %w", key, size, most, ErrDamaged)
 	}
-	if err := checkRoom(f, size, minFree); err != nil {
+	if err := t.promise(f, size, minFree); err != nil {
 		return 0, fmt.Errorf("making room for object %s: %w", key, err)
 	}
+	var left atomic.Int64 // of the promise
+	left.Store(size)
+	defer func() { t.fulfil(left.Load()) }()
 	if err := f.Truncate(size); err != nil {
 		return 0, fmt.Errorf("making room for object %s: %w", key, err)
 	}
@@ -258,9 +267,12 @@ func (t *Transfer) Download(ctx context.Context, key string, f *os.File, sum Sum
 			}
 			defer t.down.release()
 			off := int64(i) * step
-			if err := t.piece(receiving, key, f, off, min(step, size-off)); err != nil {
+			n := min(step, size-off)
+			if err := t.piece(receiving, key, f, off, n); err != nil {
 				return err
 			}
+			t.fulfil(n)
+			left.Add(-n)
 			close(arrived[i])
 			return nil
 		})
@@ -268,16 +280,27 @@ func (t *Transfer) Download(ctx context.Context, key string, f *os.File, sum Sum
 	return size, g.Wait()
 }
 
-// checkRoom returns [unix.ENOSPC] if a file's disk does not have size bytes free beside minFree.
-func checkRoom(f *os.File, size, minFree int64) error {
+// promise reserves size bytes of a file's disk until [Transfer.fulfil]. It returns [unix.ENOSPC] if they are not free
+// beside minFree and what was promised already. All files are taken to be on one disk.
+func (t *Transfer) promise(f *os.File, size, minFree int64) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
 	var st unix.Statfs_t
 	if err := unix.Fstatfs(int(f.Fd()), &st); err != nil {
 		return fmt.Errorf("looking at the free space: %w", err)
 	}
-	if free := int64(st.Bavail)*st.Bsize - minFree; size > free {
+	if free := int64(st.Bavail)*st.Bsize - minFree - t.promised; size > free {
 		return fmt.Errorf("it has %d bytes, and %d may be written: %w", size, max(free, 0), unix.ENOSPC)
 	}
+	t.promised += size
 	return nil
+}
+
+// fulfil takes n bytes from what is promised, since they are written or will not be.
+func (t *Transfer) fulfil(n int64) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.promised -= n
 }
 
 // piece writes n bytes of an object from off on to the same place of a file. If the connection breaks, it continues

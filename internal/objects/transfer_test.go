@@ -18,6 +18,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/cayhq/cay/internal/caytest"
 )
 
@@ -104,6 +106,9 @@ func TestTransfer(t *testing.T) {
 			if err != nil || n != size {
 				t.Fatalf("downloading %d bytes: %d, %v", size, n, err)
 			}
+			if left := promisedBy(transfer); left != 0 {
+				t.Errorf("after the download of %d bytes %d are promised", size, left)
+			}
 			back, err := sumOf(t.Context(), io.NewSectionReader(got, 0, size+1), make([]byte, 1<<20))
 			if err != nil || back != sum {
 				t.Errorf("%d bytes came back with the sum %s, %v; want %s", size, back, err, sum)
@@ -147,6 +152,75 @@ func TestTransferResumes(t *testing.T) {
 	})
 }
 
+func promisedBy(transfer *Transfer) int64 {
+	transfer.mu.Lock()
+	defer transfer.mu.Unlock()
+	return transfer.promised
+}
+
+// stuck is a bucket whose reads tell that they began, and wait for the end of their context.
+type stuck struct {
+	Bucket
+	reading chan struct{} // has room for one
+}
+
+func (s stuck) Get(ctx context.Context, _ string, _, _ int64) (io.ReadCloser, error) {
+	select {
+	case s.reading <- struct{}{}:
+	default:
+	}
+	<-ctx.Done()
+	return nil, ctx.Err()
+}
+
+// TestTransferPromisesRoom downloads two files at once of which the disk has room for one.
+func TestTransferPromisesRoom(t *testing.T) {
+	dir, err := OpenDir(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := emptyFile(t)
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(int(f.Fd()), &st); err != nil {
+		t.Fatal(err)
+	}
+	free := int64(st.Bavail) * st.Bsize
+	big := &inflated{Bucket: dir}
+	big.size.Store(free / 4)
+	b := stuck{big, make(chan struct{}, 1)}
+	transfer := NewTransfer(b)
+	download := func(ctx context.Context, f *os.File) error {
+		_, err := transfer.Download(ctx, "promise/a", f, Sum{}, free, free*5/8) // of which 3/8 may be written
+		return err
+	}
+	for range 2 { // what the first one did not write is free for the next one
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan error, 1)
+		go func() { ended <- download(ctx, f) }()
+		select {
+		case <-b.reading:
+		case err := <-ended:
+			t.Fatalf("a download with room: %v", err)
+		}
+		expiring, stop := context.WithTimeout(t.Context(), 5*time.Second) // else it would wait with the other
+		if err := download(expiring, emptyFile(t)); !errors.Is(err, unix.ENOSPC) {
+			t.Errorf("another download at once: %v", err)
+		}
+		stop()
+		cancel()
+		if err := <-ended; !errors.Is(err, context.Canceled) {
+			t.Errorf("the download that was ended: %v", err)
+		}
+		select {
+		case <-b.reading: // of another piece
+		default:
+		}
+		if left := promisedBy(transfer); left != 0 {
+			t.Errorf("%d bytes are still promised", left)
+		}
+	}
+}
+
 // TestTransferRefusesDamage changes the file before it is uploaded, and the object after that.
 func TestTransferRefusesDamage(t *testing.T) {
 	eachBucket(t, func(t *testing.T, b Bucket) {
@@ -167,10 +241,12 @@ func TestTransferRefusesDamage(t *testing.T) {
 			if err := transfer.Upload(t.Context(), "damage/a", f, size, sum); err != nil {
 				t.Fatal(err)
 			}
-			if _, err := transfer.Download(t.Context(), "damage/a", emptyFile(t), wrong, size, 0); !errors.Is(err, ErrDamaged) {
+			_, err := transfer.Download(t.Context(), "damage/a", emptyFile(t), wrong, size, 0)
+			if !errors.Is(err, ErrDamaged) {
 				t.Errorf("another content than the wanted one: %v", err)
 			}
-			if _, err := transfer.Download(t.Context(), "damage/a", emptyFile(t), sum, size-1, 0); !errors.Is(err, ErrDamaged) {
+			_, err = transfer.Download(t.Context(), "damage/a", emptyFile(t), sum, size-1, 0)
+			if !errors.Is(err, ErrDamaged) {
 				t.Errorf("a longer object than allowed: %v", err)
 			}
 			other, otherSum := testFile(t, size+1)
