@@ -54,7 +54,8 @@ type AtEnd string
 const (
 	EndDestroys AtEnd = "destroy"
 	EndSuspends AtEnd = "suspend" // keeps all of its state until it is woken for another timeout
-	// EndSuspendsFiles is like EndSuspends, but keeps the files alone, see [KeepFiles].
+	// EndSuspendsFiles is like EndSuspends, but keeps the files alone, see [KeepFiles]. If that fails, it
+	// keeps everything.
 	EndSuspendsFiles AtEnd = "suspend_files"
 )
 

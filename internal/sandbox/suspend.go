@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -82,15 +83,21 @@ func (s *Service) suspend(ctx context.Context, sbx Sandbox, keep Kept, reason st
 		s.live.track(l) // the sandbox is unchanged
 		return Sandbox{}, err
 	}
-	checkpoint, err := s.writeCheckpoint(ctx, id, func(ctx context.Context, id ID) (Checkpoint, error) {
-		return s.node.Suspend(ctx, id, keep)
-	})
+	checkpoint, err := s.keep(ctx, id, keep)
+	if err != nil && keep == KeepFiles && reason == string(Expired) && ctx.Err() == nil {
+		// Programs inside can make files that cannot be kept alone. They must not outlive the timeout by that.
+		s.log.WarnContext(ctx, "keeping the memory of an expired sandbox too", "sandbox", id, "error", err)
+		first := err
+		if checkpoint, err = s.keep(ctx, id, KeepAll); err != nil {
+			err = errors.Join(first, err)
+		}
+	}
 	if err != nil {
 		return s.suspendFailed(ctx, id, began, err)
 	}
 	suspended, err := s.transition(ctx, Change{ID: id, From: []State{Suspending}, Run: sbx.Run, To: Suspended,
-		At: time.Now().UTC(), Reason: reason, Detail: detailOf(keep), SuspendedAt: &checkpoint.At, Kept: &checkpoint.Kept,
-		ExpiresAt: new(time.Time)})
+		At: time.Now().UTC(), Reason: reason, Detail: detailOf(keep, checkpoint.Kept), SuspendedAt: &checkpoint.At,
+		Kept: &checkpoint.Kept, ExpiresAt: new(time.Time)})
 	if err != nil {
 		// The row stays a claim, which the next call or Reconcile settles from the point.
 		s.log.ErrorContext(ctx, "recording that a sandbox is suspended", "sandbox", id, "error", err)
@@ -99,12 +106,23 @@ func (s *Service) suspend(ctx context.Context, sbx Sandbox, keep Kept, reason st
 	return suspended, nil
 }
 
-// detailOf returns the detail of the event of a suspend.
-func detailOf(keep Kept) string {
-	if keep == KeepFiles {
+// detailOf returns the detail of the event of a suspend that was to keep one thing and kept another.
+func detailOf(keep, kept Kept) string {
+	switch {
+	case kept == KeepFiles:
 		return "keeps its files alone"
+	case keep == KeepFiles:
+		return "keeps its memory too, since its files alone could not be kept"
+	default:
+		return ""
 	}
-	return ""
+}
+
+// keep suspends a sandbox on its machine.
+func (s *Service) keep(ctx context.Context, id ID, keep Kept) (Checkpoint, error) {
+	return s.writeCheckpoint(ctx, id, func(ctx context.Context, id ID) (Checkpoint, error) {
+		return s.node.Suspend(ctx, id, keep)
+	})
 }
 
 func (s *Service) writeCheckpoint(ctx context.Context, id ID,

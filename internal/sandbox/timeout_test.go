@@ -227,3 +227,33 @@ func TestEndSuspendsFiles(t *testing.T) {
 		}
 	})
 }
+
+// TestEndThatCannotKeepFiles ends the timeout of a sandbox whose files cannot be kept alone. It is suspended
+// with its memory, and a call that asks for the files alone is an error.
+func TestEndThatCannotKeepFiles(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newFixture(t)
+		minute := time.Minute
+		id := h.mustCreate(sandbox.Request{Timeout: &minute, AtEnd: sandbox.EndSuspendsFiles}).ID
+		h.node.OnSuspend = func(context.Context, sandbox.ID) error {
+			h.node.OnSuspend = nil // the next one works
+			return diskFull
+		}
+		_, err := h.Pause(context.Background(), org, id, sandbox.KeepFiles)
+		wantCode(t, err, fault.NoSpace, "disk_full")
+		h.wantState(id, sandbox.Running, "")
+		h.node.OnSuspend = func(context.Context, sandbox.ID) error {
+			h.node.OnSuspend = nil
+			return diskFull
+		}
+		pass(time.Minute)
+		if sbx := h.get(id); sbx.State != sandbox.Suspended || sbx.Kept != sandbox.KeepAll {
+			t.Errorf("it is %s and keeps %q", sbx.State, sbx.Kept)
+		}
+		h.wantEvent(id, sandbox.Suspending, sandbox.Suspended, "expired",
+			"keeps its memory too, since its files alone could not be kept")
+		if n := h.calls("suspend", id); n != 3 {
+			t.Errorf("tried %d times, want 3", n)
+		}
+	})
+}
