@@ -235,6 +235,18 @@ func TestConnectAndPause(t *testing.T) {
 		strings.Join([]string{"suspend", "wake", "suspend", "wake"}, " sbx_"+id+" ")+" sbx_"+id) {
 		t.Errorf("the reboot was %s", calls)
 	}
+	// A reboot that fails leaves it paused, with its memory.
+	h.control("POST", "/sandboxes/"+id+"/pause", ``)
+	h.node.OnSuspend = func(context.Context, sandbox.ID) error {
+		h.node.OnSuspend = nil
+		return fault.New(fault.NoSpace, fault.CodeDiskFull, "too many files")
+	}
+	if r := h.control("POST", path, `{"memory":false}`); r.json["error_code"] != fault.CodeDiskFull {
+		t.Errorf("a reboot that fails: %d %s", r.status, r.body)
+	}
+	if sb := h.row(id); sb.State != sandbox.Suspended || sb.Kept != sandbox.KeepAll {
+		t.Errorf("after a reboot that failed it is %s and keeps %q", sb.State, sb.Kept)
+	}
 	for i, want := range []int{204, 404} {
 		if r := h.control("DELETE", "/sandboxes/"+id, ""); r.status != want {
 			t.Errorf("kill %d: %d", i, r.status)

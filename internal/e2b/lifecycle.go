@@ -1,6 +1,8 @@
 package e2b
 
 import (
+	"context"
+	"errors"
 	"net/http"
 	"time"
 
@@ -194,13 +196,19 @@ func (s *Surface) wake(r *http.Request, timeout time.Duration, memory bool) (sb 
 }
 
 // dropMemory makes a sandbox that is paused with its memory one that is paused with its files alone. Only
-// the sandbox's own kernel can read the files, so it is woken for that.
+// the sandbox's own kernel can read the files, so it is woken for that. If that fails, the
+// sandbox is paused with its memory again.
 func (s *Surface) dropMemory(r *http.Request, id sandbox.ID, timeout time.Duration) error {
 	if _, err := s.Sandboxes.WakeFor(r.Context(), caller(r), id, timeout); err != nil {
 		return ended(err, id)
 	}
-	if _, err := s.Sandboxes.Pause(r.Context(), orgOf(r), id, sandbox.KeepFiles); err != nil {
-		return ended(err, id)
+	_, err := s.Sandboxes.Pause(r.Context(), orgOf(r), id, sandbox.KeepFiles)
+	if err == nil {
+		return nil
 	}
-	return nil
+	// It was paused, and must not run because a request failed, or its caller has gone.
+	if _, again := s.Sandboxes.Pause(context.WithoutCancel(r.Context()), orgOf(r), id, sandbox.KeepAll); again != nil {
+		err = errors.Join(err, again)
+	}
+	return ended(err, id)
 }
