@@ -1,11 +1,13 @@
 package main
 
 import (
+	"archive/tar"
 	"context"
 	"fmt"
 	"io"
 	"os"
 	"os/signal"
+	"strings"
 
 	"github.com/google/subcommands"
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -39,7 +41,8 @@ func (*save) Usage() string {
 	return `save [--hold] --image-path=DIR <container id> - save a sandbox without ending it.
 With --hold the sandbox stays paused: "saved" is written to the standard output, and
 the sandbox goes on when the standard input ends. With --files only the writable layer
-of its root is saved, for run --fs-restore-image-path.
+of its root is saved, for run --fs-restore-image-path; "too large" is written if its tree
+of files is too large for that.
 `
 }
 
@@ -89,6 +92,9 @@ func (s *save) Execute(_ context.Context, f *flag.FlagSet, args ...any) subcomma
 		defer func() { _ = c.Sandbox.Resume(c.ID) }()
 	}
 	if err := s.write(conf, c); err != nil {
+		if s.files && tooLarge(err) {
+			fmt.Println("too large")
+		}
 		return util.Errorf("saving: %v", err)
 	}
 	if !s.hold {
@@ -118,4 +124,11 @@ func (s *save) write(conf *config.Config, c *container.Container) error {
 		// Memory that was given back is zero; it is half of what a sandbox has used.
 		ExcludeCommittedZeroPages: true,
 	})
+}
+
+// tooLarge reports whether the sentry refused to save files because an index of them, or the names and
+// attributes of one, are too large. Only the text of its error arrives here.
+func tooLarge(err error) bool {
+	return strings.Contains(err.Error(), "file system checkpoint too large") ||
+		strings.Contains(err.Error(), tar.ErrFieldTooLong.Error())
 }

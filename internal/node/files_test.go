@@ -4,7 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/cayhq/cay/internal/fault"
@@ -25,10 +27,12 @@ const keptFiles = `cd /root; mkdir -p dir/deep; echo text >dir/deep/file; ln dir
 chmod 4750 hard; mkfifo -m 600 pipe; mknod null c 1 3; touch -d '2001-02-03 04:05:06' old; chown 7:8 old
 rm -rf /etc/passwd; head -c 300000 /dev/urandom >big; truncate -s 50M sparse; echo end >>sparse; ln -s nowhere dangling
 mkdir -m 1777 sticky; mv dir/deep 'a name
-with a line'; ln -s loop loop`
+with a line'; ln -s loop loop
+mkdir team; chown 5:42 team; chmod 2775 team; mkdir team/inherits team/own; chgrp 7 team/own; chmod g-s team/own
+echo >team/file; chown 5:6 team/file; ln -s nowhere team/link; chown -h 5:8 team/link; mkfifo team/pipe; chown 5:9 team/pipe`
 
-const lookAtFiles = `cd /root; stat -c '%N %A %u %g %h %s %Y %t %T' * 'a name
-with a line'/*; md5sum big sparse soft; test ! -e /etc/passwd; readlink soft dangling loop; stat -c %i hard 'a name
+const lookAtFiles = `cd /root; stat -c '%N %A %u %g %h %s %y %t %T' * 'a name
+with a line'/* team/*; md5sum big sparse soft; test ! -e /etc/passwd; readlink soft dangling loop; stat -c %i hard 'a name
 with a line'/file | sort -u | wc -l`
 
 // TestFilesAlone boots a sandbox with its files again and again, and children with the files of a snapshot.
@@ -173,4 +177,95 @@ until [ -e /root/ready ]; do sleep 0.01; done; rm /root/ready`)
 	}
 	m.sh(spec, "pidof sleep") // it continues
 	m.suspend(spec)
+}
+
+// grower is a program that makes files in the present directory: "files FROM TO" makes empty ones, "deep FROM TO"
+// makes them below directories whose path has 60 KB, and "attributes 0 TO" makes one with attributes of 64 KiB.
+const grower = `package main
+
+import (
+	"os"
+	"strconv"
+	"strings"
+	"syscall"
+)
+
+func must(err error) {
+	if err != nil && err != syscall.EEXIST {
+		panic(err)
+	}
+}
+
+func main() {
+	from, err := strconv.Atoi(os.Args[2])
+	must(err)
+	to, err := strconv.Atoi(os.Args[3])
+	must(err)
+	for i := 0; i < 300 && os.Args[1] == "deep"; i++ {
+		name := strings.Repeat("d", 200)
+		must(syscall.Mkdir(name, 0o755))
+		must(syscall.Chdir(name))
+	}
+	for i := from; i < to; i++ {
+		name := strconv.Itoa(i)
+		if os.Args[1] == "attributes" {
+			name = "0"
+		}
+		fd, err := syscall.Open(name, syscall.O_CREAT|syscall.O_WRONLY, 0o644)
+		must(err)
+		if os.Args[1] == "attributes" {
+			must(syscall.Setxattr(name, "user."+strconv.Itoa(i), make([]byte, 1<<16), 0))
+		}
+		must(syscall.Close(fd))
+	}
+}
+`
+
+// built returns the path of a program that it builds from a source.
+func built(t *testing.T, name, source string) string {
+	t.Helper()
+	program := filepath.Join(t.TempDir(), name)
+	if err := os.WriteFile(program+".go", []byte(source), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	build := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", program, program+".go")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	return program
+}
+
+// TestFilesAloneTooLarge suspends sandboxes whose tree of files takes nearly as much as it may, which boot, and
+// some whose tree takes more, which continue and can be suspended with their memory.
+func TestFilesAloneTooLarge(t *testing.T) {
+	program := built(t, "grow", grower)
+	for _, test := range []struct{ kind, fits, grows string }{
+		{"files", "0 7500", "7500 9000"},
+		{"deep", "0 80", "80 200"},
+		{"attributes", "0 7", "7 8"}, // archive/tar limits those of one file
+	} {
+		t.Run(test.kind, func(t *testing.T) {
+			m := newMachine(t)
+			spec := m.spec()
+			spec.Size.MemoryMB = 128 // the smallest that a configuration allows
+			if err := m.node.Create(m.ctx(), spec); err != nil {
+				t.Fatal(err)
+			}
+			m.upload(spec, program)
+			grow := "cd /root && /bin/grow " + test.kind + " "
+			m.sh(spec, grow+test.fits)
+			m.rest(spec)
+			spec = m.wake(spec)
+			m.sh(spec, grow+test.grows+" && (sleep 1000 >/dev/null 2>&1 &)")
+			_, err := m.node.Suspend(m.ctx(), spec.ID, sandbox.KeepFiles)
+			if f := fault.As(err); f == nil || f.Code != fault.CodeDiskFull || !strings.Contains(f.Detail, "keep its memory") {
+				t.Errorf("the suspend gave %v", err)
+			}
+			m.sh(spec, "pidof sleep") // it continues
+			m.suspend(spec)
+			spec = m.wake(spec)
+			m.sh(spec, "pidof sleep")
+		})
+	}
 }

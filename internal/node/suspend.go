@@ -43,6 +43,9 @@ func (n *Node) Suspend(ctx context.Context, id sandbox.ID, keep sandbox.Kept) (s
 		// A woken agent should not have connections to a peer that has gone.
 		n.agents.Drop(string(id))
 		hold, err = b.runtime().Save(ctx, b.container(), dir, keep == sandbox.KeepFiles)
+		if errors.Is(err, runsc.ErrTooLarge) {
+			return errIndexTooLarge.Because(err)
+		}
 		if err == nil && keep == sandbox.KeepFiles {
 			if err = b.withinDisk(dir); err != nil {
 				err = errors.Join(err, hold.Release())
@@ -186,19 +189,44 @@ func (b *instance) size(keep sandbox.Kept) (int64, error) {
 	return memory + disk + stateSize, err
 }
 
-// withinDisk returns an error if the saved files take more than the sandbox's disk. Files that were
-// removed while a program had them open are saved too, and belong to no name after a boot. Without the
-// limit, their number would grow with every suspend.
+// indexFraction is the part of a sandbox's memory that the index of its files may take: the tree of their
+// names and attributes, and the list of their pages. A boot reads the index whole into that memory, and takes
+// several times its size meanwhile. With more, a sandbox is suspended that cannot be booted again. gVisor
+// itself stops writing at this size, see files-alone.patch.
+const indexFraction = 8
+
+// errIndexTooLarge reports that a sandbox's files cannot be kept without its memory.
+var errIndexTooLarge = fault.New(fault.NoSpace, fault.CodeDiskFull,
+	"the sandbox has too many files, too long paths or too large attributes to be kept without its memory; "+
+		"keep its memory too")
+
+// withinDisk returns an error if the saved files take more than the sandbox's disk, or their index more than
+// its part of the memory. Files that were removed while a program had them open are saved too, and belong to
+// no name after a boot. Without the limit, their number would grow with every suspend.
 func (b *instance) withinDisk(dir string) error {
-	var st unix.Stat_t
-	if err := unix.Stat(filepath.Join(dir, runsc.PagesFile), &st); err != nil {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
 		return fmt.Errorf("looking at the saved files of %s: %w", b.record.ID, err)
 	}
-	limit := int64(b.record.Shape.DiskMB)<<20 + stateSize
-	if used := st.Blocks * 512; used > limit {
+	var pages, index int64
+	for _, entry := range entries {
+		var st unix.Stat_t
+		if err := unix.Lstat(filepath.Join(dir, entry.Name()), &st); err != nil {
+			return fmt.Errorf("looking at the saved files of %s: %w", b.record.ID, err)
+		}
+		if isPages(entry.Name()) {
+			pages += st.Blocks * 512
+		} else {
+			index += st.Size
+		}
+	}
+	if index > int64(b.record.Shape.Size.MemoryMB)<<20/indexFraction {
+		return errIndexTooLarge
+	}
+	if limit := int64(b.record.Shape.DiskMB)<<20 + stateSize; pages > limit {
 		return fault.New(fault.NoSpace, fault.CodeDiskFull,
 			"the sandbox's files, with those that were removed while open, take %d MiB, more than its disk; keep its memory too",
-			used>>20)
+			pages>>20)
 	}
 	return nil
 }

@@ -22,8 +22,15 @@ import (
 // the background for a while.
 const PagesFile = "pages.img"
 
-// saved is the line that cay-runsc prints when the sandbox has been saved.
-const saved = "saved\n"
+// Lines that cay-runsc prints after a save.
+const (
+	saved    = "saved\n"
+	tooLarge = "too large\n" // see [ErrTooLarge]
+)
+
+// ErrTooLarge is returned by a save of files only if the names and attributes of a file, or of all files,
+// are too large to be saved without the memory.
+var ErrTooLarge = errors.New("the names and attributes of the files are too large")
 
 // Hold keeps a sandbox paused after it was saved.
 type Hold struct {
@@ -74,6 +81,9 @@ func (r *Runtime) Save(ctx context.Context, c Container, dir string, filesOnly b
 	}
 	hold := &Hold{client: cmd, stdin: stdin}
 	if line, err := bufio.NewReader(stdout).ReadString('\n'); line != saved {
+		if line == tooLarge {
+			err = ErrTooLarge
+		}
 		err = errors.Join(err, hold.Release())
 		return nil, fmt.Errorf("saving sandbox %s: %w: %s", c.ID, err, lastMessages(c.Bundle))
 	}
