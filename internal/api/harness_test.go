@@ -412,7 +412,9 @@ func (b *fakeBuilder) Same(_ context.Context, one, other string) (bool, error) {
 
 func (b *fakeBuilder) HasUser(context.Context, string, string) (bool, error) { return true, nil }
 
-func (b *fakeBuilder) Collect(context.Context, []string) ([]string, int64, error) { return nil, 0, nil }
+func (b *fakeBuilder) Collect(context.Context, []string, []string) ([]string, int64, error) {
+	return nil, 0, nil
+}
 
 // holding makes builds wait until release is called.
 func (b *fakeBuilder) holding() (release func()) {
