@@ -49,7 +49,7 @@ test: build ## run every test, the real ones included
 	@cd cmd/cay-buildkit && $(GO) test -trimpath ./... # a module of its own
 	@cd sdk/go && $(GO) test ./... # a module of its own
 	@$(GO) test -run '^$$' ./... >/dev/null # builds in parallel; the next line runs one by one
-	CAY_TEST_REQUIRE=1 $(GO) test -p 1 -timeout 40m ./...
+	CAY_TEST_REQUIRE=1 $(GO) test -p 1 -timeout 60m ./...
 	CAY_TEST_REQUIRE=1 CAY_TEST_STORE=postgres $(GO) test -timeout 10m ./e2e -run '$(ON_POSTGRES)'
 
 # Which machines make test-hosts runs, all by default, and more of its flags: go run ./e2e/hosts -h
