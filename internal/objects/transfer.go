@@ -44,8 +44,9 @@ func partSize(size int64) int64 {
 
 // Transfer uploads and downloads whole files.
 type Transfer struct {
-	bucket   Bucket
-	up, down slots
+	bucket Bucket
+	up     slots
+	down   slots
 
 	mu sync.Mutex
 	// +checklocks:mu
