@@ -826,7 +826,8 @@ type clientInterface interface {
 	//
 	// The answer is 409 if the sandbox is not persistent (`sandbox_not_persistent`), is not running
 	// (`sandbox_not_running`), or is used by calls that do not end within 5 seconds (`sandbox_in_use`). It is 507 with
-	// code `disk_full` if the machine's disk has no room for the checkpoint; the sandbox keeps running. It is 500 with
+	// code `disk_full` if the machine's disk has no room for the checkpoint, or if without memory the files exceed the
+	// sandbox's disk, or their names and attributes an eighth of its memory; the sandbox keeps running. It is 500 with
 	// code `suspend_failed` if the checkpoint could not be written; the sandbox keeps running if it is still alive,
 	// and otherwise is suspended at its latest recovery point.
 	//
@@ -846,7 +847,8 @@ type clientInterface interface {
 	//
 	// The answer is 409 if the sandbox is not persistent (`sandbox_not_persistent`), is not running
 	// (`sandbox_not_running`), or is used by calls that do not end within 5 seconds (`sandbox_in_use`). It is 507 with
-	// code `disk_full` if the machine's disk has no room for the checkpoint; the sandbox keeps running. It is 500 with
+	// code `disk_full` if the machine's disk has no room for the checkpoint, or if without memory the files exceed the
+	// sandbox's disk, or their names and attributes an eighth of its memory; the sandbox keeps running. It is 500 with
 	// code `suspend_failed` if the checkpoint could not be written; the sandbox keeps running if it is still alive,
 	// and otherwise is suspended at its latest recovery point.
 	//
@@ -904,8 +906,9 @@ type clientInterface interface {
 	//
 	// Calls that use a sandbox (execute, read, write, remove and list files) wake a suspended one themselves and fail
 	// for the same reasons: 429 with code `quota_exceeded` if the sandbox would bring the organization over its quota,
-	// 503 with code `no_capacity` if the machine has no room, 500 with code `wake_failed` if the checkpoint cannot be
-	// restored. In all three cases the sandbox stays suspended. After `wake_failed` its `error` gives the reason; you
+	// 503 with code `no_capacity` if the machine has no room, 503 with code `image_unavailable` if its image is not on
+	// the machine, 500 with code `wake_failed` if the checkpoint cannot be restored, and 409 with code `start_failed`
+	// if only its files were kept and its start command fails. In all these cases the sandbox stays suspended. After `wake_failed` its `error` gives the reason; you
 	// can try again or destroy the sandbox.
 	//
 	// Corresponds with POST /v1/sandboxes/{id}/wake (the `WakeSandbox` operationId).
@@ -2412,7 +2415,8 @@ func (c *wire) CreateSnapshot(ctx context.Context, id sandboxID, body createSnap
 //
 // The answer is 409 if the sandbox is not persistent (`sandbox_not_persistent`), is not running
 // (`sandbox_not_running`), or is used by calls that do not end within 5 seconds (`sandbox_in_use`). It is 507 with
-// code `disk_full` if the machine's disk has no room for the checkpoint; the sandbox keeps running. It is 500 with
+// code `disk_full` if the machine's disk has no room for the checkpoint, or if without memory the files exceed the
+// sandbox's disk, or their names and attributes an eighth of its memory; the sandbox keeps running. It is 500 with
 // code `suspend_failed` if the checkpoint could not be written; the sandbox keeps running if it is still alive,
 // and otherwise is suspended at its latest recovery point.
 //
@@ -2442,7 +2446,8 @@ func (c *wire) SuspendSandboxWithBody(ctx context.Context, id sandboxID, content
 //
 // The answer is 409 if the sandbox is not persistent (`sandbox_not_persistent`), is not running
 // (`sandbox_not_running`), or is used by calls that do not end within 5 seconds (`sandbox_in_use`). It is 507 with
-// code `disk_full` if the machine's disk has no room for the checkpoint; the sandbox keeps running. It is 500 with
+// code `disk_full` if the machine's disk has no room for the checkpoint, or if without memory the files exceed the
+// sandbox's disk, or their names and attributes an eighth of its memory; the sandbox keeps running. It is 500 with
 // code `suspend_failed` if the checkpoint could not be written; the sandbox keeps running if it is still alive,
 // and otherwise is suspended at its latest recovery point.
 //
@@ -2530,8 +2535,9 @@ func (c *wire) OpenTunnel(ctx context.Context, id sandboxID, params *openTunnelP
 //
 // Calls that use a sandbox (execute, read, write, remove and list files) wake a suspended one themselves and fail
 // for the same reasons: 429 with code `quota_exceeded` if the sandbox would bring the organization over its quota,
-// 503 with code `no_capacity` if the machine has no room, 500 with code `wake_failed` if the checkpoint cannot be
-// restored. In all three cases the sandbox stays suspended. After `wake_failed` its `error` gives the reason; you
+// 503 with code `no_capacity` if the machine has no room, 503 with code `image_unavailable` if its image is not on
+// the machine, 500 with code `wake_failed` if the checkpoint cannot be restored, and 409 with code `start_failed`
+// if only its files were kept and its start command fails. In all these cases the sandbox stays suspended. After `wake_failed` its `error` gives the reason; you
 // can try again or destroy the sandbox.
 //
 // Corresponds with POST /v1/sandboxes/{id}/wake (the `WakeSandbox` operationId).
