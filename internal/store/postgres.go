@@ -76,11 +76,7 @@ func CheckPostgresURL(text string) error {
 	if u.Query().Get("sslmode") != "" {
 		return nil
 	}
-	hosts := []string{c.Host}
-	for _, f := range c.Fallbacks {
-		hosts = append(hosts, f.Host)
-	}
-	for _, host := range hosts {
+	for _, host := range hostsOf(c) {
 		addr, err := netip.ParseAddr(host)
 		if host != "localhost" && !filepath.IsAbs(host) && !(err == nil && addr.IsLoopback()) {
 			return fmt.Errorf("must say how the connection to %s is protected: add sslmode=verify-full and sslrootcert=FILE, "+
@@ -109,6 +105,15 @@ func (db *DB) Load() (Load, bool) {
 		Waits: st.EmptyAcquireCount(), Waited: st.EmptyAcquireWaitTime(), Retries: d.retries.Load()}, true
 }
 
+// hostsOf returns the hosts of a connection: names, addresses, and directories of sockets.
+func hostsOf(c *pgx.ConnConfig) []string {
+	hosts := []string{c.Host}
+	for _, f := range c.Fallbacks {
+		hosts = append(hosts, f.Host)
+	}
+	return hosts
+}
+
 // PostgresAddresses returns the IPv4 addresses of the machines that a URL names, without those of this machine's
 // loopback. Sandboxes have no IPv6. It returns none for an empty URL.
 func PostgresAddresses(ctx context.Context, text string) ([]netip.Addr, error) {
@@ -119,10 +124,7 @@ func PostgresAddresses(ctx context.Context, text string) ([]netip.Addr, error) {
 	if err != nil {
 		return nil, err
 	}
-	hosts := []string{c.Host}
-	for _, f := range c.Fallbacks {
-		hosts = append(hosts, f.Host)
-	}
+	hosts := hostsOf(c)
 	slices.Sort(hosts)
 	var all []netip.Addr
 	for _, host := range slices.Compact(hosts) {
