@@ -4,6 +4,10 @@
 SHELL := /bin/bash
 GO    ?= go
 export CGO_ENABLED := 0
+# Builds, checks and tests with the same flags, so that no package is compiled twice.
+export GOFLAGS := $(strip $(GOFLAGS) -trimpath)
+# The go.mod with the patched gVisor, which scripts/gvisor.sh writes.
+PATCHED = -modfile=$(CURDIR)/bin/gvisor/go.mod
 # A cache of finished template images, by content. It only saves time.
 export CAY_IMAGES_CACHE_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cay/images
 
@@ -25,14 +29,14 @@ run: needs build ## install what the host lacks, start the server and run a firs
 
 .PHONY: build
 build: programs ## build bin/cay
-	@$(GO) build -trimpath -ldflags "$(LDFLAGS) -X main.version=$(VERSION)" -o bin/cay ./cmd/cay
+	@$(GO) build -ldflags "$(LDFLAGS) -X main.version=$(VERSION)" -o bin/cay ./cmd/cay
 
 .PHONY: programs
 programs: ## build the programs that cay embeds
-	@$(GO) build -trimpath -ldflags "$(LDFLAGS)" -o bin/ ./cmd/cay-agent
+	@$(GO) build -ldflags "$(LDFLAGS)" -o bin/ ./cmd/cay-agent
 	@scripts/gvisor.sh bin/gvisor
-	@$(GO) build -modfile bin/gvisor/go.mod -trimpath -ldflags "$(LDFLAGS) -E main.entry" -o bin/ ./cmd/cay-runsc
-	@cd cmd/cay-buildkit && $(GO) build -trimpath -ldflags "$(LDFLAGS)" -o ../../bin/ . # a module of its own
+	@$(GO) build $(PATCHED) -ldflags "$(LDFLAGS) -E main.entry" -o bin/ ./cmd/cay-runsc
+	@cd cmd/cay-buildkit && $(GO) build -ldflags "$(LDFLAGS)" -o ../../bin/ . # a module of its own
 	@scripts/pack.sh bin/cay-agent bin/cay-runsc bin/cay-buildkit $(PROGRAMS)
 
 .PHONY: needs
@@ -46,11 +50,11 @@ ON_POSTGRES = ^(TestStory|TestKilledAtAnyMoment)$$
 test: build ## run every test, the real ones included
 	@scripts/needs.sh test
 	@FUZZTIME=$(FUZZTIME) scripts/fuzz.sh
-	@cd cmd/cay-buildkit && $(GO) test -trimpath ./... # a module of its own
+	@cd cmd/cay-buildkit && $(GO) test ./... # a module of its own
 	@cd sdk/go && $(GO) test ./... # a module of its own
-	@$(GO) test -run '^$$' ./... >/dev/null # builds in parallel; the next line runs one by one
-	CAY_TEST_REQUIRE=1 $(GO) test -p 1 -timeout 60m ./...
-	CAY_TEST_REQUIRE=1 CAY_TEST_STORE=postgres $(GO) test -timeout 10m ./e2e -run '$(ON_POSTGRES)'
+	@$(GO) test $(PATCHED) -run '^$$' ./... >/dev/null # builds all before the first runs
+	CAY_TEST_REQUIRE=1 $(GO) test $(PATCHED) -p 2 -timeout 60m ./...
+	CAY_TEST_REQUIRE=1 CAY_TEST_STORE=postgres $(GO) test $(PATCHED) -timeout 10m ./e2e -run '$(ON_POSTGRES)'
 
 # Which machines make test-hosts runs, all by default, and more of its flags: go run ./e2e/hosts -h
 HOSTS      ?=

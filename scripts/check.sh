@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
-# Checks the code without running the product.
+# Checks the code without running the product, after make build. The flags are those of the build, so that
+# nothing is compiled twice.
 set -euo pipefail
+export GOFLAGS=-trimpath
+patched=$PWD/bin/gvisor/go.mod # of the main module, with the patched gVisor
 tool() { go tool -modfile=tools/go.mod "$@"; }
 step() { echo "check: $*"; }
 
@@ -18,14 +21,15 @@ step modules are tidy
 go mod tidy -diff
 
 step vet
-go vet ./...
+go vet -modfile="$patched" ./...
 
 step staticcheck
-tool staticcheck ./...
+GOFLAGS="$GOFLAGS -modfile=$patched" tool staticcheck ./...
 
 step locks
 # Only annotated fields: guesses about others are wrong too often.
-tool checklocks -inferred=false -test=false $(go list ./internal/... ./cmd/cay-agent)
+GOFLAGS="$GOFLAGS -modfile=$patched" tool checklocks -inferred=false -test=false \
+	$(go list ./internal/... ./cmd/cay-agent)
 
 # check_module DIR checks a module of its own below DIR as the steps above check the main one.
 check_module() (
@@ -41,8 +45,7 @@ step the Go client, which is a module of its own
 check_module sdk/go
 
 step the builder, which is a module of its own
-# With the flags of the build, so that nothing is compiled twice.
-GOFLAGS=-trimpath check_module cmd/cay-buildkit
+check_module cmd/cay-buildkit
 
 step "imports, prose and links"
 go test -count=1 .

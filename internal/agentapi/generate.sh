@@ -8,7 +8,7 @@ command -v protoc >/dev/null || { echo "generate: protoc is missing (apt-get ins
 
 plugins=$(mktemp -d)
 trap 'rm -rf "$plugins"' EXIT
-GOBIN="" GOFLAGS="" CGO_ENABLED=0 go build -modfile=../../tools/go.mod -o "$plugins/" \
+GOBIN="" GOFLAGS=-trimpath CGO_ENABLED=0 go build -modfile=../../tools/go.mod -o "$plugins/" \
 	google.golang.org/protobuf/cmd/protoc-gen-go \
 	connectrpc.com/connect/cmd/protoc-gen-connect-go
 
