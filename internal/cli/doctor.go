@@ -41,7 +41,7 @@ removes it. The exit status is 1 if something is wrong.`,
 			if err != nil {
 				return err
 			}
-			all := append(daemon.CheckHost(), daemon.CheckRecords(cmd.Context(), cfg.Store))
+			all := append(daemon.CheckHost(cfg.DataDir), daemon.CheckRecords(cmd.Context(), cfg.Store))
 			all = append(all, daemon.CheckFiles(cmd.Context(), cfg.Files)...)
 			return a.showFindings(append(all, a.deadFinding(), a.serverFinding(cmd.Context())))
 		},

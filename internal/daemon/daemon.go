@@ -123,6 +123,9 @@ func (s *server) open(ctx context.Context) error {
 	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
 		return fmt.Errorf("making the data directory: %w", err)
 	}
+	if f := checkDataDir(cfg.DataDir); !f.OK {
+		s.log.Warn("the file system of the data directory is unfit", "reason", f.Detail, "fix", f.Fix)
+	}
 	lock, err := lockDir(cfg.DataDir, lockPatience)
 	if err != nil {
 		return err

@@ -23,9 +23,10 @@ type Finding struct {
 	Fix    string `json:"fix,omitempty"` // what to do about it
 }
 
-// CheckHost checks whether this machine has everything that a server needs.
-func CheckHost() []Finding {
-	findings := []Finding{checkRoot(), checkKernel(), checkGroups(), checkUsers(), checkBootstrap(), checkBuildDisks()}
+// CheckHost checks whether this machine has everything that a server with this data directory needs.
+func CheckHost(dataDir string) []Finding {
+	findings := []Finding{checkRoot(), checkKernel(), checkGroups(), checkUsers(), checkSELinux("/"),
+		checkDataDir(dataDir), checkBootstrap(), checkBuildDisks()}
 	for _, f := range network.Probe() {
 		findings = append(findings, Finding{Check: f.Name, OK: f.OK, Detail: f.Detail, Fix: f.Fix})
 	}
