@@ -26,6 +26,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/hostfile"
 )
 
 // Grace is the time for which [Store.Collect] keeps a file after a Put, so that the caller can
@@ -104,7 +105,7 @@ func (s *Store) place(f *os.File, hash string) error {
 	if err := os.Remove(s.evicted(hash)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("removing mark of eviction: %w", err)
 	}
-	return syncDir(s.dir)
+	return hostfile.SyncDir(s.dir)
 }
 
 // fill copies r to w in pieces and checks the free space before each.
@@ -256,16 +257,4 @@ func (s *Store) remove(hash, path string) (size int64, gone bool, err error) {
 		return 0, false, fmt.Errorf("removing file: %w", err)
 	}
 	return info.Size(), true, nil
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return fmt.Errorf("opening directory to sync: %w", err)
-	}
-	defer d.Close()
-	if err := d.Sync(); err != nil {
-		return fmt.Errorf("syncing directory: %w", err)
-	}
-	return nil
 }

@@ -30,6 +30,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/hostfile"
 )
 
 const (
@@ -216,8 +217,8 @@ func (d *Draft) CommitAs(name string, at time.Time, about any) (*Checkpoint, err
 	if data, err = m.encode(); err != nil {
 		return nil, err
 	}
-	if err := writeSynced(filepath.Join(d.Dir(), manifestFile), data); err != nil {
-		return nil, err
+	if err := hostfile.CreateSynced(filepath.Join(d.Dir(), manifestFile), data, 0o600); err != nil {
+		return nil, fmt.Errorf("writing a checkpoint's manifest: %w", err)
 	}
 	home := filepath.Join(d.store.dir, name)
 	if err := os.MkdirAll(home, 0o700); err != nil {
@@ -232,7 +233,8 @@ func (d *Draft) CommitAs(name string, at time.Time, about any) (*Checkpoint, err
 		next = older[0] + 1
 	}
 	c := &Checkpoint{Dir: filepath.Join(home, strconv.Itoa(next)), manifest: m}
-	if err := errors.Join(syncDir(d.Dir()), os.Rename(d.Dir(), c.Dir), syncDir(home), syncDir(d.store.dir)); err != nil {
+	if err := errors.Join(hostfile.SyncDir(d.Dir()), os.Rename(d.Dir(), c.Dir), hostfile.SyncDir(home),
+		hostfile.SyncDir(d.store.dir)); err != nil {
 		return nil, fmt.Errorf("putting a checkpoint in place: %w", err)
 	}
 	d.end()
@@ -278,26 +280,6 @@ func sealFile(path string) (one file, blocks int64, err error) {
 	var st unix.Stat_t
 	err = errors.Join(err, <-synced, f.Chmod(0o600), unix.Fstat(int(f.Fd()), &st))
 	return one, st.Blocks, err
-}
-
-func writeSynced(path string, data []byte) error {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return fmt.Errorf("writing a checkpoint's manifest: %w", err)
-	}
-	_, err = f.Write(data)
-	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return fmt.Errorf("writing a checkpoint's manifest: %w", err)
-	}
-	return nil
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }
 
 // numbers returns the numbers of the checkpoints in a name's directory, latest first.

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+
+	"github.com/cayhq/cay/internal/hostfile"
 )
 
 // Copy makes the latest checkpoint of a name also the latest of another, durably and independent
@@ -37,7 +39,8 @@ func (s *Store) Copy(from, to string) (*Checkpoint, error) {
 		}
 	}
 	dir := filepath.Join(home, "1")
-	if err := errors.Join(syncDir(draft), os.Rename(draft, dir), syncDir(home), syncDir(s.dir)); err != nil {
+	if err := errors.Join(hostfile.SyncDir(draft), os.Rename(draft, dir), hostfile.SyncDir(home),
+		hostfile.SyncDir(s.dir)); err != nil {
 		return nil, fmt.Errorf("putting a checkpoint in place: %w", err)
 	}
 	return read(dir)

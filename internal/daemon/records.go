@@ -12,6 +12,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/cayhq/cay/internal/config"
+	"github.com/cayhq/cay/internal/hostfile"
 	"github.com/cayhq/cay/internal/store"
 )
 
@@ -104,23 +105,10 @@ func ownInstance(dataDir string) (instance string, made bool, err error) {
 // writeInstance writes the file of a server instance, whole or not at all. Without the file the next start would not
 // find the sandboxes of this one.
 func writeInstance(path, instance string) error {
-	draft := path + ".new"
-	f, err := os.OpenFile(draft, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
-	if err != nil {
+	if err := hostfile.ReplaceSynced(path, []byte(instance+"\n"), 0o600); err != nil {
 		return fmt.Errorf("writing the server instance: %w", err)
 	}
-	_, err = f.WriteString(instance + "\n")
-	if err = errors.Join(err, f.Sync(), f.Close()); err == nil {
-		err = os.Rename(draft, path)
-	}
-	if err != nil {
-		return fmt.Errorf("writing the server instance: %w", errors.Join(err, os.Remove(draft)))
-	}
-	dir, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return fmt.Errorf("writing the server instance: %w", err)
-	}
-	return errors.Join(dir.Sync(), dir.Close())
+	return nil
 }
 
 // instanceOf returns the server instance of a data directory, "" if no server was ever started there. It needs no

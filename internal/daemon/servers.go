@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/cayhq/cay/internal/hostfile"
 )
 
 // RunDir is the directory for everything that cay needs while the machine is up: the state of runsc, and a record of
@@ -49,10 +51,7 @@ func (r ServerRecord) write(runDir string) error {
 	if err != nil {
 		return fmt.Errorf("encoding the server's record: %w", err)
 	}
-	if err := os.WriteFile(path+".new", data, 0o644); err != nil {
-		return fmt.Errorf("writing the server's record: %w", err)
-	}
-	if err := os.Rename(path+".new", path); err != nil {
+	if err := hostfile.Replace(path, data, 0o644); err != nil {
 		return fmt.Errorf("writing the server's record: %w", err)
 	}
 	return nil

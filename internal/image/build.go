@@ -11,6 +11,8 @@ import (
 	"path/filepath"
 	"strings"
 	"time"
+
+	"github.com/cayhq/cay/internal/hostfile"
 )
 
 // Build makes the image of a source, or finds it if the same inputs were built before. It calls
@@ -314,7 +316,7 @@ func (s *Store) place(f *os.File, digest string) (Image, error) {
 	if err := os.Rename(f.Name(), s.file(digest)); err != nil {
 		return Image{}, fmt.Errorf("naming image: %w", err)
 	}
-	if err := syncDir(s.cfg.Dir); err != nil {
+	if err := hostfile.SyncDir(s.cfg.Dir); err != nil {
 		return Image{}, err
 	}
 	s.trust(digest)
@@ -326,15 +328,3 @@ func (s *Store) file(digest string) string { return filepath.Join(s.cfg.Dir, dig
 
 // suffix is the suffix of the names of images.
 const suffix = ".erofs"
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return fmt.Errorf("opening directory to sync: %w", err)
-	}
-	defer d.Close()
-	if err := d.Sync(); err != nil {
-		return fmt.Errorf("syncing directory: %w", err)
-	}
-	return nil
-}

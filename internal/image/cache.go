@@ -175,16 +175,23 @@ func writeInput(dir, key string, in input) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return fmt.Errorf("making directory: %w", err)
 	}
-	f, err := os.CreateTemp(dir, ".new-")
+	return share(filepath.Join(dir, key+".json"), 0o644, func(f *os.File) error {
+		_, err := f.Write(append(b, '\n'))
+		return err
+	})
+}
+
+// share puts a file in place, whole, that several processes may write at the same time.
+func share(path string, perm fs.FileMode, fill func(*os.File) error) error {
+	f, err := os.CreateTemp(filepath.Dir(path), ".new-")
 	if err != nil {
 		return fmt.Errorf("making file: %w", err)
 	}
 	defer os.Remove(f.Name()) // fails if the file was renamed
-	_, err = f.Write(append(b, '\n'))
-	if err := errors.Join(err, f.Chmod(0o644), f.Sync(), f.Close()); err != nil {
-		return fmt.Errorf("writing: %w", err)
+	if err := errors.Join(fill(f), f.Chmod(perm), f.Sync(), f.Close()); err != nil {
+		return fmt.Errorf("writing file: %w", err)
 	}
-	return os.Rename(f.Name(), filepath.Join(dir, key+".json"))
+	return os.Rename(f.Name(), path)
 }
 
 // fetch copies an image from the shared cache and checks it.
@@ -231,16 +238,7 @@ func (s *Store) offer(digest string) error {
 		return fmt.Errorf("opening image: %w", err)
 	}
 	defer in.Close()
-	f, err := os.CreateTemp(s.cfg.CacheDir, ".new-")
-	if err != nil {
-		return fmt.Errorf("making file: %w", err)
-	}
-	defer os.Remove(f.Name()) // fails if the file was renamed
-	err = copyFile(f, in)
-	if err := errors.Join(err, f.Chmod(0o444), f.Sync(), f.Close()); err != nil {
-		return fmt.Errorf("copying image: %w", err)
-	}
-	return os.Rename(f.Name(), to)
+	return share(to, 0o444, func(f *os.File) error { return copyFile(f, in) })
 }
 
 // contextReader is a reader that fails when its context ends.

@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"slices"
 	"time"
+
+	"github.com/cayhq/cay/internal/hostfile"
 )
 
 // layoutsDir is the directory of the pulled OCI images, one layout each. The time of such a
@@ -54,7 +56,7 @@ func (s *Store) placeLayout(from, to string) error {
 		return fmt.Errorf("naming layout: %w", err)
 	}
 	s.useLayoutLocked(filepath.Base(to))
-	return syncDir(filepath.Dir(to))
+	return hostfile.SyncDir(filepath.Dir(to))
 }
 
 // trimLayouts removes pulled layouts, the longest unused first, until they fit the budget. One

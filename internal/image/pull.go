@@ -18,6 +18,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/types"
+
+	"github.com/cayhq/cay/internal/hostfile"
 )
 
 // pull is one download that any number of callers wait for. It ends early when the last of them
@@ -235,7 +237,7 @@ func (w layoutWriter) begin() error {
 	if err := os.MkdirAll(filepath.Join(w.dir, "blobs", "sha256"), 0o755); err != nil {
 		return fmt.Errorf("making layout: %w", err)
 	}
-	return writeSynced(filepath.Join(w.dir, "oci-layout"), []byte(`{"imageLayoutVersion":"1.0.0"}`))
+	return hostfile.CreateSynced(filepath.Join(w.dir, "oci-layout"), []byte(`{"imageLayoutVersion":"1.0.0"}`), 0o644)
 }
 
 func (w layoutWriter) file(digest v1.Hash) string {
@@ -243,7 +245,9 @@ func (w layoutWriter) file(digest v1.Hash) string {
 }
 
 // blob writes a small blob.
-func (w layoutWriter) blob(digest v1.Hash, b []byte) error { return writeSynced(w.file(digest), b) }
+func (w layoutWriter) blob(digest v1.Hash, b []byte) error {
+	return hostfile.CreateSynced(w.file(digest), b, 0o644)
+}
 
 // finish writes a manifest and the index that names it.
 func (w layoutWriter) finish(manifest []byte, m *v1.Manifest) error {
@@ -255,7 +259,7 @@ func (w layoutWriter) finish(manifest []byte, m *v1.Manifest) error {
 	if err != nil {
 		return fmt.Errorf("encoding index: %w", err)
 	}
-	return errors.Join(w.blob(digest, manifest), writeSynced(filepath.Join(w.dir, "index.json"), index))
+	return errors.Join(w.blob(digest, manifest), hostfile.CreateSynced(filepath.Join(w.dir, "index.json"), index, 0o644))
 }
 
 // layer writes a layer from a stream, checks it, and gives up when the stream stalls.
@@ -311,16 +315,3 @@ func unstalled(ctx context.Context, stream io.ReadCloser) io.Reader {
 type readerFunc func([]byte) (int, error)
 
 func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
-
-// writeSynced writes a small file and syncs it.
-func writeSynced(path string, b []byte) error {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o644)
-	if err != nil {
-		return fmt.Errorf("making file: %w", err)
-	}
-	_, err = f.Write(b)
-	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return fmt.Errorf("writing file: %w", err)
-	}
-	return nil
-}

@@ -14,6 +14,8 @@ import (
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
 	"golang.org/x/sys/unix"
+
+	"github.com/cayhq/cay/internal/hostfile"
 )
 
 const (
@@ -37,8 +39,6 @@ const (
 
 var zeros [hole]byte
 
-func allZero(p []byte) bool { return bytes.Equal(p, zeros[:len(p)]) }
-
 // sparseFile writes a file from start to end and leaves out long runs of zeros, which take no
 // space on the disk.
 type sparseFile struct {
@@ -54,7 +54,7 @@ func (s *sparseFile) Write(p []byte) (int, error) {
 		end := n
 		for end < len(p) {
 			piece := p[end:min(end+hole, len(p))]
-			if len(piece) == hole && allZero(piece) {
+			if len(piece) == hole && hostfile.IsZero(piece) {
 				break
 			}
 			end += len(piece)
@@ -184,7 +184,7 @@ func (t *tree) metered(plain io.Reader, packed *counted) io.Reader {
 		}
 		for rest := p[:n]; len(rest) > 0; {
 			piece := rest[:min(hole, len(rest))]
-			if rest = rest[len(piece):]; !allZero(piece) {
+			if rest = rest[len(piece):]; !hostfile.IsZero(piece) {
 				solid += int64(len(piece))
 			}
 		}

@@ -14,6 +14,7 @@ import (
 	"github.com/cayhq/cay/internal/cgroup"
 	"github.com/cayhq/cay/internal/embedded"
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/hostfile"
 	"github.com/cayhq/cay/internal/runsc"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/trace"
@@ -360,11 +361,8 @@ func (b *instance) writeRecord() error {
 		return fmt.Errorf("encoding the record of %s: %w", b.record.ID, err)
 	}
 	path := filepath.Join(b.node.dir(b.record.ID), recordFile)
-	if err := os.WriteFile(path+".new", data, 0o600); err != nil {
-		return fmt.Errorf("writing the record of %s: %w", b.record.ID, err)
-	}
 	// The file is not synced: after a crash of the machine no sandbox runs that could be adopted.
-	if err := os.Rename(path+".new", path); err != nil {
+	if err := hostfile.Replace(path, data, 0o600); err != nil {
 		return fmt.Errorf("writing the record of %s: %w", b.record.ID, err)
 	}
 	return nil

@@ -18,6 +18,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/cayhq/cay/internal/hostfile"
 )
 
 // Names in the directory of a Dir. None of them is an element of a key.
@@ -131,7 +133,7 @@ func (d *Dir) place(f *os.File, key string, when Condition) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("looking at object: %w", err)
 	}
-	return etagOf(info), syncDir(filepath.Dir(path))
+	return etagOf(info), hostfile.SyncDir(filepath.Dir(path))
 }
 
 // lock excludes other writes that put objects in place, of all processes.
@@ -418,14 +420,3 @@ func (d *Dir) Uploads(_ context.Context, prefix string) ([]Upload, error) {
 
 // Skew implements [Bucket].
 func (d *Dir) Skew(context.Context) (time.Duration, error) { return 0, nil }
-
-func syncDir(dir string) error {
-	f, err := os.Open(dir)
-	if err != nil {
-		return fmt.Errorf("opening directory to sync: %w", err)
-	}
-	if err := errors.Join(f.Sync(), f.Close()); err != nil {
-		return fmt.Errorf("syncing directory: %w", err)
-	}
-	return nil
-}

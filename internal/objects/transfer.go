@@ -1,7 +1,6 @@
 package objects
 
 import (
-	"bytes"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -16,6 +15,8 @@ import (
 
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
+
+	"github.com/cayhq/cay/internal/hostfile"
 )
 
 const (
@@ -333,7 +334,7 @@ func (t *Transfer) copyPiece(ctx context.Context, key string, f *os.File, off, n
 	for got < n {
 		// Full buffers, so that runs of zeros are found whole.
 		k, err := io.ReadFull(r, buf[:min(int64(len(buf)), n-got)])
-		if !allZero(buf[:k]) { // the file has zeros there already, which take no room
+		if !hostfile.IsZero(buf[:k]) { // the file has zeros there already, which take no room
 			if _, err := f.WriteAt(buf[:k], off+got); err != nil {
 				return got, fmt.Errorf("writing object %s: %w", key, err)
 			}
@@ -344,18 +345,4 @@ func (t *Transfer) copyPiece(ctx context.Context, key string, f *os.File, off, n
 		}
 	}
 	return got, nil
-}
-
-var zeros [4096]byte
-
-// allZero reports whether all bytes are 0.
-func allZero(p []byte) bool {
-	for len(p) > 0 {
-		n := min(len(p), len(zeros))
-		if !bytes.Equal(p[:n], zeros[:n]) {
-			return false
-		}
-		p = p[n:]
-	}
-	return true
 }

@@ -1,7 +1,6 @@
 package objects
 
 import (
-	"bytes"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -331,23 +330,5 @@ func TestTransferMemory(t *testing.T) {
 		t.Errorf("%d files took %d MiB of memory", files, used>>20)
 	} else {
 		t.Logf("%d files took at most %d KiB of memory", files, used>>10)
-	}
-}
-
-func TestAllZero(t *testing.T) {
-	for n := range 3 * len(zeros) {
-		p := make([]byte, n)
-		if !allZero(p) {
-			t.Fatalf("%d zeros are not", n)
-		}
-		if n > 0 {
-			p[rand.IntN(n)] = 1
-			if allZero(p) {
-				t.Fatalf("%d bytes with a one are all zeros", n)
-			}
-		}
-	}
-	if !bytes.Equal(zeros[:], make([]byte, len(zeros))) {
-		t.Error("the zeros changed")
 	}
 }

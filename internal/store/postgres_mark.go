@@ -12,6 +12,7 @@ import (
 
 	"github.com/cayhq/cay/internal/event"
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/hostfile"
 )
 
 // mark keeps the seq of the last event that this machine has seen, in memory and in a file. Records that do not have
@@ -83,12 +84,7 @@ func (m *mark) save() error {
 	if m.path == "" || m.last <= m.saved {
 		return nil
 	}
-	draft := m.path + ".new"
-	err := os.WriteFile(draft, []byte(strconv.FormatInt(int64(m.last), 10)+"\n"), 0o600)
-	if err == nil {
-		err = os.Rename(draft, m.path)
-	}
-	if err != nil {
+	if err := hostfile.Replace(m.path, []byte(strconv.FormatInt(int64(m.last), 10)+"\n"), 0o600); err != nil {
 		return fmt.Errorf("writing how far the records were seen: %w", err)
 	}
 	m.saved = m.last
