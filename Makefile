@@ -98,6 +98,13 @@ bench: build ## measure, and print a table and JSON
 	@scripts/needs.sh run
 	$(GO) run ./e2e/bench $(BENCH)
 
+# OLD is a cay of an older commit, built in a worktree of its own.
+.PHONY: bench-pair
+bench-pair: build ## measure an older cay, OLD=path, in turn with this one; fail if this one is slower
+	@scripts/needs.sh run
+	@test -x "$(OLD)" || { echo "bench-pair: OLD=path must name the older program" >&2; exit 2; }
+	$(GO) run ./e2e/bench -old "$(OLD)" $(BENCH)
+
 .PHONY: clean
 clean: ## remove what was built
 	rm -rf bin $(PROGRAMS)/*.gz

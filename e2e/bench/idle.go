@@ -39,18 +39,38 @@ func measureIdle(ctx context.Context, o options, s *server, _ *docker, r *result
 	ids := make([]string, o.idle)
 	for i := range ids {
 		var err error
-		if ids[i], err = s.create(ctx); err != nil {
-			return err
-		}
-		if _, err := s.execute(ctx, ids[i], cay.ExecuteRequest{Args: []string{"true"}}); err != nil {
+		if ids[i], err = s.createIdle(ctx); err != nil {
 			return err
 		}
 	}
-	select {
-	case <-time.After(settle):
-	case <-ctx.Done():
-		return ctx.Err()
+	if err := pause(ctx, settle); err != nil {
+		return err
 	}
+	if err := addMemory(ids, r); err != nil {
+		return err
+	}
+	if err := s.rates(ctx, ids, r); err != nil {
+		return err
+	}
+	for _, id := range ids {
+		if err := s.api.DestroySandbox(ctx, id); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// createIdle makes a sandbox that has run a command, and nothing since.
+func (s *server) createIdle(ctx context.Context) (string, error) {
+	id, err := s.create(ctx)
+	if err == nil {
+		_, err = s.execute(ctx, id, cay.ExecuteRequest{Args: []string{"true"}})
+	}
+	return id, err
+}
+
+// addMemory adds the memory of sandboxes at rest.
+func addMemory(ids []string, r *results) error {
 	for _, id := range ids {
 		use, err := memoryOf(id)
 		if err != nil {
@@ -67,14 +87,6 @@ func measureIdle(ctx context.Context, o options, s *server, _ *docker, r *result
 		r.add(memoryMemfd, unitMB, use.own["memfd"]/1e6)
 		r.add(memoryPSS, unitMB, use.pss/1e6)
 		r.add(memoryGroup, unitMB, use.charged/1e6)
-	}
-	if err := s.rates(ctx, ids, r); err != nil {
-		return err
-	}
-	for _, id := range ids {
-		if err := s.api.DestroySandbox(ctx, id); err != nil {
-			return err
-		}
 	}
 	return nil
 }

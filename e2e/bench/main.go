@@ -20,6 +20,7 @@ import (
 // options hold the settings of a run.
 type options struct {
 	cay    string // path of the program
+	old    string // path of an older program to compare it with, "" for none
 	json   string // file for the results, "" for none
 	starts int    // sandboxes created one after the other
 	idle   int    // idle sandboxes whose memory is measured
@@ -40,6 +41,8 @@ func main() {
 	var o options
 	var quick bool
 	flag.StringVar(&o.cay, "cay", "bin/cay", "the program to measure")
+	flag.StringVar(&o.old, "old", "",
+		"measure this older `program` in turn with it, and nothing else; fail if the new one is slower")
 	flag.StringVar(&o.json, "json", "", "write the results to this `file` as well")
 	flag.IntVar(&o.starts, "n", 25,
 		"how many sandboxes to create one after the other, 2 to 200; commands run twice as often")
@@ -72,7 +75,15 @@ func main() {
 		os.Exit(2)
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	err := bench(ctx, o)
+	if os.Geteuid() != 0 {
+		fmt.Fprintln(os.Stderr, "bench: the server needs root")
+		os.Exit(1)
+	}
+	run := bench
+	if o.old != "" {
+		run = benchPair
+	}
+	err := run(ctx, o)
 	stop()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
@@ -84,9 +95,6 @@ func main() {
 const cleanTimeout = 2 * time.Minute
 
 func bench(ctx context.Context, o options) (err error) {
-	if os.Geteuid() != 0 {
-		return errors.New("the server needs root")
-	}
 	began := time.Now()
 	r := &results{Host: lookAtHost()}
 	out, err := newOutside(ctx)

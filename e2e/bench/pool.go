@@ -64,11 +64,8 @@ func (s *server) warmOnce(ctx context.Context, full bool, r *results) error {
 	want := cay.SandboxSourceCold
 	if full {
 		want = cay.SandboxSourceWarm
-		if err := s.poll(ctx, patience, func() (bool, error) {
-			pool, err := s.api.Pool(ctx)
-			return len(pool) == 1 && pool[0].Ready >= pool[0].Target, err
-		}); err != nil {
-			return fmt.Errorf("waiting for the pool: %w", err)
+		if err := s.awaitPool(ctx); err != nil {
+			return err
 		}
 	}
 	began := time.Now()
@@ -87,4 +84,15 @@ func (s *server) warmOnce(ctx context.Context, full bool, r *results) error {
 		return fmt.Errorf("a create was not %s: %+v", want, sandbox)
 	}
 	return s.api.DestroySandbox(ctx, sandbox.ID)
+}
+
+// awaitPool waits until the pool is full.
+func (s *server) awaitPool(ctx context.Context) error {
+	if err := s.poll(ctx, patience, func() (bool, error) {
+		pool, err := s.api.Pool(ctx)
+		return len(pool) == 1 && pool[0].Ready >= pool[0].Target, err
+	}); err != nil {
+		return fmt.Errorf("waiting for the pool: %w", err)
+	}
+	return nil
 }

@@ -53,13 +53,10 @@ func measureSleep(ctx context.Context, o options, s *server, d *docker, r *resul
 }
 
 func (s *server) sleep(ctx context.Context, one sleeper, o options, d *docker, r *results) error {
-	sandbox, err := s.api.CreateSandbox(ctx, cay.CreateSandboxRequest{Template: template,
-		Mode: new(string(cay.SandboxModePersistent)),
-		Size: new(one.size), IdleTimeout: new("0"), RecoveryInterval: new("0")}, cay.CreateOptions{})
+	id, err := s.createSleeper(ctx, one)
 	if err != nil {
-		return fmt.Errorf("creating a sandbox: %w", err)
+		return err
 	}
-	id := sandbox.ID
 	if one.mib > 0 {
 		fill := fmt.Sprintf("b = os.urandom(%d << 20)", one.mib)
 		if one.zero {
@@ -91,10 +88,26 @@ func (s *server) sleep(ctx context.Context, one sleeper, o options, d *docker, r
 	return s.api.DestroySandbox(ctx, id)
 }
 
+// createSleeper makes a sandbox that is suspended only when it is asked to be.
+func (s *server) createSleeper(ctx context.Context, one sleeper) (string, error) {
+	sandbox, err := s.api.CreateSandbox(ctx, cay.CreateSandboxRequest{Template: template,
+		Mode: new(string(cay.SandboxModePersistent)),
+		Size: new(one.size), IdleTimeout: new("0"), RecoveryInterval: new("0")}, cay.CreateOptions{})
+	if err != nil {
+		return "", fmt.Errorf("creating a sandbox: %w", err)
+	}
+	return sandbox.ID, nil
+}
+
 func (s *server) sleepOnce(ctx context.Context, id, name string, r *results) error {
 	if err := s.pauseOnce(ctx, id, name, r); err != nil {
 		return err
 	}
+	return s.wakeOnce(ctx, id, name, r)
+}
+
+// wakeOnce suspends a sandbox and has the next command wake it.
+func (s *server) wakeOnce(ctx context.Context, id, name string, r *results) error {
 	began := time.Now()
 	if _, err := s.api.Suspend(ctx, id); err != nil {
 		return fmt.Errorf("suspending: %w", err)
