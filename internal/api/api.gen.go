@@ -1620,7 +1620,7 @@ type Sandbox struct {
 	// LastActivityAt Persistent only: when the sandbox was last used.
 	LastActivityAt *time.Time `json:"last_activity_at,omitempty"`
 
-	// MemoryKept Whether the checkpoint holds memory and processes beside the files. Absent while the sandbox runs.
+	// MemoryKept `true` if the checkpoint has memory, processes and files, `false` if it has the files alone. Absent while the sandbox runs.
 	MemoryKept *bool `json:"memory_kept,omitempty"`
 
 	// MemoryMB Memory in MiB.
@@ -1761,7 +1761,7 @@ type Snapshot struct {
 	// Example: snap_abcdefghijklmnopqrst
 	ID string `json:"id"`
 
-	// Memory Whether the snapshot has processes and memory, and not only files, as one of a sandbox that was suspended without memory. Sandboxes from one with files alone are booted.
+	// Memory `true` if the snapshot has memory, processes and files, `false` if it has the files alone, because it was taken of a sandbox that was suspended without its memory. Sandboxes that are created from files alone are booted.
 	Memory bool `json:"memory"`
 
 	// MemoryMB Memory of these sandboxes, in MiB.

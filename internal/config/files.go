@@ -67,7 +67,7 @@ func (f Files) check() error {
 }
 
 // Credentials returns the credentials of the bucket. A file of credentials is a TOML file with access_key, secret_key
-// and perhaps session_token, which only its owner may read.
+// and, for temporary keys, session_token. Only its owner may read it.
 func (f Files) Credentials() (objects.Credentials, error) {
 	if f.CredentialsFile == "" {
 		return objects.Credentials{AccessKey: f.AccessKey, SecretKey: string(f.SecretKey), Token: string(f.SessionToken)}, nil

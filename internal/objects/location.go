@@ -102,7 +102,7 @@ func parseEndpoint(text string) (string, error) {
 	u, err := url.Parse(text)
 	if err != nil || u.Host == "" || u.User != nil || strings.Trim(u.Path, "/") != "" || u.RawQuery != "" ||
 		u.Scheme != "https" && u.Scheme != "http" {
-		return "", errors.New("its endpoint must be http:// or https://, a host and perhaps a port")
+		return "", errors.New("its endpoint must be http:// or https://, a host and, if it needs one, a port")
 	}
 	return u.Scheme + "://" + u.Host, nil
 }

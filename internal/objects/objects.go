@@ -7,10 +7,10 @@
 // that are missing, evicts local files that the bucket has too, and removes objects that are not needed any more.
 //
 // Content is verified in both directions: every request that sends content has its SHA-256, which the server compares,
-// and a file that was downloaded with another SHA-256 than the wanted one is refused. Whoever answers for the bucket
-// can withhold files, but not change them. All types are safe for concurrent use. An error leaves no part of an object
-// under its key. Uploads that an error or a crash ended continue where they were; those that are not continued are
-// removed after [UploadKept].
+// and a file that was downloaded with another SHA-256 than the wanted one is refused. A bucket that lies can withhold
+// files, but not change them. All types are safe for concurrent use. An error leaves no part of an object under its
+// key. Uploads that an error or a crash ended continue where they were; those that are not continued are removed after
+// [UploadKept].
 package objects
 
 import (

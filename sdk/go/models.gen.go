@@ -1258,7 +1258,7 @@ type Sandbox struct {
 	// Persistent only: when the sandbox was last used.
 	LastActivityAt *time.Time `json:"last_activity_at,omitempty"`
 
-	// Whether the checkpoint holds memory and processes beside the files. Absent while the sandbox runs.
+	// `true` if the checkpoint has memory, processes and files, `false` if it has the files alone. Absent while the sandbox runs.
 	MemoryKept *bool `json:"memory_kept,omitempty"`
 
 	// Memory in MiB.
@@ -1399,7 +1399,7 @@ type Snapshot struct {
 	// Example: snap_abcdefghijklmnopqrst
 	ID string `json:"id"`
 
-	// Whether the snapshot has processes and memory, and not only files, as one of a sandbox that was suspended without memory. Sandboxes from one with files alone are booted.
+	// `true` if the snapshot has memory, processes and files, `false` if it has the files alone, because it was taken of a sandbox that was suspended without its memory. Sandboxes that are created from files alone are booted.
 	Memory bool `json:"memory"`
 
 	// Memory of these sandboxes, in MiB.

@@ -908,8 +908,8 @@ type clientInterface interface {
 	// for the same reasons: 429 with code `quota_exceeded` if the sandbox would bring the organization over its quota,
 	// 503 with code `no_capacity` if the machine has no room, 503 with code `image_unavailable` if its image is not on
 	// the machine, 500 with code `wake_failed` if the checkpoint cannot be restored, and 409 with code `start_failed`
-	// if only its files were kept and its start command fails. In all these cases the sandbox stays suspended. After `wake_failed` its `error` gives the reason; you
-	// can try again or destroy the sandbox.
+	// if only its files were kept and its start command fails. In all these cases the sandbox stays suspended. After
+	// `wake_failed` its `error` gives the reason; you can try again or destroy the sandbox.
 	//
 	// Corresponds with POST /v1/sandboxes/{id}/wake (the `WakeSandbox` operationId).
 	WakeSandbox(ctx context.Context, id sandboxID, reqEditors ...requestEditorFn) (*http.Response, error)
@@ -2537,8 +2537,8 @@ func (c *wire) OpenTunnel(ctx context.Context, id sandboxID, params *openTunnelP
 // for the same reasons: 429 with code `quota_exceeded` if the sandbox would bring the organization over its quota,
 // 503 with code `no_capacity` if the machine has no room, 503 with code `image_unavailable` if its image is not on
 // the machine, 500 with code `wake_failed` if the checkpoint cannot be restored, and 409 with code `start_failed`
-// if only its files were kept and its start command fails. In all these cases the sandbox stays suspended. After `wake_failed` its `error` gives the reason; you
-// can try again or destroy the sandbox.
+// if only its files were kept and its start command fails. In all these cases the sandbox stays suspended. After
+// `wake_failed` its `error` gives the reason; you can try again or destroy the sandbox.
 //
 // Corresponds with POST /v1/sandboxes/{id}/wake (the `WakeSandbox` operationId).
 func (c *wire) WakeSandbox(ctx context.Context, id sandboxID, reqEditors ...requestEditorFn) (*http.Response, error) {
