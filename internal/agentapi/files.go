@@ -88,9 +88,12 @@ func headPatience(patience time.Duration, size int64) time.Duration {
 // watchedReader remembers the error that ended reading, which the transport hides
 // among the errors of the connection, and does not read once it is closed.
 type watchedReader struct {
-	mu     sync.Mutex
-	r      io.Reader
-	err    error
+	mu sync.Mutex
+	// +checklocks:mu
+	r io.Reader
+	// +checklocks:mu
+	err error
+	// +checklocks:mu
 	closed bool
 }
 

@@ -56,10 +56,13 @@ type Terminal struct {
 	conn *websocket.Conn
 	rest []byte // unread part of the frame that is being read
 
-	mu     sync.Mutex
+	mu sync.Mutex
+	// +checklocks:mu
 	offset int64
-	lost   int64
-	exit   *ProcessExit
+	// +checklocks:mu
+	lost int64
+	// +checklocks:mu
+	exit *ProcessExit
 }
 
 // OpenTerminal starts a shell or command with a terminal, or joins a process with one. ctx bounds

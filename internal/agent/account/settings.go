@@ -12,9 +12,12 @@ import (
 
 // Settings holds the host's settings for the sandbox.
 type Settings struct {
-	mu      sync.RWMutex
-	env     map[string]string // replaced, never changed
-	user    string
+	mu sync.RWMutex
+	// +checklocks:mu
+	env map[string]string // replaced, never changed
+	// +checklocks:mu
+	user string
+	// +checklocks:mu
 	workdir string
 }
 

@@ -37,12 +37,16 @@ type User struct {
 // parse for 0, so that a broken line makes an account root; it refuses numbers above
 // 2³¹-1, and takes a user whose name is a number for that number.
 type Users struct {
-	passwd, group string // paths
+	passwd string // path
+	group  string // path
 
-	mu     sync.Mutex
+	mu sync.Mutex
+	// +checklocks:mu
 	stamps [2]fileStamp // of passwd and group when cached and names were read
+	// +checklocks:mu
 	cached map[string]*User
-	names  *Owners // nil when not read yet; its content never changes
+	// +checklocks:mu
+	names *Owners // nil when not read yet; its content never changes
 }
 
 // NewUsers returns the accounts of the files passwd and group.
@@ -62,6 +66,9 @@ func stampOf(path string) fileStamp {
 	return fileStamp{ino: st.Ino, size: st.Size, mtime: st.Mtim}
 }
 
+// refreshLocked forgets what was read from files that have changed since.
+//
+// +checklocks:u.mu
 func (u *Users) refreshLocked() {
 	now := [2]fileStamp{stampOf(u.passwd), stampOf(u.group)}
 	if now != u.stamps || u.cached == nil {

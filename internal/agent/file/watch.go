@@ -343,14 +343,16 @@ func (s *filesystemService) WatchDir(
 
 // watchers holds the watches whose events are collected.
 type watchers struct {
-	mu   sync.Mutex
+	mu sync.Mutex
+	// +checklocks:mu
 	byID map[string]*watcher
 }
 
 type watcher struct {
 	watch *watch
 
-	mu     sync.Mutex
+	mu sync.Mutex
+	// +checklocks:mu
 	events []*filesystem.FilesystemEvent
 }
 

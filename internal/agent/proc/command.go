@@ -57,22 +57,26 @@ type command struct {
 
 	groupName string     // name of the group, valid while the command runs
 	groupMu   sync.Mutex // held while the group's processes are killed
-	group     *group     // nil when given back
+	// +checklocks:groupMu
+	group *group // nil when given back
 
 	stdin *os.File // nil without one
 	pty   *os.File // nil without a terminal
 
 	input chan struct{} // has a token while an input is written; closing does not wait and interrupts it
 
-	mu          sync.Mutex
+	mu sync.Mutex
+	// +checklocks:mu
 	subscribers []*subscriber // replaced, never changed
-	end         *process.EndEvent
+	// +checklocks:mu
+	end *process.EndEvent
 }
 
 // subscriber is a client that receives a command's events. Its send blocks the
 // command's output while the client does not read, as a pipe does.
 type subscriber struct {
-	mu   sync.Mutex
+	mu sync.Mutex
+	// +checklocks:mu
 	send func(*process.ProcessEvent) error // nil when gone
 }
 
@@ -116,6 +120,21 @@ func (c *command) unsubscribe(s *subscriber) {
 		}
 	}
 	c.subscribers = left
+}
+
+// ending returns how the command ended, nil while it runs.
+func (c *command) ending() *process.EndEvent {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.end
+}
+
+// groupTaken returns the group of a command that has been started and not run yet, and its count of
+// uses.
+func (c *command) groupTaken() (*group, int) {
+	c.groupMu.Lock()
+	defer c.groupMu.Unlock()
+	return c.group, c.group.taken
 }
 
 func (c *command) publish(ev *process.ProcessEvent) {

@@ -86,7 +86,7 @@ func (k *keeper) start(req agentapi.StartProcess) (*command, error) {
 	if err != nil {
 		return nil, startProblem(l, err)
 	}
-	l.detached.group, l.detached.taken = c.group, c.group.taken
+	l.detached.group, l.detached.taken = c.groupTaken()
 	k.processes.shareHistory()
 	c.subscribe(l.detached.history.take)
 	k.processes.run(c, streams, nil)

@@ -39,12 +39,17 @@ type groups struct {
 	home  *os.File // its tasks file, through which the forking thread returns
 	limit int      // processes and threads of all commands together
 
-	mu        sync.Mutex
-	spare     []*group
-	running   []*group // taken and not given back
+	mu sync.Mutex
+	// +checklocks:mu
+	spare []*group
+	// +checklocks:mu
+	running []*group // taken and not given back
+	// +checklocks:mu
 	lingering []*group // groups with live processes whose command has ended
-	made      int      // groups made so far; numbers their names
-	swept     time.Time
+	// +checklocks:mu
+	made int // groups made so far; numbers their names
+	// +checklocks:mu
+	swept time.Time
 }
 
 // group is the control group of one command's processes.
@@ -243,6 +248,8 @@ func (g *groups) give(gr *group) {
 }
 
 // sweepLocked takes back the lingering groups that have become empty.
+//
+// +checklocks:g.mu
 func (g *groups) sweepLocked() {
 	// Once a second is enough: a group that stays costs four descriptors.
 	if len(g.lingering) == 0 || time.Since(g.swept) < time.Second {
@@ -256,6 +263,9 @@ func (g *groups) sweepLocked() {
 	}
 }
 
+// putLocked puts a group with the lingering or with the spare ones, or removes it.
+//
+// +checklocks:g.mu
 func (g *groups) putLocked(gr *group) {
 	if !gr.empty() {
 		g.lingering = append(g.lingering, gr)

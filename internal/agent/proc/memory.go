@@ -25,11 +25,16 @@ type memory struct {
 	processes *Processes
 	page      int64
 
-	mu      sync.Mutex
-	proc    *os.File // /proc
-	entries []byte   // directory entries
-	text    []byte   // content of one file
-	path    []byte
+	mu sync.Mutex
+	// +checklocks:mu
+	proc *os.File // /proc
+	// +checklocks:mu
+	entries []byte // directory entries
+	// +checklocks:mu
+	text []byte // content of one file
+	// +checklocks:mu
+	path []byte
+	// +checklocks:mu
 	victims []victim
 }
 
@@ -83,7 +88,7 @@ func (m *memory) free(bytes int64) (freed int64, killed int, err error) {
 	defer m.mu.Unlock()
 	deadline := time.Now().Add(relievePatience)
 	for freed < bytes && time.Now().Before(deadline) {
-		if err := m.scan(); err != nil {
+		if err := m.scanLocked(); err != nil {
 			return freed, killed, err
 		}
 		if len(m.victims) == 0 {
@@ -93,12 +98,12 @@ func (m *memory) free(bytes int64) (freed int64, killed int, err error) {
 			if freed >= bytes {
 				break
 			}
-			m.markKilled(v.pid)
+			m.markKilledLocked(v.pid)
 			if unix.Kill(v.pid, unix.SIGKILL) != nil {
 				continue // ended by itself
 			}
 			killed++
-			if m.waitGone(v, deadline) {
+			if m.waitGoneLocked(v, deadline) {
 				freed += v.rss
 			}
 		}
@@ -106,8 +111,10 @@ func (m *memory) free(bytes int64) (freed int64, killed int, err error) {
 	return freed, killed, nil
 }
 
-// scan fills victims with the largest processes, largest first.
-func (m *memory) scan() error {
+// scanLocked fills victims with the largest processes, largest first.
+//
+// +checklocks:m.mu
+func (m *memory) scanLocked() error {
 	m.victims = m.victims[:0]
 	if m.proc == nil {
 		proc, err := os.Open("/proc")
@@ -129,42 +136,51 @@ func (m *memory) scan() error {
 		if n <= 0 {
 			return nil
 		}
-		eachPID(m.entries[:n], func(pid int) {
-			if pid != me {
-				m.consider(victim{pid: pid, rss: m.rss(pid)})
+		for pid, rest := nextPID(m.entries[:n]); rest != nil; pid, rest = nextPID(rest) {
+			if pid > 0 && pid != me {
+				m.considerLocked(victim{pid: pid, rss: m.rssLocked(pid)})
 			}
-		})
+		}
 	}
+}
+
+// nextPID returns the pid of the first directory entry of /proc, 0 if that is no process, and the
+// entries after it. It returns nil for the latter if there is no entry.
+func nextPID(entries []byte) (pid int, rest []byte) {
+	const nameAt = 19 // in struct linux_dirent64
+	if len(entries) <= nameAt {
+		return 0, nil
+	}
+	length := int(entries[16]) | int(entries[17])<<8
+	if length <= nameAt || length > len(entries) {
+		return 0, nil
+	}
+	for _, c := range entries[nameAt:length] {
+		if c == 0 {
+			break
+		}
+		if c < '0' || c > '9' {
+			pid = 0
+			break
+		}
+		pid = pid*10 + int(c-'0')
+	}
+	return pid, entries[length:]
 }
 
 // eachPID calls f with the pid of each directory entry of /proc that is a process.
 func eachPID(entries []byte, f func(pid int)) {
-	const nameAt = 19 // in struct linux_dirent64
-	for len(entries) > nameAt {
-		length := int(entries[16]) | int(entries[17])<<8
-		if length <= nameAt || length > len(entries) {
-			return
-		}
-		pid := 0
-		for _, c := range entries[nameAt:length] {
-			if c == 0 {
-				break
-			}
-			if c < '0' || c > '9' {
-				pid = 0
-				break
-			}
-			pid = pid*10 + int(c-'0')
-		}
+	for pid, rest := nextPID(entries); rest != nil; pid, rest = nextPID(rest) {
 		if pid > 0 {
 			f(pid)
 		}
-		entries = entries[length:]
 	}
 }
 
-// consider adds v to the victims if it is among the largest.
-func (m *memory) consider(v victim) {
+// considerLocked adds v to the victims if it is among the largest.
+//
+// +checklocks:m.mu
+func (m *memory) considerLocked(v victim) {
 	if v.rss == 0 {
 		return // a zombie
 	}
@@ -182,8 +198,10 @@ func (m *memory) consider(v victim) {
 	m.victims[at] = v
 }
 
-// read returns the start of /proc/PID/name, nil if the process is gone.
-func (m *memory) read(pid int, name string) []byte {
+// readLocked returns the start of /proc/PID/name, nil if the process is gone.
+//
+// +checklocks:m.mu
+func (m *memory) readLocked(pid int, name string) []byte {
 	m.path = append(m.path[:0], "/proc/"...)
 	m.path = strconv.AppendInt(m.path, int64(pid), 10)
 	m.path = append(append(m.path, '/'), name...)
@@ -200,9 +218,11 @@ func (m *memory) read(pid int, name string) []byte {
 	return m.text[:n]
 }
 
-// rss returns a process's resident memory in bytes, 0 when it is gone.
-func (m *memory) rss(pid int) int64 {
-	return residentPages(m.read(pid, "statm")) * m.page
+// rssLocked returns a process's resident memory in bytes, 0 when it is gone.
+//
+// +checklocks:m.mu
+func (m *memory) rssLocked(pid int) int64 {
+	return residentPages(m.readLocked(pid, "statm")) * m.page
 }
 
 // residentPages returns the second number of a statm file.
@@ -221,9 +241,11 @@ func residentPages(statm []byte) int64 {
 	return 0
 }
 
-// markKilled marks the command that the process belongs to as killed for lack of memory.
-func (m *memory) markKilled(pid int) {
-	name := nameOf(m.read(pid, "cgroup"))
+// markKilledLocked marks the command that the process belongs to as killed for lack of memory.
+//
+// +checklocks:m.mu
+func (m *memory) markKilledLocked(pid int) {
+	name := nameOf(m.readLocked(pid, "cgroup"))
 	if name == "" {
 		return
 	}
@@ -232,9 +254,11 @@ func (m *memory) markKilled(pid int) {
 	}
 }
 
-// waitGone reports whether the process has given its memory back in time.
-func (m *memory) waitGone(v victim, deadline time.Time) bool {
-	for m.rss(v.pid) > 0 {
+// waitGoneLocked reports whether the process has given its memory back in time.
+//
+// +checklocks:m.mu
+func (m *memory) waitGoneLocked(v victim, deadline time.Time) bool {
+	for m.rssLocked(v.pid) > 0 {
 		if time.Now().After(deadline) {
 			return false
 		}

@@ -31,8 +31,11 @@ type metricsReply struct {
 
 // cpuMeter measures how busy the CPUs are between two calls.
 type cpuMeter struct {
-	mu         sync.Mutex
-	busy, idle uint64 // clock ticks
+	mu sync.Mutex
+	// +checklocks:mu
+	busy uint64 // clock ticks
+	// +checklocks:mu
+	idle uint64 // clock ticks
 }
 
 var meter cpuMeter

@@ -50,7 +50,8 @@ func (p *Processes) Connect(
 		return err
 	}
 	if !running {
-		return out.Send(&process.ConnectResponse{Event: &process.ProcessEvent{Event: &process.ProcessEvent_End{End: c.end}}})
+		end := &process.ProcessEvent_End{End: c.ending()}
+		return out.Send(&process.ConnectResponse{Event: &process.ProcessEvent{Event: end}})
 	}
 	return p.listen(ctx, c, sub, answer.Keepalive(req.Header()))
 }

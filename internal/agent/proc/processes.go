@@ -54,7 +54,8 @@ type Processes struct {
 	// replace the file.
 	null *os.File
 
-	mu       sync.Mutex
+	mu sync.Mutex
+	// +checklocks:mu
 	commands map[int]*command // by pid; ended ones stay for endKept
 }
 

@@ -46,7 +46,7 @@ func FuzzProcParsers(f *testing.F) {
 func TestLargestFirst(t *testing.T) {
 	m := newMemory(nil)
 	for i := range 200 {
-		m.consider(victim{pid: i + 1, rss: int64(i * 37 % 200)})
+		m.considerLocked(victim{pid: i + 1, rss: int64(i * 37 % 200)})
 	}
 	if len(m.victims) != maxVictims || m.victims[0].rss != 199 ||
 		!slices.IsSortedFunc(m.victims, func(a, b victim) int { return int(b.rss - a.rss) }) {

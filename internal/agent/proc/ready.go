@@ -134,8 +134,8 @@ func (r readyCheck) run(ctx context.Context, line string) error {
 	if err := p.follow(ctx, c, nil, 0, opts); err != nil {
 		return errors.New("its check did not end")
 	}
-	if !c.end.GetExited() || c.end.GetExitCode() != 0 {
-		return errors.New("its check " + howEnded(c.end))
+	if end := c.ending(); !end.GetExited() || end.GetExitCode() != 0 {
+		return errors.New("its check " + howEnded(end))
 	}
 	return nil
 }

@@ -12,12 +12,15 @@ import (
 type reaper struct {
 	kick chan struct{} // receives when a child was made; capacity 1
 
-	mu      sync.Mutex
+	mu sync.Mutex
+	// +checklocks:mu
 	waiting map[int]chan<- syscall.WaitStatus
 	// A child may end between its fork and the registration of its pid. While
 	// forks are in progress, early keeps the ends of unknown children.
+	// +checklocks:mu
 	forking int
-	early   map[int]syscall.WaitStatus
+	// +checklocks:mu
+	early map[int]syscall.WaitStatus
 }
 
 func newReaper() *reaper {

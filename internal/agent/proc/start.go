@@ -264,8 +264,9 @@ func (s *starter) over(c *command) *process.EndEvent {
 	default:
 		return nil
 	}
-	if c.end.GetExited() && c.end.GetExitCode() == 0 && s.processes.spawner.groups.lingers(c.groupName) {
+	end := c.ending()
+	if end.GetExited() && end.GetExitCode() == 0 && s.processes.spawner.groups.lingers(c.groupName) {
 		return nil
 	}
-	return c.end
+	return end
 }
