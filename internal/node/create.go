@@ -48,11 +48,14 @@ const (
 // recordFile names the file in a sandbox's directory that holds its record.
 const recordFile = "life.json"
 
-// record holds what a later process of the server must know to adopt the sandbox.
+// record holds what a later process of the server must know to adopt the sandbox. Org, Warm and the
+// policy in Shape change while the sandbox runs, and the rest of Shape when a pooled sandbox is claimed.
+// Only the sandbox's one operation changes them. It holds node.mu then, and reads them without; other
+// goroutines hold node.mu while they read them.
 type record struct {
 	ID sandbox.ID `json:"id"`
 	// Org is the organization that owns the sandbox; "" for a pooled sandbox, and for one of a server
-	// that did not record it. Guarded by node.mu, as the policy.
+	// that did not record it.
 	Org   string `json:"org,omitempty"`
 	Run   string `json:"run"`
 	Token string `json:"token"` // the agent's key; secret: the file is 0600
@@ -64,14 +67,13 @@ type record struct {
 	Reboots bool   `json:"reboots,omitempty"`
 	Slot    int    `json:"slot"`
 	UID     uint32 `json:"uid,omitempty"` // of its processes on the host; 0 if a version without user ids started it
-	// Shape holds the wanted policy, which changes while the sandbox runs. node.mu guards the policy,
-	// and the rest for a pooled sandbox that is being claimed.
+	// Shape is what the sandbox was made from, with the wanted policy.
 	Shape sandbox.Shape `json:"shape"`
 	// Programs and Flags are those that first started the sandbox; its checkpoints need them.
 	Programs embedded.Version `json:"programs"`
 	Flags    []string         `json:"flags"`
 	// Warm describes what a pooled sandbox was made with, see Node.make; "" if the sandbox is not
-	// pooled or is being claimed. Guarded by node.mu, as the policy.
+	// pooled or is being claimed.
 	Warm string `json:"warm,omitempty"`
 	// From is the snapshot that this instance was made from; "" if there is none.
 	From string `json:"from,omitempty"`

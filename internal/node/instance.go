@@ -35,7 +35,7 @@ type instance struct {
 
 	hurry hurry // raises its CPU weight during calls
 
-	agentKey string    // the agent's present key; "" while it has none. Guarded by node.mu
+	agentKey string    // the agent's present key; "" while it has none; node.mu guards it
 	impostor sync.Once // limits the log to one warning of another program that answers
 
 	watched atomic.Bool        // a watch waits for the end of the sentry

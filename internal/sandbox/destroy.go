@@ -29,28 +29,37 @@ func (s *Service) Destroy(ctx context.Context, orgID string, id ID) error {
 	if err != nil || sbx.State.Over() {
 		return err
 	}
-	claimed, done := make(chan struct{}), make(chan error, 1)
-	go func() { done <- s.end(id, "", Requested, func() { close(claimed) }) }()
+	claimed, done, left := make(chan struct{}), make(chan error), make(chan struct{})
+	defer close(left)
+	if !s.ops.spawn(func() {
+		err := s.end(id, "", Requested, func() { close(claimed) })
+		select {
+		case done <- err:
+		case <-left:
+			if err != nil {
+				s.log.Error("removing a sandbox", "sandbox", id, "error", err)
+			}
+		}
+	}) {
+		return errClosing
+	}
 	select {
 	case <-claimed:
+		return nil
 	case err := <-done:
 		return err
 	case <-ctx.Done():
-		err = ctx.Err()
+		return ctx.Err()
 	}
-	go func() { // no caller gets its error any more
-		if err := <-done; err != nil {
-			s.log.Error("removing a sandbox", "sandbox", id, "error", err)
-		}
-	}()
-	return err
 }
 
 // destroy ends the sandbox if it is still in the given run ("" matches any) and returns when
 // nothing of it is left. It continues when ctx ends, which only bounds the wait.
 func (s *Service) destroy(ctx context.Context, id ID, run string, why Reason) error {
 	done := make(chan error, 1)
-	go func() { done <- s.end(id, run, why, func() {}) }()
+	if !s.ops.spawn(func() { done <- s.end(id, run, why, func() {}) }) {
+		return errClosing
+	}
 	select {
 	case err := <-done:
 		return err

@@ -134,7 +134,7 @@ type operations struct {
 	served time.Time // when a caller last waited for a sandbox
 	// +checklocks:mu
 	closed bool           // no more operations may begin
-	wg     sync.WaitGroup // operations under way
+	wg     sync.WaitGroup // operations under way, and goroutines of spawn
 }
 
 func newOperations(over func()) *operations {
@@ -154,6 +154,18 @@ func (o *operations) begin(id ID, kind opKind) (op *operation, mine bool) {
 	o.underWay[id] = op
 	o.wg.Add(1)
 	return op, true
+}
+
+// spawn runs f in a goroutine that close waits for, and reports whether it does: not when the service
+// is closing. f may wait for operations.
+func (o *operations) spawn(f func()) bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.closed {
+		return false
+	}
+	o.wg.Go(f)
+	return true
 }
 
 // do starts work for the operation that the caller has begun, and finishes the operation after it.
