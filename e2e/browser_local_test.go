@@ -16,9 +16,9 @@ func TestLocalHostNames(t *testing.T) {
 	defer s.destroy(id)
 	s.web(id)
 	for _, port := range []int{webPort, openPort} {
-		if status, b := s.call("PUT", portPath(id, port), object{"public": true}); status != 200 ||
-			!strings.HasPrefix(text(b, "url"), s.url+"/v1/") { // not every client resolves names below localhost
-			t.Fatalf("%d %s", status, b)
+		if p, err := s.api().SetPortPublic(t.Context(), id, port, true); err != nil ||
+			!strings.HasPrefix(p.URL, s.url+"/v1/") { // not every client resolves names below localhost
+			t.Fatalf("%s, %v", jsonOf(p), err)
 		}
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), patience)

@@ -1,7 +1,6 @@
 package e2e
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -20,10 +19,7 @@ func (s *server) serve(id, name, body string, headers ...[2]string) {
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	if status, b := s.call("PUT", "/v1/sandboxes/"+id+"/files?path=/tmp/"+name+".json",
-		bytes.NewReader(text)); status != 204 {
-		s.t.Fatalf("upload: %d %s", status, b)
-	}
+	s.upload(id, "/tmp/"+name+".json", string(text))
 }
 
 // open opens a page in the browser.
@@ -72,9 +68,7 @@ func TestPagesOfStrangers(t *testing.T) {
 	defer s.destroy(id)
 	s.web(id)
 	for _, port := range []int{webPort, openPort} {
-		if status, b := s.call("PUT", portPath(id, port), object{"public": true}); status != 200 {
-			t.Fatalf("%d %s", status, b)
-		}
+		s.setPublic(id, port, true)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
@@ -169,10 +163,13 @@ func (s *server) pagesByHost(id string, b *browser) {
 		s.t.Errorf("the parent domain has the cookies %q", got)
 	}
 	// The server inside must not see a signature that the browser sends in other headers.
-	status, body := s.call("POST", portPath(id, openPort)+"/url", object{"expires_in": "1m"})
-	signed, err := url.Parse(text(body, "url"))
-	if status != 201 || err != nil {
-		s.t.Fatalf("%d %s, %v", status, body, err)
+	link, err := s.api().PortURL(context.Background(), id, openPort, time.Minute)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	signed, err := url.Parse(link.URL)
+	if err != nil {
+		s.t.Fatal(err)
 	}
 	v := s.asked("GET", portPath(id, webPort)+"/", nil, func(r *http.Request) {
 		r.Header.Set("Referer", s.url+portPath(id, webPort)+"/?"+signed.RawQuery)

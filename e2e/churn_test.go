@@ -28,8 +28,8 @@ func TestSavesUnderChurn(t *testing.T) {
 	defer s.destroy(id)
 	s.want(id, "cat > /tmp/churn.py; nohup python3 /tmp/churn.py >/tmp/churn.log 2>&1 & sleep 10", object{"stdin": churn})
 	for i := range 4 {
-		if status, body := s.call("POST", "/v1/sandboxes/"+id+"/checkpoint", nil); status >= 300 {
-			t.Errorf("save %d: %d %s", i, status, body)
+		if _, err := s.api().Checkpoint(t.Context(), id); err != nil {
+			t.Errorf("save %d: %v", i, err)
 		}
 	}
 	s.want(id, "cat /tmp/churn.log; test ! -s /tmp/churn.log")

@@ -66,9 +66,9 @@ func TestTermLetsCallsFinish(t *testing.T) {
 	id := s.create(nil)
 	answer := make(chan string, 1)
 	go func() {
-		_, body, err := s.try(context.Background(), "POST", "/v1/sandboxes/"+id+"/execute",
-			object{"command": "touch /tmp/begun; sleep 2; echo finished"})
-		answer <- fmt.Sprint(string(body), err)
+		r, err := s.api().Execute(context.Background(), id,
+			cay.ExecuteRequest{Command: new("touch /tmp/begun; sleep 2; echo finished")})
+		answer <- fmt.Sprint(jsonOf(r), err)
 	}()
 	for deadline := time.Now().Add(patience); s.exec(id, "test -e /tmp/begun").ExitCode != 0; {
 		if time.Now().After(deadline) {
@@ -133,16 +133,16 @@ func (s *server) reconciled(actions ...string) bool {
 // churn creates sandboxes and destroys two in three, until the server is gone.
 func (s *server) churn(ctx context.Context) {
 	for ctx.Err() == nil {
-		code, body, err := s.try(ctx, "POST", "/v1/sandboxes", object{"template": "python", "timeout": "10m"})
+		sandbox, err := s.api().CreateSandbox(ctx, cay.CreateSandboxRequest{Template: "python", Timeout: new("10m")},
+			cay.CreateOptions{})
 		if err != nil {
-			return
-		}
-		if code != 201 {
-			s.t.Errorf("create: %d %s", code, body)
+			if refusal(err) != nil {
+				s.t.Errorf("create: %v", err)
+			}
 			return
 		}
 		if rand.IntN(3) > 0 {
-			if _, _, err := s.try(ctx, "DELETE", "/v1/sandboxes/"+text(body, "id"), nil); err != nil {
+			if err := s.api().DestroySandbox(ctx, sandbox.ID); err != nil && refusal(err) == nil {
 				return
 			}
 		}

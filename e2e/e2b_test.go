@@ -88,10 +88,7 @@ func (s *server) runE2B(t *testing.T, version, key string, chosen func(file stri
 		checkMatrix(t, node, run, record, chosen(templatesFile))
 	}
 	// No sandbox may be left, and no lease may be held.
-	if status, body := s.call("GET", "/v1/sandboxes", nil); status != 200 ||
-		!strings.Contains(string(body), `"sandboxes":[]`) {
-		t.Errorf("sandboxes are left: %d %s", status, body)
-	}
+	s.wantNone()
 }
 
 func mustGlob(t *testing.T, pattern string) []string {

@@ -122,12 +122,11 @@ func (s *server) noLeases() {
 	var last string
 	// a poll with a deadline
 	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
-		status, body := s.call("GET", "/metrics", nil)
-		m := leases.FindSubmatch(body)
-		if status != 200 || m == nil {
-			s.t.Fatalf("metrics: %d", status)
+		m := leases.FindStringSubmatch(s.metrics())
+		if m == nil {
+			s.t.Fatal("the metrics have no leases")
 		}
-		if last = string(m[1]); last == "0" {
+		if last = m[1]; last == "0" {
 			return
 		}
 	}
@@ -289,7 +288,7 @@ func (s *server) halfWritten(key string) {
 func (s *server) warmE2B(key string) {
 	for end := time.Now().Add(patience); ; time.Sleep(100 * time.Millisecond) { // a poll with a deadline
 		sandbox := s.e2bCreate(key)
-		_, row := s.call("GET", "/v1/sandboxes/sbx_"+sandbox.id, nil)
+		row := s.get("sbx_" + sandbox.id)
 		out := sandbox.run("whoami")
 		if status, _ := s.e2bCall(key, "DELETE", "/sandboxes/"+sandbox.id, ""); status != 204 {
 			s.t.Errorf("kill: %d", status)
@@ -297,11 +296,11 @@ func (s *server) warmE2B(key string) {
 		if !strings.Contains(out, "dXNlcgo=") {
 			s.t.Fatalf("whoami says %s", out)
 		}
-		if text(row, "source") == "warm" {
+		if orZero(row.Source) == "warm" {
 			return
 		}
 		if time.Now().After(end) {
-			s.t.Fatalf("the pool serves none: %s", row)
+			s.t.Fatalf("the pool serves none: %s", jsonOf(row))
 		}
 	}
 }

@@ -330,8 +330,8 @@ func TestMetadata(t *testing.T) {
 		t.Errorf("the label of the sandbox is %q", got)
 	}
 	before := m["expires_at"]
-	if status, body := s.call("POST", "/v1/sandboxes/"+id+"/keepalive", object{"timeout": "2h"}); status != 200 {
-		t.Fatalf("keepalive: %d %s", status, body)
+	if _, err := s.api().Keepalive(t.Context(), id, 2*time.Hour); err != nil {
+		t.Fatalf("keepalive: %v", err)
 	}
 	if m, whole := read(id); m["expires_at"] == before || m["expires_at"] == nil {
 		t.Errorf("after a keepalive the sandbox reads %s", whole)

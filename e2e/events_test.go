@@ -34,23 +34,11 @@ func (s *server) allEvents() []cay.FeedEvent {
 	return all
 }
 
-// ofOwnOrg returns the server with a key of a new organization.
-func (s *server) ofOwnOrg(name string) *server {
-	s.t.Helper()
-	status, body := s.call("POST", "/v1/orgs", object{"name": name})
-	if status != 201 {
-		s.t.Fatalf("making an organization: %d %s", status, body)
-	}
-	own := *s
-	own.key = text(body, "api_key")
-	return &own
-}
-
 // TestEvents causes events of all kinds with real sandboxes, and finds exactly those events, in
 // order, in the feed and in the output of a follower.
 func TestEvents(t *testing.T) {
 	operator := shared(t)
-	s := operator.ofOwnOrg("events")
+	s := operator.tenant("events", nil)
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	follower := s.command(ctx, "events", "--follow", "--json", "--after", s.allEvents()[1].ID)
@@ -74,18 +62,21 @@ func TestEvents(t *testing.T) {
 	made := s.from("kept", nil)
 	fork := s.fork(id, nil)[0]
 	for _, public := range []bool{true, true, false} {
-		if status, body := s.call("PUT", "/v1/sandboxes/"+id+"/ports/8080", object{"public": public}); status != 200 {
-			t.Fatalf("port: %d %s", status, body)
+		if _, err := s.api().SetPortPublic(t.Context(), id, 8080, public); err != nil {
+			t.Fatalf("port: %v", err)
 		}
 	}
-	if status, body := s.call("DELETE", "/v1/snapshots/"+snap, nil); status != 204 {
-		t.Fatalf("deleting a snapshot: %d %s", status, body)
+	if err := s.api().DeleteSnapshot(t.Context(), snap); err != nil {
+		t.Fatalf("deleting a snapshot: %v", err)
 	}
-	status, key := s.call("POST", "/v1/api-keys", object{"name": "short", "scopes": []string{"exec"}})
-	if status != 201 {
-		t.Fatalf("key: %d %s", status, key)
+	key, err := s.api().CreateAPIKey(t.Context(), requestOf[cay.CreateAPIKeyRequest](t,
+		object{"name": "short", "scopes": []string{"exec"}}))
+	if err != nil {
+		t.Fatalf("key: %v", err)
 	}
-	s.call("DELETE", "/v1/api-keys/"+text(key, "id"), nil)
+	if err := s.api().RevokeAPIKey(t.Context(), key.ID); err != nil {
+		t.Fatalf("revoking a key: %v", err)
+	}
 	for _, sandbox := range []string{id, made, fork} {
 		s.destroy(sandbox)
 		s.waitState(sandbox, "destroyed")
@@ -123,7 +114,7 @@ func TestEvents(t *testing.T) {
 		t.Errorf("the follower has more events: %s", rest)
 	}
 	_ = follower.Wait() // the follower was killed
-	other := operator.ofOwnOrg("events-beside")
+	other := operator.tenant("events-beside", nil)
 	if theirs := other.allEvents(); len(theirs) != 2 {
 		t.Errorf("another organization sees %+v", theirs)
 	}

@@ -23,6 +23,7 @@ import (
 
 	"github.com/cayhq/cay/internal/caytest"
 	"github.com/cayhq/cay/internal/cgroup"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // evilServer is a server with an honest sandbox of one organization and a sandbox of another whose
@@ -60,12 +61,7 @@ func newEvilServer(t *testing.T) *evilServer {
 	s.needTemplate("python")
 	e := &evilServer{server: s, evils: strings.Fields(string(evils))}
 
-	status, org := s.call("POST", "/v1/orgs", object{"name": "honest"})
-	if status != 201 {
-		t.Fatalf("making an organization: %d %s", status, org)
-	}
-	own := *s
-	e.honest, own.key = &own, text(org, "api_key")
+	e.honest = s.tenant("honest", nil)
 	e.honestID = e.honest.create(nil)
 
 	// The server does not check a program that is in place already, and the honest sandbox keeps
@@ -284,10 +280,10 @@ func (e *evilServer) beHonest() (stop func() (n int, longest time.Duration)) {
 			default:
 			}
 			start := time.Now()
-			status, body, err := e.honest.try(context.Background(), "POST", "/v1/sandboxes/"+e.honestID+"/execute",
-				object{"command": "echo fine"})
-			if err != nil || status != 200 || text(body, "stdout") != "fine\n" {
-				e.t.Errorf("the honest command %d ended with %d %.300s, %v", n, status, body, err)
+			r, err := e.honest.api().Execute(context.Background(), e.honestID,
+				cay.ExecuteRequest{Command: new("echo fine")})
+			if err != nil || r.Stdout != "fine\n" {
+				e.t.Errorf("the honest command %d ended with %.300s, %v", n, jsonOf(r), err)
 				return
 			}
 			n, longest = n+1, max(longest, time.Since(start))

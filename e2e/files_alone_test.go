@@ -82,10 +82,9 @@ func TestFilesAloneKilledAtAnyMoment(t *testing.T) {
 		done := make(chan struct{})
 		go func() {
 			defer close(done)
-			path := "/v1/sandboxes/" + id
-			for code := 200; code == 200; { // the calls fail when the server has gone
-				if code, _, _ = s.try(ctx, "POST", path+"/suspend", object{"memory": false}); code == 200 {
-					code, _, _ = s.try(ctx, "POST", path+"/wake", nil)
+			for err := error(nil); err == nil; { // the calls fail when the server has gone
+				if _, err = s.api().SuspendFiles(ctx, id); err == nil {
+					_, err = s.api().Wake(ctx, id)
 				}
 			}
 		}()

@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -14,6 +15,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 
 	"github.com/cayhq/cay/internal/caytest"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // becomes waits until a condition holds.
@@ -96,16 +98,18 @@ func TestFilesInBucket(t *testing.T) {
 	if got := s.metric(`cay_files_cache_total{kind="images",result="miss"}`); got != 1 {
 		t.Errorf("%d images were fetched, want 1", got)
 	}
-	if code, body := s.call("GET", "/v1/templates/mine", nil); text(body, "status") != "ready" ||
-		!bytes.Contains(body, []byte(`"version":1`)) {
-		t.Errorf("the template was built again: %d %s", code, body)
+	if template, err := s.api().GetTemplate(t.Context(), "mine"); err != nil ||
+		template.Status != cay.TemplateStatusReady || !strings.Contains(jsonOf(template), `"version":1`) {
+		t.Errorf("the template was built again: %s, %v", jsonOf(template), err)
 	}
 
 	lose(image)
 	s3.Stop()
-	if code, body := s.call("POST", "/v1/sandboxes", object{"template": "mine"}); code != 503 ||
-		!bytes.Contains(body, []byte("image_unavailable")) {
-		t.Errorf("a create without image and bucket: %d %s", code, body)
+	mine := func() (*cay.Sandbox, error) {
+		return s.api().CreateSandbox(t.Context(), cay.CreateSandboxRequest{Template: "mine"}, cay.CreateOptions{})
+	}
+	if sandbox, err := mine(); !isRefused(err, 503, "image_unavailable") {
+		t.Errorf("a create without image and bucket: %s, %v", jsonOf(sandbox), err)
 	}
 	s3.Start(t)
 
@@ -113,16 +117,15 @@ func TestFilesInBucket(t *testing.T) {
 	if err := os.WriteFile(only(t, objects, "images", anyDigest), []byte("damaged"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if code, body := s.call("POST", "/v1/sandboxes", object{"template": "mine"}); code != 503 ||
-		!bytes.Contains(body, []byte("image_unavailable")) {
-		t.Errorf("a create from a damaged copy: %d %s", code, body)
+	if sandbox, err := mine(); !isRefused(err, 503, "image_unavailable") {
+		t.Errorf("a create from a damaged copy: %s, %v", jsonOf(sandbox), err)
 	}
 	s.becomes("a sandbox can be created again", func() bool {
-		code, body := s.call("POST", "/v1/sandboxes", object{"template": "mine"})
-		if code == 201 {
-			s.destroy(text(body, "id"))
+		sandbox, err := mine()
+		if err == nil {
+			s.destroy(sandbox.ID)
 		}
-		return code == 201
+		return err == nil
 	})
 	s.becomes("the copy is whole again", func() bool {
 		info, err := os.Stat(only(t, objects, "images", anyDigest))

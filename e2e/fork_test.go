@@ -37,14 +37,12 @@ func (s *server) fork(id string, more object) (ids []string) {
 // snapshot makes a snapshot and returns its id.
 func (s *server) snapshot(id string, more object) string {
 	s.t.Helper()
-	if more == nil {
-		more = object{}
+	name, _ := more["name"].(string)
+	snapshot, err := s.api().CreateSnapshot(context.Background(), id, name)
+	if err != nil {
+		s.t.Fatalf("snapshot: %v", err)
 	}
-	status, body := s.call("POST", "/v1/sandboxes/"+id+"/snapshots", more)
-	if status != 201 {
-		s.t.Fatalf("snapshot: %d %s", status, body)
-	}
-	return text(body, "id")
+	return snapshot.ID
 }
 
 // from makes a sandbox from a snapshot.
@@ -83,9 +81,10 @@ func TestForkGoesOn(t *testing.T) {
 	if left := s.snapshotsOnDisk(); len(left) > 0 {
 		t.Errorf("the forks have left the snapshots %v", left)
 	}
-	if status, body := s.call("GET", "/v1/sandboxes?metadata.family=yes&limit=200", nil); status != 200 ||
-		strings.Count(string(body), `"family":"yes"`) != 13 {
-		t.Errorf("the children's metadata: %d %s", status, body)
+	if list, err := s.api().ListSandboxes(t.Context(), cay.ListSandboxesOptions{ListOptions: cay.ListOptions{Limit: 200},
+		Metadata: map[string]string{"family": "yes"}}); err != nil ||
+		strings.Count(jsonOf(list), `"family":"yes"`) != 13 {
+		t.Errorf("the children's metadata: %s, %v", jsonOf(list), err)
 	}
 	if e := s.events(id)[0]; e.Reason != "forked" {
 		t.Errorf("the last event of the sandbox is %+v", e)
@@ -208,9 +207,9 @@ nohup python3 /root/c.py >/root/c.log 2>&1 & until [ -e /root/connected ] || ! k
 	defer peer.Close()
 	caller := make(chan string, 1)
 	go func() {
-		_, body, err := s.try(context.Background(), "POST", "/v1/sandboxes/"+id+"/execute",
-			object{"command": "touch /root/begun; until [ -e /root/go ]; do sleep 0.05; done; echo to the end"})
-		caller <- fmt.Sprint(text(body, "stdout"), err)
+		r, err := s.api().Execute(context.Background(), id, cay.ExecuteRequest{
+			Command: new("touch /root/begun; until [ -e /root/go ]; do sleep 0.05; done; echo to the end")})
+		caller <- fmt.Sprint(orZero(r).Stdout, err)
 	}()
 	s.want(id, "until [ -e /root/begun ]; do sleep 0.05; done")
 	child := s.fork(id, nil)[0]
@@ -332,9 +331,10 @@ func TestSnapshots(t *testing.T) {
 	asleep.check()
 	s.destroy(sandbox)
 	last := &worker{s: s, id: s.from(second, nil), seen: m}
-	if status, body := s.call("POST", "/v1/sandboxes",
-		object{"snapshot": "counting", "size": "shared-cpu-2x"}); status != 400 || text(body, "field") != "size" {
-		t.Errorf("another size: %d %s", status, body)
+	if _, err := s.api().CreateSandbox(t.Context(), cay.CreateSandboxRequest{Snapshot: "counting",
+		Size: new("shared-cpu-2x")}, cay.CreateOptions{}); refusal(err) == nil || refusal(err).Status != 400 ||
+		refusal(err).Field != "size" {
+		t.Errorf("another size: %v", err)
 	}
 	run("snapshots", "delete", "counting", second)
 	if left := s.snapshotsOnDisk(); len(left) > 0 {
@@ -360,23 +360,22 @@ func TestDeleteWhileCreatingFrom(t *testing.T) {
 		var wg sync.WaitGroup
 		for range 3 {
 			wg.Go(func() {
-				status, body, err := s.try(context.Background(), "POST", "/v1/sandboxes", object{"snapshot": snap})
+				sandbox, err := s.api().CreateSandbox(context.Background(), cay.CreateSandboxRequest{Snapshot: snap},
+					cay.CreateOptions{})
 				switch {
-				case err != nil:
-					t.Error(err)
-				case status == 201:
-					if got := s.want(text(body, "id"), "cat /root/file"); got != "kept" {
+				case err == nil:
+					if got := s.want(sandbox.ID, "cat /root/file"); got != "kept" {
 						t.Errorf("the file is %q", got)
 					}
-					s.destroy(text(body, "id"))
-				case status != 404 || text(body, "code") != "snapshot_not_found":
-					t.Errorf("create: %d %s", status, body)
+					s.destroy(sandbox.ID)
+				case !isRefused(err, 404, "snapshot_not_found"):
+					t.Errorf("create: %v", err)
 				}
 			})
 		}
 		time.Sleep(time.Duration(round*60) * time.Millisecond) // spread over the duration of a create
-		if status, body := s.call("DELETE", "/v1/snapshots/"+snap, nil); status != 204 {
-			t.Errorf("delete: %d %s", status, body)
+		if err := s.api().DeleteSnapshot(t.Context(), snap); err != nil {
+			t.Errorf("delete: %v", err)
 		}
 		wg.Wait()
 		if left := s.snapshotsOnDisk(); len(left) > 0 {
@@ -419,8 +418,8 @@ func TestForkKilledAtAnyMoment(t *testing.T) {
 			(&worker{s: s, id: s.from(snapshots[0], nil)}).check()
 		}
 		for _, snap := range snapshots {
-			if status, body := s.call("DELETE", "/v1/snapshots/"+snap, nil); status != 204 {
-				t.Errorf("delete: %d %s", status, body)
+			if err := s.api().DeleteSnapshot(t.Context(), snap); err != nil {
+				t.Errorf("delete: %v", err)
 			}
 		}
 		for _, id := range s.sandboxes("running") {
@@ -439,12 +438,10 @@ func TestForkKilledAtAnyMoment(t *testing.T) {
 // forkOn forks the worker's sandbox until the server is gone.
 func (w *worker) forkOn(ctx context.Context) {
 	for ctx.Err() == nil {
-		status, body, err := w.s.try(ctx, "POST", "/v1/sandboxes/"+w.id+"/fork", object{"count": 3, "timeout": "10m"})
-		if err != nil {
-			return
-		}
-		if status != 201 {
-			w.s.t.Errorf("fork: %d %s", status, body)
+		if _, err := w.s.api().Fork(ctx, w.id, cay.ForkRequest{Count: new(3), Timeout: new("10m")}); err != nil {
+			if refusal(err) != nil {
+				w.s.t.Errorf("fork: %v", err)
+			}
 			return
 		}
 	}
@@ -454,16 +451,15 @@ func (w *worker) forkOn(ctx context.Context) {
 // gone.
 func (w *worker) saveOn(ctx context.Context) {
 	for ctx.Err() == nil {
-		status, body, err := w.s.try(ctx, "POST", "/v1/sandboxes/"+w.id+"/snapshots", nil)
+		snapshot, err := w.s.api().CreateSnapshot(ctx, w.id, "")
 		if err != nil {
-			return
-		}
-		if status != 201 {
-			w.s.t.Errorf("snapshot: %d %s", status, body)
+			if refusal(err) != nil {
+				w.s.t.Errorf("snapshot: %v", err)
+			}
 			return
 		}
 		if rand.IntN(2) > 0 {
-			if _, _, err := w.s.try(ctx, "DELETE", "/v1/snapshots/"+text(body, "id"), nil); err != nil {
+			if err := w.s.api().DeleteSnapshot(ctx, snapshot.ID); err != nil && refusal(err) == nil {
 				return
 			}
 		}
@@ -505,11 +501,11 @@ func TestNoDiskToFork(t *testing.T) {
 	w := s.startWorker(s.create(nil), 16)
 	w.check()
 	filler := fill(t, dir, 10<<20)
-	for _, verb := range []string{"fork", "snapshots"} {
-		if status, body := s.call("POST", "/v1/sandboxes/"+w.id+"/"+verb, nil); status != 507 ||
-			text(body, "code") != "disk_full" {
-			t.Errorf("%s without room: %d %s", verb, status, body)
-		}
+	if _, err := s.api().Fork(t.Context(), w.id, cay.ForkRequest{}); !isRefused(err, 507, "disk_full") {
+		t.Errorf("fork without room: %v", err)
+	}
+	if _, err := s.api().CreateSnapshot(t.Context(), w.id, ""); !isRefused(err, 507, "disk_full") {
+		t.Errorf("snapshot without room: %v", err)
 	}
 	w.check()
 	if err := os.Remove(filler); err != nil {
@@ -517,15 +513,17 @@ func TestNoDiskToFork(t *testing.T) {
 	}
 	// Another writer takes the space after the snapshot has begun, unless it comes too late.
 	late := fillsUp(t, dir, w.id)
-	status, body := s.call("POST", "/v1/sandboxes/"+w.id+"/snapshots", nil)
+	_, made := s.api().CreateSnapshot(t.Context(), w.id, "")
 	if err := os.Remove(<-late); err != nil {
 		t.Fatal(err)
 	}
-	if status != 201 && (status != 507 || text(body, "code") != "disk_full") {
-		t.Errorf("snapshot while the disk fills up: %d %s", status, body)
+	if made != nil && !isRefused(made, 507, "disk_full") {
+		t.Errorf("snapshot while the disk fills up: %v", made)
 	}
 	for _, snap := range s.snapshots() {
-		s.call("DELETE", "/v1/snapshots/"+snap, nil)
+		if err := s.api().DeleteSnapshot(t.Context(), snap); err != nil {
+			t.Errorf("delete: %v", err)
+		}
 	}
 	if left := s.snapshotsOnDisk(); len(left) > 0 {
 		t.Errorf("there is %v", left)
@@ -542,21 +540,12 @@ func TestForkInPart(t *testing.T) {
 	s.start()
 	s.needTemplate("python")
 	id := s.create(nil)
-	status, body := s.call("POST", "/v1/sandboxes/"+id+"/fork", object{"count": 4})
-	var answer struct {
-		Children []struct {
-			Sandbox *struct{ ID string }
-			Error   *struct {
-				Status int
-				Code   string
-			}
-		}
-	}
-	if err := json.Unmarshal(body, &answer); status != 201 || err != nil {
-		t.Fatalf("fork: %d %s", status, body)
+	children, err := s.api().Fork(t.Context(), id, cay.ForkRequest{Count: new(4)})
+	if err != nil {
+		t.Fatalf("fork: %v", err)
 	}
 	made, refused := 0, 0
-	for _, c := range answer.Children {
+	for _, c := range children {
 		if c.Sandbox != nil {
 			made++
 			s.alive(c.Sandbox.ID)
@@ -565,11 +554,10 @@ func TestForkInPart(t *testing.T) {
 		}
 	}
 	if made != 2 || refused != 2 {
-		t.Errorf("fork: %s", body)
+		t.Errorf("fork: %s", jsonOf(children))
 	}
-	if status, body := s.call("POST", "/v1/sandboxes/"+id+"/fork", nil); status != 429 ||
-		text(body, "code") != "quota_exceeded" {
-		t.Errorf("fork over the quota: %d %s", status, body)
+	if _, err := s.api().Fork(t.Context(), id, cay.ForkRequest{}); !isRefused(err, 429, "quota_exceeded") {
+		t.Errorf("fork over the quota: %v", err)
 	}
 	if left := s.snapshotsOnDisk(); len(left) > 0 {
 		t.Errorf("there is %v", left)

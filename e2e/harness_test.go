@@ -12,7 +12,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"maps"
 	"net"
 	"net/http"
 	"os"
@@ -334,67 +333,6 @@ func (s *server) request(ctx context.Context, method, path, contentType string, 
 	defer resp.Body.Close()
 	answer, err := io.ReadAll(resp.Body)
 	return resp.StatusCode, answer, err
-}
-
-type object = map[string]any
-
-// api returns a client with the server's first key. It shares its connections with [server.call].
-func (s *server) api() *cay.Client {
-	s.t.Helper()
-	c, err := cay.New(s.url, s.key, cay.WithHTTPClient(http.DefaultClient))
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	return c
-}
-
-// requestOf returns a request of the client with the fields of several objects; later objects override
-// earlier ones. A field that the client does not know fails the test.
-func requestOf[T any](t testing.TB, objects ...object) T {
-	t.Helper()
-	all := object{}
-	for _, o := range objects {
-		maps.Copy(all, o)
-	}
-	data, err := json.Marshal(all)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var request T
-	decoder := json.NewDecoder(bytes.NewReader(data))
-	decoder.DisallowUnknownFields()
-	if err := decoder.Decode(&request); err != nil {
-		t.Fatalf("%T from %s: %v", request, data, err)
-	}
-	return request
-}
-
-// jsonOf returns a value of the client for a message, without pointers.
-func jsonOf(v any) string {
-	data, err := json.Marshal(v)
-	if err != nil {
-		return err.Error()
-	}
-	return string(data)
-}
-
-// orZero returns the value of a field of the client, the zero value if the field is absent.
-func orZero[T any](v *T) T {
-	if v == nil {
-		var zero T
-		return zero
-	}
-	return *v
-}
-
-// text returns a string field of a JSON object, "" if there is none.
-func text(body []byte, field string) string {
-	var o object
-	if json.Unmarshal(body, &o) != nil {
-		return ""
-	}
-	v, _ := o[field].(string)
-	return v
 }
 
 // create makes a sandbox of the template python.

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // hostOOMKills returns how often the kernel has killed a process in the sandbox's control group. It
@@ -54,10 +56,9 @@ func TestMemory(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			for round := range 3 {
-				status, body := s.call("POST", "/v1/sandboxes/"+id+"/execute", object{"args": tt.args, "timeout": "60s"})
-				if status != 200 || !strings.Contains(string(body), `"oom_killed":true`) ||
-					!strings.Contains(string(body), `"exit_code":137`) {
-					t.Fatalf("round %d: %d %s", round, status, body)
+				r, err := s.api().Execute(t.Context(), id, cay.ExecuteRequest{Args: tt.args, Timeout: new("60s")})
+				if err != nil || !r.OOMKilled || r.ExitCode != 137 {
+					t.Fatalf("round %d: %s, %v", round, jsonOf(r), err)
 				}
 				s.alive(id)
 			}
@@ -189,9 +190,9 @@ time.sleep(600)'`, object{"timeout": "10s"})
 	}
 	s.alive(id)
 	// A fork bomb in a background process starts when the sandbox has been quiet for a while.
-	status, body := s.call("POST", "/v1/sandboxes/"+id+"/processes", object{"command": "sleep 8; b() { b | b & b; }; b"})
-	if status != 201 {
-		t.Fatalf("start: %d %s", status, body)
+	if _, err := s.api().StartProcess(t.Context(), id,
+		cay.StartProcessRequest{Command: new("sleep 8; b() { b | b & b; }; b")}); err != nil {
+		t.Fatalf("start: %v", err)
 	}
 	time.Sleep(10 * time.Second) // until the bomb runs; an earlier call would be noticed inside
 	s.settles("the bomb", func() bool { return len(s.want(id, "ls -d /proc/[0-9]* 2>/dev/null | wc -l")) == 1 })
@@ -226,13 +227,13 @@ func TestFullDisk(t *testing.T) {
 	if r.ExitCode == 0 || !strings.Contains(r.Stderr, "No space left on device") {
 		t.Errorf("got %+v", r)
 	}
-	status, body := s.call("PUT", "/v1/sandboxes/"+id+"/files?path=/var/more",
-		strings.NewReader(strings.Repeat("x", 10<<20)))
-	if status != 507 || text(body, "code") != "disk_full" {
-		t.Errorf("upload to a full disk: %d %s", status, body)
+	if err := s.api().WriteFile(t.Context(), id, "/var/more", strings.NewReader(strings.Repeat("x", 10<<20)),
+		cay.WriteFileOptions{}); !isRefused(err, 507, "disk_full") {
+		t.Errorf("upload to a full disk: %v", err)
 	}
-	if status, _ := s.call("GET", "/v1/sandboxes/"+id+"/files?path=/var/more", nil); status != 404 {
-		t.Errorf("a part of the upload is there: %d", status)
+	if _, err := s.api().ReadFile(t.Context(), id, "/var/more", cay.ReadFileOptions{}); !isRefused(err, 404,
+		"file_not_found") {
+		t.Errorf("a part of the upload is there: %v", err)
 	}
 	s.alive(id)
 	s.want(id, "rm /var/fill && dd if=/dev/zero of=/var/again bs=1M count=50")

@@ -16,6 +16,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 const (
@@ -81,10 +83,7 @@ func TestIntegrations(t *testing.T) {
 	}
 	t.Run("litellm", func(t *testing.T) { s.runCodeAsPython(t, key, true) })
 	t.Run("e2b_code_interpreter", func(t *testing.T) { s.runCodeAsPython(t, key, false) })
-	if status, body := s.call("GET", "/v1/sandboxes", nil); status != 200 ||
-		!strings.Contains(string(body), `"sandboxes":[]`) {
-		t.Errorf("sandboxes are left: %d %s", status, body)
-	}
+	s.wantNone()
 }
 
 // integrationsDomain is the domain of ports. No name server knows it; tests send it as a header.
@@ -119,12 +118,10 @@ func (r integrationsRun) run(t *testing.T, args ...string) string {
 // made returns how many sandboxes were created.
 func (r integrationsRun) made(t *testing.T) int {
 	t.Helper()
-	status, body := r.server.call("GET", "/v1/sandboxes?limit=100&status=destroyed&status=running&status=suspended", nil)
-	var list struct {
-		Sandboxes []json.RawMessage `json:"sandboxes"`
-	}
-	if err := json.Unmarshal(body, &list); err != nil || status != 200 || len(list.Sandboxes) >= 100 {
-		t.Fatalf("listing sandboxes: %d %s, %v", status, body, err)
+	list, err := r.server.api().ListSandboxes(t.Context(), cay.ListSandboxesOptions{
+		ListOptions: cay.ListOptions{Limit: 100}, Status: []cay.SandboxStatus{"destroyed", "running", "suspended"}})
+	if err != nil || len(list.Sandboxes) >= 100 {
+		t.Fatalf("listing sandboxes: %s, %v", jsonOf(list), err)
 	}
 	return len(list.Sandboxes)
 }

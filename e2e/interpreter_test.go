@@ -1,11 +1,14 @@
 package e2e
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"strings"
 	"testing"
 	"time"
+
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // line is one line of an answer of the code interpreter.
@@ -25,12 +28,15 @@ func (i interpreter) ask(method, path, body string, more ...string) (status int,
 	if body != "" {
 		args = append(args, "-d", "@-")
 	}
-	code, reply := i.s.call("POST", "/v1/sandboxes/"+i.id+"/execute",
-		object{"args": append(args, "http://localhost:49999"+path), "stdin": body, "timeout": "1m"})
-	r := i.s.decoded(reply)
+	r, err := i.s.api().Execute(context.Background(), i.id, cay.ExecuteRequest{
+		Args: append(args, "http://localhost:49999"+path), Stdin: &body, Timeout: new("1m")})
+	if err != nil {
+		i.s.t.Errorf("%s %s: %v", method, path, err)
+		return 0, ""
+	}
 	end := strings.LastIndex(r.Stdout, "\n")
-	if code != 200 || r.ExitCode != 0 || end < 0 {
-		i.s.t.Errorf("%s %s: %d %s", method, path, code, reply)
+	if r.ExitCode != 0 || end < 0 {
+		i.s.t.Errorf("%s %s: %s", method, path, jsonOf(r))
 		return 0, ""
 	}
 	if _, err := fmt.Sscan(r.Stdout[end+1:], &status); err != nil {
@@ -95,8 +101,8 @@ func (i interpreter) value(code string, more object) any {
 func (s *server) interpreter() interpreter {
 	s.t.Helper()
 	// The template is built when it is first asked for.
-	if status, body := s.call("POST", "/v1/templates/code-interpreter/rebuild", nil); status != 202 {
-		s.t.Fatalf("asking for the template: %d %s", status, body)
+	if _, err := s.api().RebuildTemplate(context.Background(), "code-interpreter", nil, nil); err != nil {
+		s.t.Fatalf("asking for the template: %v", err)
 	}
 	s.needTemplate("code-interpreter")
 	return interpreter{s, s.create(object{"template": "code-interpreter", "env": object{"OF_THE_SANDBOX": "yes"}})}

@@ -137,10 +137,7 @@ func TestSleepKeepsEverything(t *testing.T) {
 	s := shared(t)
 	id := s.persistent(object{"env": object{"KEPT": "yes"}})
 	defer s.destroy(id)
-	if status, body := s.call("PUT", "/v1/sandboxes/"+id+"/files?path=/root/keeper.py",
-		strings.NewReader(keeper)); status != 204 {
-		t.Fatalf("upload: %d %s", status, body)
-	}
+	s.upload(id, "/root/keeper.py", keeper)
 	s.want(id, "nohup python3 /root/keeper.py >/root/keeper.log 2>&1 & "+
 		"until [ -e /root/ready ] || ! kill -0 $!; do sleep 0.05; done; cat /root/keeper.log")
 	// The user's changes to files that cay writes at the start are kept.
@@ -155,9 +152,8 @@ func TestSleepKeepsEverything(t *testing.T) {
 		for _, left := range s.onHost(id) {
 			t.Errorf("while suspended the host has %s", left)
 		}
-		if status, body := s.call("GET", "/v1/sandboxes/"+id, nil); status != 200 || text(body, "status") != "suspended" ||
-			text(body, "suspended_at") == "" {
-			t.Errorf("GET of the suspended sandbox: %d %s", status, body)
+		if sandbox := s.get(id); sandbox.Status != "suspended" || sandbox.SuspendedAt == nil {
+			t.Errorf("GET of the suspended sandbox: %s", jsonOf(sandbox))
 		}
 		s.wake(id)
 	}
@@ -340,14 +336,18 @@ func TestManyWakeIt(t *testing.T) {
 		}
 		var wg sync.WaitGroup
 		if round > 0 {
-			wg.Go(func() { s.call("POST", "/v1/sandboxes/"+id+"/suspend", nil) })
+			wg.Go(func() {
+				if _, err := s.api().Suspend(context.Background(), id); err != nil && refusal(err) == nil {
+					t.Error(err)
+				}
+			})
 		}
 		for i := range callers {
 			wg.Go(func() {
-				status, body, err := s.try(context.Background(), "POST", "/v1/sandboxes/"+id+"/execute",
-					object{"command": fmt.Sprintf("echo %d", i)})
-				if err != nil || status != 200 || text(body, "stdout") != fmt.Sprintln(i) {
-					t.Errorf("caller %d: %d %s, %v", i, status, body, err)
+				r, err := s.api().Execute(context.Background(), id,
+					cay.ExecuteRequest{Command: new(fmt.Sprintf("echo %d", i))})
+				if err != nil || r.Stdout != fmt.Sprintln(i) {
+					t.Errorf("caller %d: %s, %v", i, jsonOf(r), err)
 				}
 			})
 		}
@@ -437,12 +437,11 @@ func TestActivitySurvives(t *testing.T) {
 	s.alive(id)
 	last := func() time.Time {
 		t.Helper()
-		_, body := s.call("GET", "/v1/sandboxes/"+id, nil)
-		at, err := time.Parse(time.RFC3339, text(body, "last_activity_at"))
-		if err != nil {
-			t.Fatalf("%v in %s", err, body)
+		sandbox := s.get(id)
+		if sandbox.LastActivityAt == nil {
+			t.Fatalf("no last activity in %s", jsonOf(sandbox))
 		}
-		return at
+		return *sandbox.LastActivityAt
 	}
 	used := last()
 	time.Sleep(6 * time.Second) // longer than the 5 seconds that are promised

@@ -2,7 +2,6 @@ package e2e
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"math/rand/v2"
 	"slices"
@@ -89,23 +88,17 @@ func TestPool(t *testing.T) {
 	if got := s.want(id, "date +%s"); len(got) < 10 || got[:8] != fmt.Sprint(time.Now().Unix())[:8] {
 		t.Errorf("the clock of the warm sandbox says %s", got)
 	}
-	if code, body := s.call("GET", "/v1/sandboxes?status=running&metadata.team=red", nil); code != 200 ||
-		!strings.Contains(string(body), id) {
-		t.Errorf("list by metadata: %d %s", code, body)
+	if list, err := s.api().ListSandboxes(t.Context(), cay.ListSandboxesOptions{Status: []cay.SandboxStatus{"running"},
+		Metadata: map[string]string{"team": "red"}}); err != nil || !strings.Contains(jsonOf(list), id) {
+		t.Errorf("list by metadata: %s, %v", jsonOf(list), err)
 	}
 	s.destroy(id)
 	s.awaitPool(2)
 	const size = "df -k / | awk 'NR==2 {print $2}'"
 	id = s.createFrom("warm", object{"timeout": "1h"})
-	var sandbox struct {
-		TimeoutSeconds int       `json:"timeout_seconds"`
-		StartedAt      time.Time `json:"started_at"`
-		ExpiresAt      time.Time `json:"expires_at"`
-	}
-	_, body := s.call("GET", "/v1/sandboxes/"+id, nil)
-	if err := json.Unmarshal(body, &sandbox); err != nil || sandbox.TimeoutSeconds != 3600 ||
-		sandbox.ExpiresAt.Sub(sandbox.StartedAt) != time.Hour {
-		t.Errorf("a sandbox with a timeout of an hour is %s, %v", body, err)
+	if sandbox := s.get(id); orZero(sandbox.TimeoutSeconds) != 3600 ||
+		orZero(sandbox.ExpiresAt).Sub(orZero(sandbox.StartedAt)) != time.Hour {
+		t.Errorf("a sandbox with a timeout of an hour is %s", jsonOf(sandbox))
 	}
 	if got, want := s.want(id, size), s.want(cold, size); got != want {
 		t.Errorf("the disk of a warm sandbox has %s KiB, that of a cold one %s", got, want)
@@ -122,8 +115,8 @@ func TestPool(t *testing.T) {
 	if fields := strings.Fields(out); code != 0 || !slices.Contains(fields, "python") {
 		t.Errorf("cay sandbox pool: %d %s", code, out)
 	}
-	if _, body := s.call("GET", "/metrics", nil); !strings.Contains(string(body),
-		`cay_pool_creates_total{source="warm"} 4`) || !strings.Contains(string(body), "cay_pool_prepare_seconds_count") {
+	if metrics := s.metrics(); !strings.Contains(metrics, `cay_pool_creates_total{source="warm"} 4`) ||
+		!strings.Contains(metrics, "cay_pool_prepare_seconds_count") {
 		t.Error("the metrics lack the pool")
 	}
 }
@@ -168,8 +161,8 @@ func TestPoolOutlivesTheServer(t *testing.T) {
 			t.Errorf("after %s: %s was not there before: %v", signal, id, before)
 		} else {
 			s.alive(id)
-			if code, body := s.call("POST", "/v1/sandboxes/"+id+"/suspend", nil); code != 200 {
-				t.Errorf("suspending it: %d %s", code, body)
+			if _, err := s.api().Suspend(t.Context(), id); err != nil {
+				t.Errorf("suspending it: %v", err)
 			}
 			s.alive(id)
 		}
@@ -212,11 +205,8 @@ func TestPoolOfATemplate(t *testing.T) {
 	}
 	web("cold", object{"egress": object{"mode": "deny_all"}})
 	s.awaitPool(2)
-	if code, body := s.template("POST", "/v1/templates/web/rebuild",
-		object{"image": tiny, "ready": object{"port": 8000},
-			"start_command": "mkdir /www; echo next >/www/index.html; exec httpd -f -p 8000 -h /www"}, nil); code != 202 {
-		t.Fatalf("rebuild: %d %s", code, body)
-	}
+	s.rebuild("web", object{"image": tiny, "ready": object{"port": 8000},
+		"start_command": "mkdir /www; echo next >/www/index.html; exec httpd -f -p 8000 -h /www"})
 	if status, body := s.built("web"); status != "ready" {
 		t.Fatalf("after the rebuild: %s", body)
 	}
@@ -227,8 +217,8 @@ func TestPoolOfATemplate(t *testing.T) {
 	if said := web("warm", object{}); said != "next" {
 		t.Errorf("the warm service of version 2 says %q", said)
 	}
-	if code, body := s.call("DELETE", "/v1/templates/web", nil); code != 204 {
-		t.Errorf("deleting the template with pooled sandboxes: %d %s", code, body)
+	if err := s.api().DeleteTemplate(t.Context(), "web", false); err != nil {
+		t.Errorf("deleting the template with pooled sandboxes: %v", err)
 	}
 	s.awaitPool(0)
 }
@@ -255,11 +245,12 @@ func TestPoolKilledAtAnyMoment(t *testing.T) {
 		}
 		answer := make(chan string, 1)
 		go func() {
-			_, body, err := s.try(context.Background(), "POST", "/v1/sandboxes", object{"template": "python"})
+			sandbox, err := s.api().CreateSandbox(context.Background(), cay.CreateSandboxRequest{Template: "python"},
+				cay.CreateOptions{})
 			if err != nil {
-				body = nil
+				sandbox = &cay.Sandbox{}
 			}
-			answer <- text(body, "id")
+			answer <- sandbox.ID
 		}()
 		time.Sleep(after)
 		s.stop(syscall.SIGKILL)

@@ -35,13 +35,18 @@ const (
 	portsZone = "boxes.test"
 )
 
+// setPublic makes a port public or private.
+func (s *server) setPublic(id string, port int, public bool) {
+	s.t.Helper()
+	if _, err := s.api().SetPortPublic(context.Background(), id, port, public); err != nil {
+		s.t.Fatalf("making port %d public, %v: %v", port, public, err)
+	}
+}
+
 // web starts the test's web server in a sandbox, on the loopback address and on all addresses.
 func (s *server) web(id string) {
 	s.t.Helper()
-	if status, body := s.call("PUT", "/v1/sandboxes/"+id+"/files?path=/opt/web.py",
-		strings.NewReader(webServer)); status != 204 {
-		s.t.Fatalf("upload: %d %s", status, body)
-	}
+	s.upload(id, "/opt/web.py", webServer)
 	s.want(id, fmt.Sprintf(`rm -f /tmp/ready-*; nohup python3 /opt/web.py 127.0.0.1 %d %d >/tmp/web.log 2>&1 &
 		nohup python3 /opt/web.py 0.0.0.0 %d %d >>/tmp/web.log 2>&1 &
 		for i in $(seq 400); do [ -e /tmp/ready-%d ] && [ -e /tmp/ready-%d ] && exit 0; sleep 0.05; done; cat /tmp/web.log; exit 1`,
@@ -425,9 +430,7 @@ func TestPortAccess(t *testing.T) {
 		}
 	}
 	private("in the beginning")
-	if status, b := s.call("PUT", portPath(id, webPort), object{"public": true}); status != 200 {
-		t.Fatalf("%d %s", status, b)
-	}
+	s.setPublic(id, webPort, true)
 	for _, target := range []string{byHost, byPath} {
 		if v := s.asked("GET", target, nil, withoutKey); v.Path != "/x" {
 			t.Errorf("public: %+v", v)
@@ -436,9 +439,7 @@ func TestPortAccess(t *testing.T) {
 	if resp, _ := s.page("GET", portPath(id, openPort)+"/", nil, withoutKey); resp.StatusCode != 401 {
 		t.Errorf("another port is %s", resp.Status)
 	}
-	if status, b := s.call("PUT", portPath(id, webPort), object{"public": false}); status != 200 {
-		t.Fatalf("%d %s", status, b)
-	}
+	s.setPublic(id, webPort, false)
 	private("private again")
 
 	out, errOut, code := s.cli("", "sandbox", "port-url", id, fmt.Sprint(webPort), "--expires-in", "3s")
@@ -491,9 +492,7 @@ func TestPortWakes(t *testing.T) {
 	id := s.persistent(object{"idle_timeout": "10s"})
 	defer s.destroy(id)
 	s.web(id)
-	if status, b := s.call("PUT", portPath(id, webPort), object{"public": true}); status != 200 {
-		t.Fatalf("%d %s", status, b)
-	}
+	s.setPublic(id, webPort, true)
 	s.page("GET", portPath(id, webPort)+"/", nil) // leaves an idle connection
 	s.suspend(id)
 	for _, left := range s.onHost(id) {
@@ -507,8 +506,8 @@ func TestPortWakes(t *testing.T) {
 	if state, _ := s.state(id); state != "running" {
 		t.Errorf("after the request the sandbox is %s", state)
 	}
-	if status, b := s.call("POST", "/v1/sandboxes/"+id+"/suspend", object{}); status != 200 {
-		t.Fatalf("suspend: %d %s", status, b)
+	if _, err := s.api().Suspend(t.Context(), id); err != nil {
+		t.Fatalf("suspend: %v", err)
 	}
 	// An open WebSocket counts as use, so the sandbox is not suspended.
 	conn, in := s.openWebSocket(id)
@@ -642,8 +641,7 @@ func TestPortsEndWithTheSandbox(t *testing.T) {
 		t.Errorf("left: %s", left)
 	}
 	for deadline := time.Now().Add(patience); ; time.Sleep(50 * time.Millisecond) { // a poll with a deadline
-		_, metrics := s.call("GET", "/metrics", nil)
-		if strings.Contains(string(metrics), "\ncay_sandbox_leases 0\n") {
+		if strings.Contains(s.metrics(), "\ncay_sandbox_leases 0\n") {
 			break
 		}
 		if time.Now().After(deadline) {

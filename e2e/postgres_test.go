@@ -185,8 +185,8 @@ func (p *onPostgres) isRestored() {
 	}
 	p.args = []string{"--accept-restore"}
 	p.start()
-	if status, body := p.call("GET", "/v1/sandboxes/"+id, nil); status != http.StatusNotFound {
-		p.t.Errorf("after the restore the sandbox answers %d, %s", status, body)
+	if _, err := p.api().GetSandbox(context.Background(), id); !isRefused(err, http.StatusNotFound, "sandbox_not_found") {
+		p.t.Errorf("after the restore the sandbox answers %v", err)
 	}
 	for deadline := time.Now().Add(patience); syscall.Kill(sentry, 0) == nil; time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(deadline) {

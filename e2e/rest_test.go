@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // clocksProgram sleeps longer than a sandbox takes to become idle, and then writes the time and the
@@ -36,17 +38,16 @@ func TestRest(t *testing.T) {
 	defer s.destroy(id)
 	s.rests(id)
 	s.clocksOf(id)
-	if status, body := s.call("POST", "/v1/sandboxes/"+id+"/suspend", nil); status != 200 {
-		t.Fatalf("suspend: %d %s", status, body)
+	if _, err := s.api().Suspend(t.Context(), id); err != nil {
+		t.Fatalf("suspend: %v", err)
 	}
 	s.clocksOf(id)
 	s.rests(id)
 	s.clocksOf(id)
 
-	status, body := s.call("POST", "/v1/sandboxes/"+id+"/processes",
-		object{"args": []string{"python3", "-c", clocksProgram}})
-	if status != 201 {
-		t.Fatalf("start: %d %s", status, body)
+	if _, err := s.api().StartProcess(t.Context(), id,
+		cay.StartProcessRequest{Args: []string{"python3", "-c", clocksProgram}}); err != nil {
+		t.Fatalf("start: %v", err)
 	}
 	time.Sleep(24 * time.Second) // three times the program's sleep; an earlier look would keep the sandbox busy
 	var out string

@@ -71,18 +71,6 @@ func TestSoakHostile(t *testing.T) {
 	s.agree(time.Now())
 }
 
-// tenant makes an organization with a quota and returns the server with its admin key.
-func (s *server) tenant(name string, quota object) *server {
-	s.t.Helper()
-	status, body := s.call("POST", "/v1/orgs", object{"name": name, "quota": quota})
-	if status != 201 {
-		s.t.Fatalf("making the organization %s: %d %s", name, status, body)
-	}
-	own := *s
-	own.key = text(body, "api_key")
-	return &own
-}
-
 // spin keeps the processors busy in all sandboxes, and does nothing else.
 func spin(ctx context.Context, tenants []*hostile) {
 	var wg sync.WaitGroup

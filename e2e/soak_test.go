@@ -1,8 +1,10 @@
 package e2e
 
 import (
+	"context"
 	"flag"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -98,12 +100,12 @@ func TestSoak(t *testing.T) {
 func (w *worker) cycle(times *timings) {
 	w.s.t.Helper()
 	began := time.Now()
-	if status, body := w.s.call("POST", "/v1/sandboxes/"+w.id+"/suspend", nil); status != 200 {
-		w.s.t.Errorf("suspend: %d %s", status, body)
+	if _, err := w.s.api().Suspend(context.Background(), w.id); err != nil {
+		w.s.t.Errorf("suspend: %v", err)
 	}
 	suspended := time.Now()
-	if status, body := w.s.call("POST", "/v1/sandboxes/"+w.id+"/wake", nil); status != 200 {
-		w.s.t.Errorf("wake: %d %s", status, body)
+	if _, err := w.s.api().Wake(context.Background(), w.id); err != nil {
+		w.s.t.Errorf("wake: %v", err)
 	}
 	times.add(suspended.Sub(began), time.Since(suspended))
 	w.check()
@@ -239,11 +241,22 @@ func (s *server) mounts() (n int) {
 // metric returns the value of one of the server's metrics without labels.
 func (s *server) metric(name string) int {
 	s.t.Helper()
-	status, body := s.call("GET", "/metrics", nil)
-	if status != 200 {
-		s.t.Fatalf("metrics: %d %s", status, body)
+	return s.number(s.metrics(), name+" ")
+}
+
+// metrics returns the server's metrics.
+func (s *server) metrics() string {
+	s.t.Helper()
+	body, err := s.api().Metrics(context.Background())
+	if err != nil {
+		s.t.Fatalf("metrics: %v", err)
 	}
-	return s.number(string(body), name+" ")
+	defer body.Close()
+	text, err := io.ReadAll(body)
+	if err != nil {
+		s.t.Fatalf("metrics: %v", err)
+	}
+	return string(text)
 }
 
 // number returns the first number after the prefix of a line.

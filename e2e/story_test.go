@@ -13,9 +13,9 @@ import (
 	"sync"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/cayhq/cay/internal/caytest"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // groupsOnHost lists the sandboxes that have a control group.
@@ -142,12 +142,13 @@ func TestThirtyAtOnce(t *testing.T) {
 	var wg sync.WaitGroup
 	for i := range 30 {
 		wg.Go(func() {
-			code, body := s.call("POST", "/v1/sandboxes", object{"template": "python"})
-			if code != 201 {
-				t.Errorf("create: %d %s", code, body)
+			sandbox, err := s.api().CreateSandbox(t.Context(), cay.CreateSandboxRequest{Template: "python"},
+				cay.CreateOptions{})
+			if err != nil {
+				t.Errorf("create: %v", err)
 				return
 			}
-			id := text(body, "id")
+			id := sandbox.ID
 			if got := s.want(id, fmt.Sprintf("echo %d > /tmp/n; cat /tmp/n", i)); got != fmt.Sprint(i) {
 				t.Errorf("sandbox %d says %q", i, got)
 			}
@@ -169,18 +170,13 @@ func TestTimeIsUp(t *testing.T) {
 	if reason := s.waitState(id, "destroyed"); reason != "expired" {
 		t.Errorf("destroyed with reason %q", reason)
 	}
-	code, body := s.call("GET", "/v1/sandboxes/"+id, nil)
-	if code != 200 {
-		t.Fatalf("a destroyed sandbox is not readable: %d", code)
+	sandbox := s.get(id)
+	if sandbox.ExpiresAt == nil || sandbox.DestroyedAt == nil || sandbox.DestroyedAt.Before(*sandbox.ExpiresAt) {
+		t.Errorf("expires %v, destroyed %v", sandbox.ExpiresAt, sandbox.DestroyedAt)
 	}
-	expires, err1 := time.Parse(time.RFC3339, text(body, "expires_at"))
-	destroyed, err2 := time.Parse(time.RFC3339, text(body, "destroyed_at"))
-	if err := errors.Join(err1, err2); err != nil || destroyed.Before(expires) {
-		t.Errorf("expires %v, destroyed %v", text(body, "expires_at"), text(body, "destroyed_at"))
-	}
-	if code, body := s.call("POST", "/v1/sandboxes/"+id+"/execute", object{"command": "true"}); code != 409 ||
-		text(body, "code") != "sandbox_not_running" {
-		t.Errorf("execute: %d %s", code, body)
+	if _, err := s.api().Execute(t.Context(), id, cay.ExecuteRequest{Command: new("true")}); !isRefused(err, 409,
+		"sandbox_not_running") {
+		t.Errorf("execute: %v", err)
 	}
 }
 

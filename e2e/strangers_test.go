@@ -9,6 +9,8 @@ import (
 	"strings"
 	"sync"
 	"testing"
+
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // TestStrangersCannotFillTheLog floods the server from one address with requests that have no key
@@ -56,8 +58,8 @@ func TestStrangersCannotFillTheLog(t *testing.T) {
 		})
 	}
 	for range 20 {
-		if status, body := s.call("GET", "/v1/me", nil); status != 200 {
-			t.Errorf("a caller with a key is answered %d %s", status, body)
+		if _, err := s.api().Me(t.Context()); err != nil {
+			t.Errorf("a caller with a key is answered %v", err)
 		}
 	}
 	wg.Wait()
@@ -73,9 +75,12 @@ func TestStrangersCannotFillTheLog(t *testing.T) {
 	if grown := size() - before; grown > 1<<20 {
 		t.Errorf("%d requests without a key have written %d bytes of log", callers*each, grown)
 	}
-	if status, body := s.call("POST", "/v1/api-keys", object{"name": "after", "scopes": []string{"exec"}}); status != 201 {
-		t.Errorf("afterwards a key is answered %d %s", status, body)
-	} else {
-		s.call("DELETE", "/v1/api-keys/"+text(body, "id"), nil)
+	key, err := s.api().CreateAPIKey(t.Context(), requestOf[cay.CreateAPIKeyRequest](t,
+		object{"name": "after", "scopes": []string{"exec"}}))
+	if err == nil {
+		err = s.api().RevokeAPIKey(t.Context(), key.ID)
+	}
+	if err != nil {
+		t.Errorf("afterwards a key is answered %v", err)
 	}
 }

@@ -2,7 +2,6 @@ package e2e
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -13,6 +12,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // TestPersistentKilledAtAnyMoment kills the server with SIGKILL while clients suspend, wake,
@@ -87,28 +88,31 @@ func (s *server) interrupted(workers []*worker, from string) bool {
 // use makes calls on the sandbox as clients do, until the server is gone.
 func (w *worker) use(ctx context.Context) {
 	for ctx.Err() == nil {
-		verb, body := "execute", any(nil)
+		verb, least := "execute", w.last()
+		var result *cay.ExecuteResult
+		var err error
 		switch rand.IntN(8) {
 		case 0, 1, 2:
 			verb = "suspend"
+			_, err = w.s.api().Suspend(ctx, w.id)
 		case 3, 4:
 			verb = "wake"
+			_, err = w.s.api().Wake(ctx, w.id)
 		case 5:
 			verb = "checkpoint"
+			_, err = w.s.api().Checkpoint(ctx, w.id)
 		default:
-			body = object{"command": workerCheck}
+			result, err = w.s.api().Execute(ctx, w.id, cay.ExecuteRequest{Command: new(workerCheck)})
 		}
-		least := w.last()
-		status, answer, err := w.s.try(ctx, "POST", "/v1/sandboxes/"+w.id+"/"+verb, body)
-		switch {
-		case err != nil:
+		switch refused := refusal(err); {
+		case err == nil && result != nil:
+			w.look(resultOf(result), least)
+		case err == nil:
+		case refused == nil:
 			return
-		case status == 409 && verb != "execute" && verb != "wake": // suspended, or in use
-		case status != 200:
-			w.s.t.Errorf("%s: %d %s", verb, status, answer)
+		case refused.Status != 409 || verb == "execute" || verb == "wake": // else it is suspended, or in use
+			w.s.t.Errorf("%s: %v", verb, err)
 			return
-		case verb == "execute":
-			w.look(w.s.decoded(answer), least)
 		}
 	}
 }
@@ -159,20 +163,20 @@ func TestSentryKilled(t *testing.T) {
 			point := s.checkpoint(id)
 			latest := w.check()
 			began, pid := time.Now(), s.sentry(id)
-			status := make(chan int)
+			answer := make(chan error)
 			go func() {
-				code, _, _ := s.try(context.Background(), "POST", "/v1/sandboxes/"+id+"/suspend", nil)
-				status <- code
+				_, err := s.api().Suspend(context.Background(), id)
+				answer <- err
 			}()
 			time.Sleep(time.Duration(rand.IntN(300)) * time.Millisecond) // until the kernel is killed
 			_ = syscall.Kill(pid, syscall.SIGKILL)                       // it may have ended
-			code := <-status
+			suspended := <-answer
 			if state := s.settled(id); state != "suspended" {
 				s.waitState(id, "suspended") // it stays running until the server notices
 			}
 			if at := s.suspendedAt(id); at.Before(began) {
 				before++
-				if code == 200 {
+				if suspended == nil {
 					t.Error("the suspend answered 200 and left no checkpoint")
 				}
 				s.fellBackTo(id, point)
@@ -192,10 +196,10 @@ func TestSentryKilled(t *testing.T) {
 			least := w.check()
 			s.suspend(id)
 			point := s.suspendedAt(id)
-			status := make(chan int)
+			answer := make(chan error)
 			go func() {
-				code, _, _ := s.try(context.Background(), "POST", "/v1/sandboxes/"+id+"/wake", nil)
-				status <- code
+				_, err := s.api().Wake(context.Background(), id)
+				answer <- err
 			}()
 			pid := 0
 			for deadline := time.Now().Add(patience); pid == 0; pid = s.sentry(id) {
@@ -207,7 +211,7 @@ func TestSentryKilled(t *testing.T) {
 			if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
 				t.Fatal(err)
 			}
-			if code := <-status; code != 200 {
+			if err := <-answer; err != nil {
 				cut++
 			}
 			s.waitState(id, "suspended")
@@ -301,8 +305,8 @@ func TestReboot(t *testing.T) {
 func (s *server) killHalfWay(suspend, wake string) {
 	s.t.Helper()
 	var wg sync.WaitGroup
-	wg.Go(func() { _, _, _ = s.try(context.Background(), "POST", "/v1/sandboxes/"+suspend+"/suspend", nil) })
-	wg.Go(func() { _, _, _ = s.try(context.Background(), "POST", "/v1/sandboxes/"+wake+"/wake", nil) })
+	wg.Go(func() { _, _ = s.api().Suspend(context.Background(), suspend) }) // fail when the server is killed
+	wg.Go(func() { _, _ = s.api().Wake(context.Background(), wake) })
 	seen := map[string]bool{}
 	for deadline := time.Now().Add(patience); !seen["suspending"] || !seen["waking"]; {
 		if time.Now().After(deadline) {
@@ -315,15 +319,6 @@ func (s *server) killHalfWay(suspend, wake string) {
 	}
 	s.stop(syscall.SIGKILL)
 	wg.Wait()
-}
-
-// decoded returns the decoded answer of execute.
-func (s *server) decoded(answer []byte) (r result) {
-	s.t.Helper()
-	if err := json.Unmarshal(answer, &r); err != nil {
-		s.t.Errorf("%v in %s", err, answer)
-	}
-	return r
 }
 
 // in returns the server with its failures reported to t, for a part of a test.

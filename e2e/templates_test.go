@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"compress/gzip"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -29,6 +30,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
+
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // tarOf packs files by path. A path that ends in "/" is a directory.
@@ -120,15 +123,17 @@ func newRegistry(t *testing.T) (reference string) {
 	return reference
 }
 
-// template sends the definition of a template, with a context if there is one, and returns the
-// answer.
-func (s *server) template(method, path string, definition object, context []byte) (int, []byte) {
+// rebuild builds a template again, as the definition says, or as before if it is nil. It returns when the
+// build has begun.
+func (s *server) rebuild(name string, definition object) {
 	s.t.Helper()
-	if context == nil {
-		return s.call(method, path, definition)
+	var request *cay.RebuildTemplateRequest
+	if definition != nil {
+		request = new(requestOf[cay.RebuildTemplateRequest](s.t, definition))
 	}
-	body, kind := templateForm(definition, context)
-	return s.send(method, path, kind, body)
+	if _, err := s.api().RebuildTemplate(context.Background(), name, request, nil); err != nil {
+		s.t.Fatalf("rebuild: %v", err)
+	}
 }
 
 // templateForm encodes a definition and its context as a form.
@@ -166,10 +171,15 @@ func (s *server) build(definition object, context []byte) (status string, body [
 }
 
 // beginBuild makes a template and returns when its build has begun.
-func (s *server) beginBuild(definition object, context []byte) {
+func (s *server) beginBuild(definition object, files []byte) {
 	s.t.Helper()
-	if code, body := s.template("POST", "/v1/templates", definition, context); code != 202 {
-		s.t.Fatalf("creating template %v: %d %s", definition["name"], code, body)
+	var source io.Reader
+	if files != nil {
+		source = bytes.NewReader(files)
+	}
+	request := requestOf[cay.CreateTemplateRequest](s.t, definition)
+	if _, err := s.api().CreateTemplate(context.Background(), request, source); err != nil {
+		s.t.Fatalf("creating template %v: %v", definition["name"], err)
 	}
 }
 
@@ -182,15 +192,15 @@ func (s *server) built(name string) (status string, body []byte) {
 func (s *server) builtWithin(patience time.Duration, name string) (status string, body []byte) {
 	s.t.Helper()
 	for deadline := time.Now().Add(patience); ; time.Sleep(50 * time.Millisecond) { // a poll with a deadline
-		code, body := s.call("GET", "/v1/templates/"+name, nil)
-		if code != 200 {
-			s.t.Fatalf("reading template %s: %d %s", name, code, body)
+		template, err := s.api().GetTemplate(context.Background(), name)
+		if err != nil {
+			s.t.Fatalf("reading template %s: %v", name, err)
 		}
-		if status = text(body, "status"); status == "ready" || status == "failed" {
-			return status, body
+		if template.Status == cay.TemplateStatusReady || template.Status == cay.TemplateStatusFailed {
+			return string(template.Status), []byte(jsonOf(template))
 		}
 		if time.Now().After(deadline) {
-			s.t.Fatalf("template %s is not built after %s: %s", name, patience, body)
+			s.t.Fatalf("template %s is not built after %s: %s", name, patience, jsonOf(template))
 		}
 	}
 }
@@ -206,9 +216,18 @@ func (s *server) needBuiltWithin(patience time.Duration, definition object, cont
 	s.beginBuild(definition, context)
 	status, body := s.builtWithin(patience, definition["name"].(string))
 	if status != "ready" {
-		_, log := s.call("GET", "/v1/templates/"+definition["name"].(string)+"/logs", nil)
-		s.t.Fatalf("template %v: %s\n%s", definition["name"], body, log)
+		s.t.Fatalf("template %v: %s\n%s", definition["name"], body, s.templateLog(definition["name"].(string)))
 	}
+}
+
+// templateLog returns the log of a template's newest build.
+func (s *server) templateLog(name string) string {
+	s.t.Helper()
+	lines, err := s.api().TemplateLogs(context.Background(), name)
+	if err != nil {
+		s.t.Errorf("log of template %s: %v", name, err)
+	}
+	return jsonOf(lines)
 }
 
 // inside runs a command in a new sandbox of a template.
@@ -351,12 +370,10 @@ func TestDockerfiles(t *testing.T) {
 			"Dockerfile": "FROM scratch\nCOPY --chmod=755 busybox /\nUSER 65534\nENTRYPOINT [\"/busybox\", \"sleep\", \"3600\"]\n", "busybox": string(busybox)}))
 		id := s.create(object{"template": "from-scratch"})
 		defer s.destroy(id)
-		status, body := s.call("POST", "/v1/sandboxes/"+id+"/execute",
-			object{"args": []string{"/busybox", "sh", "-c",
-				"echo $PPID $(/busybox id -u) $(/busybox hostname); cd /tmp && echo x > y && /busybox cat y"}})
-		if want := fmt.Sprintf("1 65534 %s\nx\n", strings.TrimPrefix(id, "sbx_")); status != 200 ||
-			text(body, "stdout") != want {
-			t.Errorf("%d %s, want %q", status, body, want)
+		r, err := s.api().Execute(t.Context(), id, cay.ExecuteRequest{Args: []string{"/busybox", "sh", "-c",
+			"echo $PPID $(/busybox id -u) $(/busybox hostname); cd /tmp && echo x > y && /busybox cat y"}})
+		if want := fmt.Sprintf("1 65534 %s\nx\n", strings.TrimPrefix(id, "sbx_")); err != nil || r.Stdout != want {
+			t.Errorf("%s, %v, want %q", jsonOf(r), err, want)
 		}
 		if r := s.exec(id, "echo x"); r.ExitCode != 127 || !strings.Contains(r.Stderr, "/bin/sh: no such file or directory") {
 			t.Errorf("without a shell: %+v", r)
@@ -399,8 +416,7 @@ func TestImages(t *testing.T) {
 			definition["credentials"] = credentials
 		}
 		status, body := s.build(definition, nil)
-		if _, log := s.call("GET", "/v1/templates/"+name+"/logs", nil); status != "failed" ||
-			strings.Contains(string(body)+string(log), password) {
+		if log := s.templateLog(name); status != "failed" || strings.Contains(string(body)+log, password) {
 			t.Errorf("%s: %s %s", name, body, log)
 		}
 	}
@@ -468,8 +484,9 @@ func TestBuildFails(t *testing.T) {
 					t.Errorf("build_error %s does not say %q", failed.BuildError, want)
 				}
 			}
-			if code, body := s.call("POST", "/v1/sandboxes", object{"template": name}); code != 409 {
-				t.Errorf("a sandbox of it: %d %s", code, body)
+			if _, err := s.api().CreateSandbox(t.Context(), cay.CreateSandboxRequest{Template: name},
+				cay.CreateOptions{}); refusal(err) == nil || refusal(err).Status != 409 {
+				t.Errorf("a sandbox of it: %v", err)
 			}
 		})
 	}
@@ -520,17 +537,12 @@ func TestTemplateLife(t *testing.T) {
 	if got := s.want(old, "cat /which; echo $MODE"); got != "one\ndev" {
 		t.Errorf("version 1: %q", got)
 	}
-	if code, body := s.template("POST", "/v1/templates/mine/rebuild",
-		object{"dockerfile": "FROM " + tiny + "\nRUN echo two >/which\n"}, nil); code != 202 {
-		t.Fatalf("rebuild: %d %s", code, body)
-	}
+	s.rebuild("mine", object{"dockerfile": "FROM " + tiny + "\nRUN echo two >/which\n"})
 	if status, body := s.built("mine"); status != "ready" || !strings.Contains(string(body), `"version":2`) {
 		t.Fatalf("after the rebuild: %s", body)
 	}
 	// The steps run again at another time and give the same result.
-	if code, body := s.call("POST", "/v1/templates/mine/rebuild", nil); code != 202 {
-		t.Fatalf("rebuild: %d %s", code, body)
-	}
+	s.rebuild("mine", nil)
 	if status, body := s.built("mine"); status != "ready" || !strings.Contains(string(body), `"version":2`) {
 		t.Errorf("after a rebuild without changes: %s", body)
 	}
@@ -540,39 +552,32 @@ func TestTemplateLife(t *testing.T) {
 	if got := s.want(old, "cat /which"); got != "one" {
 		t.Errorf("the sandbox of version 1: %q", got)
 	}
-	if code, body := s.template("POST", "/v1/templates/mine/rebuild",
-		object{"dockerfile": "FROM " + tiny + "\nRUN exit 3\n"}, nil); code != 202 {
-		t.Fatalf("rebuild: %d %s", code, body)
-	}
+	s.rebuild("mine", object{"dockerfile": "FROM " + tiny + "\nRUN exit 3\n"})
 	if status, body := s.built("mine"); status != "failed" || !strings.Contains(string(body), `"version":2`) {
 		t.Errorf("after a rebuild that fails: %s", body)
 	}
 	if got := s.inside("mine", "cat /which"); got != "two" {
 		t.Errorf("after a rebuild that fails: %q", got)
 	}
-	if code, body := s.call("DELETE", "/v1/templates/mine", nil); code != 409 {
-		t.Errorf("deleting it with a sandbox alive: %d %s", code, body)
+	if err := s.api().DeleteTemplate(t.Context(), "mine", false); refusal(err) == nil || refusal(err).Status != 409 {
+		t.Errorf("deleting it with a sandbox alive: %v", err)
 	}
-	if code, body := s.call("DELETE", "/v1/templates/mine?force=true", nil); code != 204 {
-		t.Errorf("deleting it by force: %d %s", code, body)
+	if err := s.api().DeleteTemplate(t.Context(), "mine", true); err != nil {
+		t.Errorf("deleting it by force: %v", err)
 	}
 	if got := s.want(old, "cat /which"); got != "one" {
 		t.Errorf("after its template is gone: %q", got)
 	}
 	s.destroy(old)
-	if code, _ := s.call("GET", "/v1/templates/mine", nil); code != 404 {
-		t.Errorf("the deleted template: %d", code)
+	if _, err := s.api().GetTemplate(t.Context(), "mine"); !isRefused(err, 404, "template_not_found") {
+		t.Errorf("the deleted template: %v", err)
 	}
 }
 
 // TestBuildSurvives checks that a build goes on after the server was killed, and can be cancelled.
 func TestBuildSurvives(t *testing.T) {
 	s, tiny := newBuilder(t)
-	code, body := s.template("POST", "/v1/templates", object{"name": "slow",
-		"dockerfile": "FROM " + tiny + "\nRUN sleep 4\nRUN echo done >/done\n"}, nil)
-	if code != 202 {
-		t.Fatalf("create: %d %s", code, body)
-	}
+	s.beginBuild(object{"name": "slow", "dockerfile": "FROM " + tiny + "\nRUN sleep 4\nRUN echo done >/done\n"}, nil)
 	s.waitTemplate("slow", "building")
 	s.stop(syscall.SIGKILL)
 	s.start()
@@ -582,14 +587,10 @@ func TestBuildSurvives(t *testing.T) {
 	if got := s.inside("slow", "cat /done"); got != "done" {
 		t.Errorf("inside: %q", got)
 	}
-	code, body = s.template("POST", "/v1/templates", object{"name": "endless",
-		"dockerfile": "FROM " + tiny + "\nRUN sleep 1000\n"}, nil)
-	if code != 202 {
-		t.Fatalf("create: %d %s", code, body)
-	}
+	s.beginBuild(object{"name": "endless", "dockerfile": "FROM " + tiny + "\nRUN sleep 1000\n"}, nil)
 	s.waitTemplate("endless", "building")
-	if code, body := s.call("POST", "/v1/templates/endless/cancel", nil); code/100 != 2 {
-		t.Fatalf("cancel: %d %s", code, body)
+	if _, err := s.api().CancelTemplateBuild(t.Context(), "endless"); err != nil {
+		t.Fatalf("cancel: %v", err)
 	}
 	if status, body := s.built("endless"); status != "failed" || !strings.Contains(string(body), "cancel") {
 		t.Errorf("after the build was cancelled: %s", body)
@@ -599,12 +600,12 @@ func TestBuildSurvives(t *testing.T) {
 func (s *server) waitTemplate(name, want string) {
 	s.t.Helper()
 	for deadline := time.Now().Add(patience); ; time.Sleep(20 * time.Millisecond) { // a poll with a deadline
-		_, body := s.call("GET", "/v1/templates/"+name, nil)
-		if text(body, "status") == want {
+		template, err := s.api().GetTemplate(context.Background(), name)
+		if err == nil && string(template.Status) == want {
 			return
 		}
 		if time.Now().After(deadline) {
-			s.t.Fatalf("template %s is not %s: %s", name, want, body)
+			s.t.Fatalf("template %s is not %s: %s, %v", name, want, jsonOf(template), err)
 		}
 	}
 }
@@ -619,9 +620,9 @@ func TestTemplateStarts(t *testing.T) {
 	}
 	s.needBuilt(object{"name": "broken", "start_command": "echo no config; exit 4", "ready": object{"port": 8000},
 		"image": tiny}, nil)
-	code, body := s.call("POST", "/v1/sandboxes", object{"template": "broken"})
-	if code != 409 || !strings.Contains(string(body), "no config") {
-		t.Errorf("a service that does not start: %d %s", code, body)
+	_, err := s.api().CreateSandbox(t.Context(), cay.CreateSandboxRequest{Template: "broken"}, cay.CreateOptions{})
+	if e := refusal(err); e == nil || e.Status != 409 || !strings.Contains(e.Detail, "no config") {
+		t.Errorf("a service that does not start: %v", err)
 	}
 }
 

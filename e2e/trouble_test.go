@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // checkpointFiles returns the paths of the files of a sandbox's only checkpoint, by name.
@@ -71,9 +73,8 @@ func TestDamagedCheckpoint(t *testing.T) {
 		if name == "pages.img" {
 			// A quick wake reads memory later. The damage is found then, and the sandbox that has begun to
 			// run is ended.
-			if status, body := s.call("POST", "/v1/sandboxes/"+id+"/wake", nil); status != 200 &&
-				text(body, "code") != "wake_failed" {
-				t.Errorf("a wake with damaged memory: %d %s", status, body)
+			if _, err := s.api().Wake(t.Context(), id); err != nil && !cay.HasCode(err, "wake_failed") {
+				t.Errorf("a wake with damaged memory: %v", err)
 			}
 			s.waitState(id, "suspended")
 		}
@@ -171,17 +172,19 @@ func TestNoDiskToSleep(t *testing.T) {
 	w := s.startWorker(s.persistent(nil), 16)
 	idle := s.startWorker(s.persistent(object{"idle_timeout": "10s"}), 4)
 	idle.check()
-	suspend := func() (int, []byte) { return s.call("POST", "/v1/sandboxes/"+w.id+"/suspend", nil) }
+	suspend := func() error {
+		_, err := s.api().Suspend(t.Context(), w.id)
+		return err
+	}
 
 	filler := fill(t, dir, 10<<20)
 	for range 2 {
 		w.check()
-		if status, body := suspend(); status != 507 || text(body, "code") != "disk_full" {
-			t.Errorf("suspend without room: %d %s", status, body)
+		if err := suspend(); !isRefused(err, 507, "disk_full") {
+			t.Errorf("suspend without room: %v", err)
 		}
-		if status, body := s.call("POST", "/v1/sandboxes/"+w.id+"/checkpoint", nil); status != 507 ||
-			text(body, "code") != "disk_full" {
-			t.Errorf("checkpoint without room: %d %s", status, body)
+		if _, err := s.api().Checkpoint(t.Context(), w.id); !isRefused(err, 507, "disk_full") {
+			t.Errorf("checkpoint without room: %v", err)
 		}
 	}
 	w.check()
@@ -204,17 +207,17 @@ func TestNoDiskToSleep(t *testing.T) {
 	const tries = 10
 	for try := 1; ; try++ {
 		late := fillsUp(t, dir, w.id)
-		status, body := suspend()
+		err := suspend()
 		path := <-late
-		if status == 200 && try < tries {
+		if err == nil && try < tries {
 			if err := os.Remove(path); err != nil {
 				t.Fatal(err)
 			}
 			w.check()
 			continue
 		}
-		if status != 507 || text(body, "code") != "disk_full" || !strings.Contains(text(body, "detail"), "filled up") {
-			t.Errorf("suspend while the disk fills up: %d %s", status, body)
+		if !isRefused(err, 507, "disk_full") || !strings.Contains(refusal(err).Detail, "filled up") {
+			t.Errorf("suspend while the disk fills up: %v", err)
 		}
 		if err := os.Remove(path); err != nil {
 			t.Fatal(err)
@@ -252,20 +255,23 @@ func TestDestroyWins(t *testing.T) {
 				if verb == "wake" {
 					s.suspend(id)
 				}
-				answer := make(chan int)
+				answer := make(chan error)
 				go func() {
-					status, _, _ := s.try(context.Background(), "POST", "/v1/sandboxes/"+id+"/"+verb, nil)
-					answer <- status
+					do := s.api().Suspend
+					if verb == "wake" {
+						do = s.api().Wake
+					}
+					_, err := do(context.Background(), id)
+					answer <- err
 				}()
 				time.Sleep(time.Duration(rand.IntN(250)) * time.Millisecond) // until the destroy
 				s.destroy(id)
 				s.gone(id)
-				switch status := <-answer; status {
-				case 200:
-				case 409:
+				if err := <-answer; err != nil {
+					if refusal(err) == nil || refusal(err).Status != 409 {
+						t.Errorf("%s of a destroyed sandbox: %v", verb, err)
+					}
 					interrupted++
-				default:
-					t.Errorf("%s of a destroyed sandbox answers %d", verb, status)
 				}
 				if state, reason := s.state(id); state != "destroyed" || reason != "requested" {
 					t.Errorf("it is %s, reason %q", state, reason)

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"compress/gzip"
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -14,6 +15,7 @@ import (
 	"testing"
 
 	"github.com/cayhq/cay/internal/caytest"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // anotherBuild builds cay with programs of the same sources but with other hashes, like those of
@@ -179,7 +181,9 @@ func TestUpgrade(t *testing.T) {
 	if kept := s.programs(); len(kept) != 4 {
 		t.Errorf("there is a snapshot of the older build, and the programs are %v", kept)
 	}
-	s.call("DELETE", "/v1/snapshots/"+snap, nil)
+	if err := s.api().DeleteSnapshot(t.Context(), snap); err != nil {
+		t.Error(err)
+	}
 	if kept := s.programs(); len(kept) != 2 || slices.Contains(kept, old[0]) || slices.Contains(kept, old[1]) {
 		t.Errorf("no sandbox of the older build is left, and the programs are %v", kept)
 	}
@@ -218,9 +222,9 @@ func (s *server) withoutRuntime(w *worker, version string) {
 func (s *server) doesNotWake(id, why string) {
 	s.t.Helper()
 	for range 2 { // the second try fails, too
-		status, body := s.call("POST", "/v1/sandboxes/"+id+"/execute", object{"command": "true"})
-		if status != 500 || text(body, "code") != "wake_failed" || !strings.Contains(text(body, "detail"), why) {
-			s.t.Errorf("waking it answers %d %s, want 500 wake_failed and %q", status, body, why)
+		_, err := s.api().Execute(context.Background(), id, cay.ExecuteRequest{Command: new("true")})
+		if !isRefused(err, 500, "wake_failed") || !strings.Contains(refusal(err).Detail, why) {
+			s.t.Errorf("waking it answers %v, want 500 wake_failed and %q", err, why)
 		}
 		if state := s.field(id, "state"); state != "suspended" {
 			s.t.Errorf("the sandbox that cannot be woken is %s", state)

@@ -132,11 +132,7 @@ func (s *server) suspendedAt(id string) time.Time {
 // field returns a text field of the sandbox, "" if it is not there.
 func (s *server) field(id, name string) string {
 	s.t.Helper()
-	status, body := s.call("GET", "/v1/sandboxes/"+id, nil)
-	if status != 200 {
-		s.t.Fatalf("get: %d %s", status, body)
-	}
-	return text(body, name)
+	return text([]byte(jsonOf(s.get(id))), name)
 }
 
 func (s *server) parse(at string) time.Time {

@@ -67,7 +67,7 @@ type record struct {
 	Reboots bool   `json:"reboots,omitempty"`
 	Slot    int    `json:"slot"`
 	UID     uint32 `json:"uid,omitempty"` // of its processes on the host; 0 if a version without user ids started it
-	// Shape is what the sandbox was made from, with the wanted policy.
+	// Shape holds what the sandbox was made from; its policy may not be in force yet.
 	Shape sandbox.Shape `json:"shape"`
 	// Programs and Flags are those that first started the sandbox; its checkpoints need them.
 	Programs embedded.Version `json:"programs"`
