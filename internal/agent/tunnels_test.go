@@ -55,7 +55,7 @@ func echo(t *testing.T, network, address string) (port int) {
 	return l.Addr().(*net.TCPAddr).Port
 }
 
-var box = agentapi.Target{SandboxID: "sbx_a", Run: "1"}
+var sbx = agentapi.Target{SandboxID: "sbx_a", Run: "1"}
 
 func TestTunnel(t *testing.T) {
 	c, tun := tunnelled(t)
@@ -69,7 +69,7 @@ func TestTunnel(t *testing.T) {
 	much := bytes.Repeat([]byte("0123456789abcdef"), 1<<17)
 	for name, port := range services {
 		for _, sent := range [][]byte{nil, []byte("x"), much} {
-			conn, err := c.DialPort(t.Context(), box, port)
+			conn, err := c.DialPort(t.Context(), sbx, port)
 			if err != nil {
 				t.Fatalf("%s: %v", name, err)
 			}
@@ -104,17 +104,17 @@ func TestTunnelRefused(t *testing.T) {
 		port int
 		code string
 	}{"closed": {closed, fault.CodePortClosed}, "none": {0, "invalid_port"}, "too high": {65536, "invalid_port"}} {
-		if _, err := c.DialPort(t.Context(), box, try.port); fault.As(err) == nil || fault.As(err).Code != try.code {
+		if _, err := c.DialPort(t.Context(), sbx, try.port); fault.As(err) == nil || fault.As(err).Code != try.code {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, err := c.DialPort(ctx, box, open); !errors.Is(err, context.Canceled) {
+	if _, err := c.DialPort(ctx, sbx, open); !errors.Is(err, context.Canceled) {
 		t.Errorf("cancelled: %v", err)
 	}
 	tun.open.Store(maxTunnels)
-	if _, err := c.DialPort(t.Context(), box, open); !fault.Is(err, fault.Exhausted) {
+	if _, err := c.DialPort(t.Context(), sbx, open); !fault.Is(err, fault.Exhausted) {
 		t.Errorf("too many: %v", err)
 	}
 	if n := tun.open.Load(); n != maxTunnels {
@@ -137,11 +137,11 @@ func TestTunnelBreaks(t *testing.T) {
 	}
 	defer l.Close()
 	for name, cut := range map[string]func(outside net.Conn, inside *net.TCPConn){
-		"the sandbox goes":  func(net.Conn, *net.TCPConn) { c.Drop(box.SandboxID) },
+		"the sandbox goes":  func(net.Conn, *net.TCPConn) { c.Drop(sbx.SandboxID) },
 		"the caller goes":   func(out net.Conn, _ *net.TCPConn) { out.Close() },
 		"the service fails": func(_ net.Conn, in *net.TCPConn) { _ = in.SetLinger(0); in.Close() },
 	} {
-		out, err := c.DialPort(t.Context(), box, l.Addr().(*net.TCPAddr).Port)
+		out, err := c.DialPort(t.Context(), sbx, l.Addr().(*net.TCPAddr).Port)
 		if err != nil {
 			t.Fatal(err)
 		}

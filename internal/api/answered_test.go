@@ -30,16 +30,16 @@ func TestLifeOfASandbox(t *testing.T) {
 	h := newTestServer(t)
 	r := h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"python","timeout":"1h30m","size":"performance-1x","disk_size_mb":1024,
 		"env":{"A":"1"},"metadata":{"team":"x"},"mode":"ephemeral","egress":{"mode":"allow_all"},"idle_timeout":null}`)
-	box := as[Sandbox](t, 201, r)
-	if r.header.Get("Location") != "/v1/sandboxes/"+box.ID {
+	sbx := as[Sandbox](t, 201, r)
+	if r.header.Get("Location") != "/v1/sandboxes/"+sbx.ID {
 		t.Errorf("Location %q", r.header.Get("Location"))
 	}
-	if box.Status != SandboxStatusRunning || box.Template != "python" || box.TemplateVersion != 3 ||
-		*box.TimeoutSeconds != 5400 || box.VCPUs != 1 || box.MemoryMB != 2048 || box.DiskMB != 1024 || box.Env["A"] != "1" ||
-		box.Env["LANG"] != "C.UTF-8" || box.Metadata["team"] != "x" {
+	if sbx.Status != SandboxStatusRunning || sbx.Template != "python" || sbx.TemplateVersion != 3 ||
+		*sbx.TimeoutSeconds != 5400 || sbx.VCPUs != 1 || sbx.MemoryMB != 2048 || sbx.DiskMB != 1024 || sbx.Env["A"] != "1" ||
+		sbx.Env["LANG"] != "C.UTF-8" || sbx.Metadata["team"] != "x" {
 		t.Errorf("created %s", r.body)
 	}
-	if life := box.ExpiresAt.Sub(*box.StartedAt); life != 90*time.Minute {
+	if life := sbx.ExpiresAt.Sub(*sbx.StartedAt); life != 90*time.Minute {
 		t.Errorf("the timeout is %s, want 1h30m", life)
 	}
 	for _, absent := range []string{"idle_timeout_seconds", "last_activity_at", "suspended_at", "destroyed_at", "error"} {
@@ -47,9 +47,9 @@ func TestLifeOfASandbox(t *testing.T) {
 			t.Errorf("the field %s does not apply but is present: %s", absent, r.body)
 		}
 	}
-	path := "/v1/sandboxes/" + box.ID
+	path := "/v1/sandboxes/" + sbx.ID
 	same := as[Sandbox](t, 200, h.send(t, "GET", path, h.key, ""))
-	if same.ID != box.ID || !same.CreatedAt.Equal(box.CreatedAt) {
+	if same.ID != sbx.ID || !same.CreatedAt.Equal(sbx.CreatedAt) {
 		t.Errorf("get %+v", same)
 	}
 	for _, body := range []string{"", "{}", `{"timeout":"48h"}`} {
@@ -113,18 +113,18 @@ func TestCreateWithoutWaiting(t *testing.T) {
 			return ctx.Err()
 		}
 	}
-	box := as[Sandbox](t, 201, h.send(t, "POST", "/v1/sandboxes?wait=false", h.key, `{"template":"python"}`))
-	if box.Status != SandboxStatusCreating || box.StartedAt != nil {
-		t.Errorf("created %+v", box)
+	sbx := as[Sandbox](t, 201, h.send(t, "POST", "/v1/sandboxes?wait=false", h.key, `{"template":"python"}`))
+	if sbx.Status != SandboxStatusCreating || sbx.StartedAt != nil {
+		t.Errorf("created %+v", sbx)
 	}
 	close(started)
 	for deadline := time.Now().Add(10 * time.Second); ; {
-		if box = as[Sandbox](t, 200,
-			h.send(t, "GET", "/v1/sandboxes/"+box.ID, h.key, "")); box.Status == SandboxStatusRunning {
+		if sbx = as[Sandbox](t, 200,
+			h.send(t, "GET", "/v1/sandboxes/"+sbx.ID, h.key, "")); sbx.Status == SandboxStatusRunning {
 			return
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("still %s", box.Status)
+			t.Fatalf("still %s", sbx.Status)
 		}
 	}
 }
@@ -217,7 +217,7 @@ func TestListFiltersAndPages(t *testing.T) {
 
 func TestExecute(t *testing.T) {
 	h := newTestServer(t)
-	box := h.newBox(t)
+	sbx := h.newSandbox(t)
 	var got agentapi.ExecuteRequest
 	var result agentapi.ExecuteResult
 	h.agent.execute = func(_ context.Context, r agentapi.ExecuteRequest) (agentapi.ExecuteResult, error) {
@@ -229,7 +229,7 @@ func TestExecute(t *testing.T) {
 	}
 	execute := func(body string) ExecuteResult {
 		t.Helper()
-		return as[ExecuteResult](t, 200, h.send(t, "POST", "/v1/sandboxes/"+box.ID+"/execute", h.key, body))
+		return as[ExecuteResult](t, 200, h.send(t, "POST", "/v1/sandboxes/"+sbx.ID+"/execute", h.key, body))
 	}
 
 	result = agentapi.ExecuteResult{ExitCode: 3, Stdout: []byte("<é>\n"), Stderr: []byte{0xff, 0},
@@ -258,7 +258,7 @@ func TestExecute(t *testing.T) {
 		out.StdoutEncoding != nil {
 		t.Errorf("answer %+v", out)
 	}
-	if target := h.agent.targets[0]; target.SandboxID != box.ID || target.Run == "" {
+	if target := h.agent.targets[0]; target.SandboxID != sbx.ID || target.Run == "" {
 		t.Errorf("target %+v", target)
 	}
 	if h.sandboxes.InUse() != 0 {
@@ -364,7 +364,7 @@ func TestOutputAsText(t *testing.T) {
 // then no longer counts as in use.
 func TestCallerGoesAway(t *testing.T) {
 	h := newTestServer(t)
-	box := h.newBox(t)
+	sbx := h.newSandbox(t)
 	running, killed := make(chan struct{}), make(chan error, 1)
 	h.agent.execute = func(ctx context.Context, _ agentapi.ExecuteRequest) (agentapi.ExecuteResult, error) {
 		close(running)
@@ -374,7 +374,7 @@ func TestCallerGoesAway(t *testing.T) {
 	}
 	ctx, leave := context.WithCancel(t.Context())
 	go func() { <-running; leave() }()
-	r, err := http.NewRequestWithContext(ctx, "POST", h.url+"/v1/sandboxes/"+box.ID+"/execute",
+	r, err := http.NewRequestWithContext(ctx, "POST", h.url+"/v1/sandboxes/"+sbx.ID+"/execute",
 		strings.NewReader(`{"command":"sleep 100"}`))
 	if err != nil {
 		t.Fatal(err)
@@ -399,7 +399,7 @@ func TestCallerGoesAway(t *testing.T) {
 
 func TestFiles(t *testing.T) {
 	h := newTestServer(t)
-	base := "/v1/sandboxes/" + h.newBox(t).ID + "/files"
+	base := "/v1/sandboxes/" + h.newSandbox(t).ID + "/files"
 	if r := h.send(t, "PUT", base+"?path=/home/user/a%20b&mode=0755&owner=user", h.key, "0123456789"); r.status != 204 {
 		t.Fatalf("write: %d %s", r.status, r.body)
 	}
@@ -478,7 +478,7 @@ func TestUploadLimitIsCounted(t *testing.T) {
 		return err
 	}
 	h := newTestServer(t, withAgent(&agent))
-	path := "/v1/sandboxes/" + h.newBox(t).ID + "/files?path=/a"
+	path := "/v1/sandboxes/" + h.newSandbox(t).ID + "/files?path=/a"
 	sent := func(size int64) func(*http.Request) {
 		return func(r *http.Request) {
 			r.Body, r.ContentLength = io.NopCloser(io.LimitReader(zeros{}, size)), -1
@@ -496,7 +496,7 @@ func TestUploadLimitIsCounted(t *testing.T) {
 // TestDownloadBreaksOff checks that a client can tell a file that breaks off from a complete one.
 func TestDownloadBreaksOff(t *testing.T) {
 	h := newTestServer(t, withAgent(&streamAgent{fakeAgent: newFakeAgent()}))
-	path := "/v1/sandboxes/" + h.newBox(t).ID + "/files?path=/a"
+	path := "/v1/sandboxes/" + h.newSandbox(t).ID + "/files?path=/a"
 	r, err := http.NewRequestWithContext(t.Context(), "GET", h.url+path, nil)
 	if err != nil {
 		t.Fatal(err)
@@ -557,8 +557,8 @@ func TestTemplates(t *testing.T) {
 
 func TestLogAndMetrics(t *testing.T) {
 	h := newTestServer(t)
-	box := h.newBox(t)
-	r := h.send(t, "PUT", "/v1/sandboxes/"+box.ID+"/files?path=/private/name", h.key, "0123456789",
+	sbx := h.newSandbox(t)
+	r := h.send(t, "PUT", "/v1/sandboxes/"+sbx.ID+"/files?path=/private/name", h.key, "0123456789",
 		header("X-Request-Id", "bad id\t\"}"))
 	id := r.header.Get("X-Request-Id")
 	if !strings.HasPrefix(id, "req_") {
@@ -566,7 +566,7 @@ func TestLogAndMetrics(t *testing.T) {
 	}
 	line := h.log.line(t, id)
 	for name, want := range map[string]any{
-		"method": "PUT", "route": "/v1/sandboxes/{id}/files", "path": "/v1/sandboxes/" + box.ID + "/files", "status": float64(204), "bytes_in": float64(10),
+		"method": "PUT", "route": "/v1/sandboxes/{id}/files", "path": "/v1/sandboxes/" + sbx.ID + "/files", "status": float64(204), "bytes_in": float64(10),
 		"org": h.org.Org.ID, "key": h.org.Key.ID, "level": "INFO",
 	} {
 		if line[name] != want {
@@ -578,7 +578,7 @@ func TestLogAndMetrics(t *testing.T) {
 			t.Errorf("the log shows %q", secret)
 		}
 	}
-	h.send(t, "GET", "/v1/sandboxes/"+box.ID+"/nope", h.key, "")
+	h.send(t, "GET", "/v1/sandboxes/"+sbx.ID+"/nope", h.key, "")
 	h.send(t, "BREW", "/v1/me", h.key, "")
 	metrics := string(h.send(t, "GET", "/metrics", h.key, "").body)
 	for _, want := range []string{
@@ -592,7 +592,7 @@ func TestLogAndMetrics(t *testing.T) {
 			t.Errorf("no %s in:\n%s", want, metrics)
 		}
 	}
-	if strings.Contains(metrics, box.ID) {
+	if strings.Contains(metrics, sbx.ID) {
 		t.Error("a metric has a sandbox's id")
 	}
 }

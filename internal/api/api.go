@@ -51,7 +51,7 @@ type Sandboxes interface {
 	ListSnapshots(ctx context.Context, f sandbox.SnapshotFilter) ([]sandbox.Snapshot, string, error)
 	DeleteSnapshot(ctx context.Context, orgID, nameOrID string) error
 	Fork(ctx context.Context, c sandbox.Caller, id sandbox.ID, r sandbox.ForkRequest) ([]sandbox.Child, error)
-	Traffic(ctx context.Context, box sandbox.Sandbox) (*sandbox.Traffic, error)
+	Traffic(ctx context.Context, sbx sandbox.Sandbox) (*sandbox.Traffic, error)
 	Events(ctx context.Context, orgID string, id sandbox.ID, limit int, cursor string) ([]sandbox.Event, string, error)
 	SetPublicPort(ctx context.Context, orgID string, id sandbox.ID, port int, public bool) error
 	PublicPorts(ctx context.Context, orgID string, id sandbox.ID) ([]int, error)

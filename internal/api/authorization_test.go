@@ -110,7 +110,7 @@ var cover = map[auth.Scope][]auth.Scope{
 // TestAuthorizationMatrix sends every operation of openapi.yaml in every way that is not allowed.
 func TestAuthorizationMatrix(t *testing.T) {
 	h := newTestServer(t)
-	box := h.newBox(t)
+	sbx := h.newSandbox(t)
 	h.agent.files["/tmp/a"] = []byte("private")
 	revoked, revokedSecret := h.newKey(t, 0, auth.Admin)
 	if err := h.auth.RevokeKey(t.Context(), h.org, revoked.ID); err != nil {
@@ -139,8 +139,8 @@ func TestAuthorizationMatrix(t *testing.T) {
 		},
 		"in the query": func(r *http.Request) { r.URL.RawQuery += "&access_token=" + h.key },
 	}
-	snap := as[Snapshot](t, 201, h.send(t, "POST", "/v1/sandboxes/"+box.ID+"/snapshots", h.key, ""))
-	replace := strings.NewReplacer("{id}", box.ID, "{port}", "80", "{snapshot}", snap.ID, "{template}", "mine",
+	snap := as[Snapshot](t, 201, h.send(t, "POST", "/v1/sandboxes/"+sbx.ID+"/snapshots", h.key, ""))
+	replace := strings.NewReplacer("{id}", sbx.ID, "{port}", "80", "{snapshot}", snap.ID, "{template}", "mine",
 		"{process}", "7", "{key}", victim.ID)
 	operations(h.spec, func(pattern, path string, op *openapi3.Operation, _ openapi3.Parameters) {
 		s, known := samples[op.OperationID]
@@ -167,16 +167,16 @@ func TestAuthorizationMatrix(t *testing.T) {
 			if r := h.send(t, method, target, h.other, s.body); r.status != s.others || r.problem.Code != s.othersCode {
 				t.Errorf("another organization: status %d %s, want %d %s", r.status, r.body, s.others, s.othersCode)
 			} else if strings.Contains(string(r.body), h.org.Org.ID) || r.problem.Code == "" &&
-				strings.Contains(string(r.body), box.ID) {
+				strings.Contains(string(r.body), sbx.ID) {
 				t.Errorf("the answer to another organization tells about ours: %s", r.body)
 			}
 		})
 	})
 
 	// None of the requests changed anything.
-	after := as[Sandbox](t, 200, h.send(t, "GET", "/v1/sandboxes/"+box.ID, h.key, ""))
-	if after.Status != "running" || !after.ExpiresAt.Equal(*box.ExpiresAt) {
-		t.Errorf("the sandbox is %s until %s, was running until %s", after.Status, after.ExpiresAt, box.ExpiresAt)
+	after := as[Sandbox](t, 200, h.send(t, "GET", "/v1/sandboxes/"+sbx.ID, h.key, ""))
+	if after.Status != "running" || !after.ExpiresAt.Equal(*sbx.ExpiresAt) {
+		t.Errorf("the sandbox is %s until %s, was running until %s", after.Status, after.ExpiresAt, sbx.ExpiresAt)
 	}
 	if string(h.agent.files["/tmp/a"]) != "private" || len(h.agent.targets) != 0 {
 		t.Error("the inside of the sandbox was touched")
@@ -325,14 +325,14 @@ func TestKeysAndOrganizations(t *testing.T) {
 // gives access to its inside.
 func TestTokensStayInside(t *testing.T) {
 	h := newTestServer(t)
-	box := h.newBox(t)
-	h.send(t, "POST", "/v1/sandboxes/"+box.ID+"/execute", h.key, `{"command":"id"}`)
-	row, err := h.sandboxes.Get(t.Context(), h.org.Org.ID, sandbox.ID(box.ID))
+	sbx := h.newSandbox(t)
+	h.send(t, "POST", "/v1/sandboxes/"+sbx.ID+"/execute", h.key, `{"command":"id"}`)
+	row, err := h.sandboxes.Get(t.Context(), h.org.Org.ID, sandbox.ID(sbx.ID))
 	if err != nil || row.Token == "" {
 		t.Fatalf("the row has token %q, %v", row.Token, err)
 	}
 	token := row.Token
-	for _, path := range []string{"/v1/sandboxes", "/v1/sandboxes/" + box.ID, "/v1/sandboxes/" + box.ID + "/events"} {
+	for _, path := range []string{"/v1/sandboxes", "/v1/sandboxes/" + sbx.ID, "/v1/sandboxes/" + sbx.ID + "/events"} {
 		if r := h.send(t, "GET", path, h.key, ""); strings.Contains(string(r.body), token) {
 			t.Errorf("%s shows the token", path)
 		}

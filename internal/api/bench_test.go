@@ -11,15 +11,15 @@ import (
 // with real HTTP and a real database, but without work inside the sandbox.
 func BenchmarkCall(b *testing.B) {
 	h := newTestServer(b)
-	box := "/v1/sandboxes/" + h.newBox(b).ID
+	sbx := "/v1/sandboxes/" + h.newSandbox(b).ID
 	h.agent.files["/f"] = make([]byte, 64<<10)
 	client := &http.Client{Transport: &http.Transport{}}
 	defer client.CloseIdleConnections()
 	for _, c := range []struct{ name, method, path, body string }{
-		{"get", "GET", box, ""},
+		{"get", "GET", sbx, ""},
 		{"list", "GET", "/v1/sandboxes", ""},
-		{"execute", "POST", box + "/execute", `{"command":"true"}`},
-		{"read 64 KiB", "GET", box + "/files?path=/f", ""},
+		{"execute", "POST", sbx + "/execute", `{"command":"true"}`},
+		{"read 64 KiB", "GET", sbx + "/files?path=/f", ""},
 	} {
 		b.Run(c.name, func(b *testing.B) {
 			for b.Loop() {

@@ -95,18 +95,18 @@ func TestClient(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	box := clientSandboxes(t, ctx, c, fatal)
-	clientFiles(t, ctx, c, h, box, fatal)
-	clientPorts(t, ctx, c, h, box, fatal)
-	clientTrees(t, ctx, c, h, box, fatal)
-	clientProcesses(t, ctx, c, h, box, fatal)
-	fatal(c.DestroySandbox(ctx, box))
-	if b, err := c.GetSandbox(ctx, box); err != nil || b.Status != cay.SandboxStatusDestroyed {
+	sbx := clientSandboxes(t, ctx, c, fatal)
+	clientFiles(t, ctx, c, h, sbx, fatal)
+	clientPorts(t, ctx, c, h, sbx, fatal)
+	clientTrees(t, ctx, c, h, sbx, fatal)
+	clientProcesses(t, ctx, c, h, sbx, fatal)
+	fatal(c.DestroySandbox(ctx, sbx))
+	if b, err := c.GetSandbox(ctx, sbx); err != nil || b.Status != cay.SandboxStatusDestroyed {
 		t.Errorf("destroyed: %+v, %v", b, err)
 	}
 	clientAccount(t, ctx, c, fatal)
 	clientTemplates(t, ctx, c, fatal)
-	clientFeed(t, ctx, c, fatal, box)
+	clientFeed(t, ctx, c, fatal, sbx)
 
 	operations(h.spec, func(pattern, _ string, op *openapi3.Operation, _ openapi3.Parameters) {
 		if !checker.seen[op.OperationID] {
@@ -118,37 +118,37 @@ func TestClient(t *testing.T) {
 func clientSleep(t *testing.T, ctx context.Context, c *cay.Client, fatal func(error)) {
 	r := cay.CreateSandboxRequest{Template: "python", Mode: new("persistent"), IdleTimeout: new("0"),
 		RecoveryInterval: new("30m")}
-	box, err := c.CreateSandbox(ctx, r, cay.CreateOptions{})
+	sbx, err := c.CreateSandbox(ctx, r, cay.CreateOptions{})
 	fatal(err)
-	point, err := c.Checkpoint(ctx, box.ID)
+	point, err := c.Checkpoint(ctx, sbx.ID)
 	fatal(err)
-	if *box.IdleTimeoutSeconds != 0 || *box.RecoveryIntervalSeconds != 1800 || point.CreatedAt.Before(box.CreatedAt) ||
+	if *sbx.IdleTimeoutSeconds != 0 || *sbx.RecoveryIntervalSeconds != 1800 || point.CreatedAt.Before(sbx.CreatedAt) ||
 		point.SizeBytes == 0 {
-		t.Errorf("created %+v, recovery point %+v", box, point)
+		t.Errorf("created %+v, recovery point %+v", sbx, point)
 	}
-	asleep, err := c.Suspend(ctx, box.ID)
+	asleep, err := c.Suspend(ctx, sbx.ID)
 	fatal(err)
 	if asleep.Status != cay.SandboxStatusSuspended || asleep.SuspendedAt == nil {
 		t.Errorf("suspended: %+v", asleep)
 	}
-	if _, err := c.Suspend(ctx, box.ID); !cay.HasCode(err, "sandbox_not_running") {
+	if _, err := c.Suspend(ctx, sbx.ID); !cay.HasCode(err, "sandbox_not_running") {
 		t.Errorf("suspend twice: %v", err)
 	}
-	awake, err := c.Wake(ctx, box.ID)
+	awake, err := c.Wake(ctx, sbx.ID)
 	fatal(err)
 	if awake.Status != cay.SandboxStatusRunning || awake.SuspendedAt != nil || awake.MemoryKept != nil ||
 		asleep.MemoryKept == nil || !*asleep.MemoryKept {
 		t.Errorf("woken: %+v", awake)
 	}
-	files, err := c.SuspendFiles(ctx, box.ID)
+	files, err := c.SuspendFiles(ctx, sbx.ID)
 	fatal(err)
-	snap, err := c.CreateSnapshot(ctx, box.ID, "")
+	snap, err := c.CreateSnapshot(ctx, sbx.ID, "")
 	fatal(err)
 	if files.Status != cay.SandboxStatusSuspended || files.MemoryKept == nil || *files.MemoryKept || snap.Memory {
 		t.Errorf("suspended without memory: %+v, a snapshot of it: %+v", files, snap)
 	}
 	fatal(c.DeleteSnapshot(ctx, snap.ID))
-	fatal(c.DestroySandbox(ctx, box.ID))
+	fatal(c.DestroySandbox(ctx, sbx.ID))
 }
 
 func clientSnapshots(t *testing.T, ctx context.Context, c *cay.Client, fatal func(error), id string) {
@@ -174,20 +174,20 @@ func clientSnapshots(t *testing.T, ctx context.Context, c *cay.Client, fatal fun
 	}
 	s, err := c.GetSnapshot(ctx, "named")
 	fatal(err)
-	box, err := c.CreateSandbox(ctx, cay.CreateSandboxRequest{Snapshot: s.ID}, cay.CreateOptions{})
+	sbx, err := c.CreateSandbox(ctx, cay.CreateSandboxRequest{Snapshot: s.ID}, cay.CreateOptions{})
 	fatal(err)
-	if *box.Origin != s.ID || *box.Source != cay.SandboxSourceSnapshot {
-		t.Errorf("made %+v", box)
+	if *sbx.Origin != s.ID || *sbx.Source != cay.SandboxSourceSnapshot {
+		t.Errorf("made %+v", sbx)
 	}
 	fatal(c.DeleteSnapshot(ctx, "named"))
 	if err := c.DeleteSnapshot(ctx, s.ID); !cay.HasCode(err, "snapshot_not_found") {
 		t.Errorf("deleted again: %v", err)
 	}
-	children, err := c.Fork(ctx, box.ID, cay.ForkRequest{Count: new(2), Timeout: new("1h"),
+	children, err := c.Fork(ctx, sbx.ID, cay.ForkRequest{Count: new(2), Timeout: new("1h"),
 		Metadata: cay.Metadata{"k": "child"}})
 	fatal(err)
 	for _, child := range children {
-		if child.Error != nil || *child.Sandbox.Origin != box.ID || *child.Sandbox.TimeoutSeconds != 3600 {
+		if child.Error != nil || *child.Sandbox.Origin != sbx.ID || *child.Sandbox.TimeoutSeconds != 3600 {
 			t.Errorf("child %+v", child)
 		}
 	}
@@ -254,13 +254,13 @@ func clientSandboxes(t *testing.T, ctx context.Context, c *cay.Client, fatal fun
 	return first.ID
 }
 
-func clientFeed(t *testing.T, ctx context.Context, c *cay.Client, fatal func(error), box string) {
+func clientFeed(t *testing.T, ctx context.Context, c *cay.Client, fatal func(error), sbx string) {
 	var all, some []cay.FeedEvent
 	for e, err := range c.Feed(ctx, cay.FeedOptions{ListOptions: cay.ListOptions{Limit: 7}}) {
 		fatal(err)
 		all = append(all, e)
 	}
-	for e, err := range c.Feed(ctx, cay.FeedOptions{Sandbox: box,
+	for e, err := range c.Feed(ctx, cay.FeedOptions{Sandbox: sbx,
 		Types: []cay.FeedEventType{"sandbox.creating", "sandbox.running"}, After: all[0].ID}) {
 		fatal(err)
 		some = append(some, e)

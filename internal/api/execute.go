@@ -39,8 +39,8 @@ func (s *server) inside(w http.ResponseWriter, r *http.Request, id SandboxID, do
 		return
 	}
 	defer lease.Release()
-	box := lease.Sandbox
-	if err := do(agentapi.Target{SandboxID: string(box.ID), Run: box.Run}); err != nil {
+	sbx := lease.Sandbox
+	if err := do(agentapi.Target{SandboxID: string(sbx.ID), Run: sbx.Run}); err != nil {
 		s.fail(w, r, err)
 	}
 }

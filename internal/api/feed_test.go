@@ -110,8 +110,8 @@ func TestFeedHasEveryFact(t *testing.T) {
 		}
 		return id
 	}
-	box := create(`,"mode":"persistent"`)
-	path := "/v1/sandboxes/" + box
+	sbx := create(`,"mode":"persistent"`)
+	path := "/v1/sandboxes/" + sbx
 	do(200, "POST", path+"/execute", `{"command":"id"}`)
 	do(200, "POST", path+"/checkpoint", "")
 	do(200, "GET", path, "")
@@ -133,7 +133,7 @@ func TestFeedHasEveryFact(t *testing.T) {
 		t.Errorf("the events of a policy that was restored are %+v", e)
 	}
 	for range 3 { // gathered into one event
-		h.node.Deny(sandbox.Denial{ID: sandbox.ID(box), Protocol: "tcp",
+		h.node.Deny(sandbox.Denial{ID: sandbox.ID(sbx), Protocol: "tcp",
 			Destination: netip.MustParseAddrPort("203.0.113.5:443"), Count: 1})
 	}
 	if e := expect(event.SandboxEgressDenied); *e[0].Detail != "tcp 203.0.113.5:443 3 times" {
@@ -142,12 +142,12 @@ func TestFeedHasEveryFact(t *testing.T) {
 	for _, public := range []string{"true", "true", "false", "false"} {
 		do(200, "PUT", path+"/ports/8080", `{"public":`+public+`}`)
 	}
-	if e := expect(event.SandboxPortPublic, event.SandboxPortPrivate); *e[0].Port != 8080 || *e[0].SandboxID != box {
+	if e := expect(event.SandboxPortPublic, event.SandboxPortPrivate); *e[0].Port != 8080 || *e[0].SandboxID != sbx {
 		t.Errorf("a port has %+v", e)
 	}
 
 	snap := as[Snapshot](t, 201, do(201, "POST", path+"/snapshots", `{"name":"mine"}`)).ID
-	if e := expect(event.SnapshotCreated); *e[0].SnapshotID != snap || *e[0].Name != "mine" || *e[0].SandboxID != box {
+	if e := expect(event.SnapshotCreated); *e[0].SnapshotID != snap || *e[0].Name != "mine" || *e[0].SandboxID != sbx {
 		t.Errorf("a snapshot has %+v", e)
 	}
 	h.node.OnSnapshot = func(context.Context, sandbox.ID) error { return errors.New("injected") }
@@ -166,7 +166,7 @@ func TestFeedHasEveryFact(t *testing.T) {
 	}
 	do(201, "POST", path+"/fork", "")
 	if e := expect(event.SandboxForked, event.SandboxCreating, event.SandboxRunning); *e[1].Reason != "fork" ||
-		*e[1].Detail != box {
+		*e[1].Detail != sbx {
 		t.Errorf("a fork has %+v", e)
 	}
 
@@ -204,7 +204,7 @@ func TestFeedHasEveryFact(t *testing.T) {
 			t.Errorf("openapi.yaml has no type %s", typ)
 		}
 	}
-	h.sameAsListing(t, box, facts)
+	h.sameAsListing(t, sbx, facts)
 
 	// No other organization sees any of the events, and none of them holds a secret.
 	r := h.send(t, "GET", "/v1/events?limit=200", h.key, "")
@@ -218,22 +218,22 @@ func TestFeedHasEveryFact(t *testing.T) {
 		others[1].Type != "api_key.created" {
 		t.Errorf("another organization sees %+v", others)
 	}
-	if theirs := h.feedOf(t, h.other, "sandbox="+box+"&after="+facts[0].ID); len(theirs) != 0 {
+	if theirs := h.feedOf(t, h.other, "sandbox="+sbx+"&after="+facts[0].ID); len(theirs) != 0 {
 		t.Errorf("another organization sees events of our sandbox: %+v", theirs)
 	}
 }
 
 // sameAsListing checks that the sandbox's own listing has the same events, except those of ports.
-func (h *testServer) sameAsListing(t *testing.T, box string, facts []FeedEvent) {
+func (h *testServer) sameAsListing(t *testing.T, sbx string, facts []FeedEvent) {
 	t.Helper()
 	var listed, fed []Event
-	for _, e := range as[EventList](t, 200, h.send(t, "GET", "/v1/sandboxes/"+box+"/events", h.key, "")).Events {
+	for _, e := range as[EventList](t, 200, h.send(t, "GET", "/v1/sandboxes/"+sbx+"/events", h.key, "")).Events {
 		e.ID = ""
 		listed = append(listed, e)
 	}
 	slices.Reverse(listed)
 	for _, e := range facts {
-		if e.SandboxID != nil && *e.SandboxID == box && e.To != nil {
+		if e.SandboxID != nil && *e.SandboxID == sbx && e.To != nil {
 			reason := ""
 			if e.Reason != nil {
 				reason = *e.Reason
@@ -248,7 +248,7 @@ func (h *testServer) sameAsListing(t *testing.T, box string, facts []FeedEvent) 
 
 func TestFeedFilters(t *testing.T) {
 	h := newTestServer(t)
-	first, second := h.newBox(t), h.newBox(t)
+	first, second := h.newSandbox(t), h.newSandbox(t)
 	types := func(key, query string) []FeedEventType {
 		t.Helper()
 		return each(h.feedOf(t, key, query), func(e FeedEvent) FeedEventType { return e.Type })
@@ -339,12 +339,12 @@ func nextFeedEvent(t *testing.T, r *bufio.Reader) FeedEvent {
 
 func TestFeedIsFollowed(t *testing.T) {
 	h := newTestServer(t)
-	box := h.newBox(t)
+	sbx := h.newSandbox(t)
 	live := h.feedStream(t, h.key, "", "")
 	other := h.feedStream(t, h.other, "", "")
-	h.send(t, "PUT", "/v1/sandboxes/"+box.ID+"/egress", h.key, `{"mode":"deny_all"}`)
+	h.send(t, "PUT", "/v1/sandboxes/"+sbx.ID+"/egress", h.key, `{"mode":"deny_all"}`)
 	h.send(t, "POST", "/v1/sandboxes", h.other, `{"template":"python"}`)
-	if e := nextFeedEvent(t, live); e.Type != "sandbox.egress_changed" || *e.SandboxID != box.ID {
+	if e := nextFeedEvent(t, live); e.Type != "sandbox.egress_changed" || *e.SandboxID != sbx.ID {
 		t.Errorf("the first new event is %+v", e)
 	}
 	if e := nextFeedEvent(t, other); e.Type != "sandbox.creating" {
@@ -370,7 +370,7 @@ func TestFeedIsFollowed(t *testing.T) {
 func TestFeedPassesWhatDoesNotMatch(t *testing.T) {
 	h := newTestServer(t)
 	stream := h.feedStream(t, h.key, "type=template.deleted", "")
-	h.newBox(t)
+	h.newSandbox(t)
 	if e := readEvent(t, stream); len(e) != 1 || e["id"] == "" {
 		t.Errorf("got %v, want an id without an event", e)
 	}
@@ -427,7 +427,7 @@ func TestFeedEndsWithTheKey(t *testing.T) {
 func TestFeedOfDropped(t *testing.T) {
 	h := newTestServer(t)
 	before, others := h.feedOf(t, h.key, ""), h.lastOf(t, h.other)
-	h.newBox(t)
+	h.newSandbox(t)
 	if n, err := h.db.TrimEvents(t.Context(), time.Now().Add(time.Hour), 0); err != nil || n == 0 {
 		t.Fatal(n, err)
 	}
@@ -443,6 +443,6 @@ func TestFeedOfDropped(t *testing.T) {
 	}
 	h.feedOf(t, h.other, "after="+others) // no event of this organization is missing
 	stream := h.feedStream(t, h.key, "", "")
-	h.newBox(t)
+	h.newSandbox(t)
 	nextFeedEvent(t, stream)
 }

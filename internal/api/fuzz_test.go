@@ -108,7 +108,7 @@ func FuzzRequest(f *testing.F) {
 	h.agent.fail = fault.New(fault.NotFound, fault.CodeFileNotFound, "no such file")
 	handler := New(Config{Sandboxes: h.sandboxes, Templates: nil, Auth: h.auth, Agent: h.agent,
 		Log: slog.New(slog.DiscardHandler), Registry: prometheus.NewRegistry(), Version: "fuzz"})
-	box := as[Sandbox](f, http.StatusCreated,
+	sbx := as[Sandbox](f, http.StatusCreated,
 		h.send(f, "POST", "/v1/sandboxes", h.key, `{"template":"python","mode":"persistent"}`)).ID
 	for i, seed := range []string{
 		"limit=5&cursor=x", "status=running&status=x", "metadata.=x&metadata.a%00=%ff", "path=/a&mode=0644", "path=%2f..%2f&depth=3", "wait=1;wait=2",
@@ -121,7 +121,7 @@ func FuzzRequest(f *testing.F) {
 	suffixes := []string{"", "/files", "/files/list", "/events", "/execute", "/keepalive", "/egress", "/suspend", "/wake",
 		"/checkpoint"}
 	f.Fuzz(func(t *testing.T, which uint8, query, path, body string) {
-		target := "/v1/sandboxes/" + box + suffixes[int(which)%len(suffixes)]
+		target := "/v1/sandboxes/" + sbx + suffixes[int(which)%len(suffixes)]
 		if which&1 == 0 {
 			target = "/v1/sandboxes"
 		}
@@ -148,7 +148,7 @@ func FuzzRequest(f *testing.F) {
 
 func FuzzCursor(f *testing.F) {
 	h := newTestServer(f)
-	box := h.newBox(f).ID
+	sbx := h.newSandbox(f).ID
 	f.Add("")
 	f.Add("x")
 	page, next, err := h.auth.ListOrgs(f.Context(), h.org, 1, "")
@@ -158,7 +158,7 @@ func FuzzCursor(f *testing.F) {
 	f.Add(next)
 	f.Fuzz(func(t *testing.T, cursor string) {
 		q := "?" + url.Values{"cursor": {cursor}}.Encode()
-		for _, path := range []string{"/v1/sandboxes", "/v1/sandboxes/" + box + "/events", "/v1/templates", "/v1/api-keys",
+		for _, path := range []string{"/v1/sandboxes", "/v1/sandboxes/" + sbx + "/events", "/v1/templates", "/v1/api-keys",
 			"/v1/orgs"} {
 			if r := h.send(t, "GET", path+q, h.key, ""); r.status != 200 && r.status != 400 {
 				t.Fatalf("%s%s: %d %s", path, q, r.status, r.body)

@@ -315,8 +315,8 @@ func as[T any](t testing.TB, status int, r reply) T {
 	return v
 }
 
-// newBox creates a running sandbox of the operator's organization.
-func (h *testServer) newBox(t testing.TB) Sandbox {
+// newSandbox creates a running sandbox of the operator's organization.
+func (h *testServer) newSandbox(t testing.TB) Sandbox {
 	t.Helper()
 	return as[Sandbox](t, http.StatusCreated, h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"python"}`))
 }
@@ -324,9 +324,9 @@ func (h *testServer) newBox(t testing.TB) Sandbox {
 // newAsleep creates a persistent sandbox of the operator's organization and suspends it.
 func (h *testServer) newAsleep(t testing.TB) Sandbox {
 	t.Helper()
-	box := as[Sandbox](t, http.StatusCreated,
+	sbx := as[Sandbox](t, http.StatusCreated,
 		h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"python","mode":"persistent"}`))
-	return as[Sandbox](t, http.StatusOK, h.send(t, "POST", "/v1/sandboxes/"+box.ID+"/suspend", h.key, ""))
+	return as[Sandbox](t, http.StatusOK, h.send(t, "POST", "/v1/sandboxes/"+sbx.ID+"/suspend", h.key, ""))
 }
 
 // newKey creates a key of the operator's organization.
@@ -344,8 +344,8 @@ func (h *testServer) newKey(t testing.TB, expiresIn time.Duration, scopes ...aut
 	return k, secret
 }
 
-// putBox stores a sandbox as a crash or a later version might leave it.
-func (h *testServer) putBox(t testing.TB, mode sandbox.Mode, state sandbox.State) sandbox.ID {
+// putSandbox stores a sandbox as a crash or a later version might leave it.
+func (h *testServer) putSandbox(t testing.TB, mode sandbox.Mode, state sandbox.State) sandbox.ID {
 	t.Helper()
 	now := time.Now().UTC()
 	b := sandbox.Sandbox{ID: sandbox.NewID(), OrgID: h.org.Org.ID, Mode: mode, State: sandbox.Creating, Run: "r",

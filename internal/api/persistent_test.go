@@ -21,10 +21,10 @@ func TestLifeOfAPersistentSandbox(t *testing.T) {
 	h := newTestServer(t)
 	r := h.send(t, "POST", "/v1/sandboxes", h.key,
 		`{"template":"python","mode":"persistent","idle_timeout":"30m","recovery_interval":"1h"}`)
-	box := as[Sandbox](t, 201, r)
-	if box.Mode != "persistent" || box.Status != SandboxStatusRunning || *box.IdleTimeoutSeconds != 1800 ||
-		*box.RecoveryIntervalSeconds != 3600 ||
-		box.LastActivityAt.Before(box.CreatedAt) || box.StartedAt == nil {
+	sbx := as[Sandbox](t, 201, r)
+	if sbx.Mode != "persistent" || sbx.Status != SandboxStatusRunning || *sbx.IdleTimeoutSeconds != 1800 ||
+		*sbx.RecoveryIntervalSeconds != 3600 ||
+		sbx.LastActivityAt.Before(sbx.CreatedAt) || sbx.StartedAt == nil {
 		t.Errorf("created %s", r.body)
 	}
 	for _, absent := range []string{"timeout_seconds", "expires_at", "suspended_at", "destroyed_at", "error"} {
@@ -32,14 +32,14 @@ func TestLifeOfAPersistentSandbox(t *testing.T) {
 			t.Errorf("the field %s does not apply but is present: %s", absent, r.body)
 		}
 	}
-	path := "/v1/sandboxes/" + box.ID
+	path := "/v1/sandboxes/" + sbx.ID
 	r = h.send(t, "POST", path+"/checkpoint", h.key, "{}")
-	if p := as[RecoveryPoint](t, 200, r); p.SizeBytes != 1<<20 || p.CreatedAt.Before(box.CreatedAt) ||
+	if p := as[RecoveryPoint](t, 200, r); p.SizeBytes != 1<<20 || p.CreatedAt.Before(sbx.CreatedAt) ||
 		time.Since(p.CreatedAt) > time.Minute {
 		t.Errorf("recovery point %s", r.body)
 	}
 	asleep := as[Sandbox](t, 200, h.send(t, "POST", path+"/suspend", h.key, ""))
-	if asleep.Status != SandboxStatusSuspended || asleep.SuspendedAt.Before(box.CreatedAt) || asleep.Error != nil {
+	if asleep.Status != SandboxStatusSuspended || asleep.SuspendedAt.Before(sbx.CreatedAt) || asleep.Error != nil {
 		t.Errorf("suspended: %+v", asleep)
 	}
 	// Reading a sandbox does not wake it.
@@ -95,16 +95,16 @@ func TestUseWakes(t *testing.T) {
 	h := newTestServer(t)
 	for _, c := range insideCalls {
 		h.agent.files["/a"] = []byte("kept")
-		box := h.newAsleep(t)
-		path := "/v1/sandboxes/" + box.ID
+		sbx := h.newAsleep(t)
+		path := "/v1/sandboxes/" + sbx.ID
 		if r := h.send(t, c.method, path+c.path, h.key, c.body); r.status != c.status {
 			t.Errorf("%s %s: status %d %s, want %d", c.method, c.path, r.status, r.body, c.status)
 		}
 		awake := as[Sandbox](t, 200, h.send(t, "GET", path, h.key, ""))
-		if awake.Status != SandboxStatusRunning || awake.SuspendedAt != nil || !awake.LastActivityAt.After(*box.SuspendedAt) {
+		if awake.Status != SandboxStatusRunning || awake.SuspendedAt != nil || !awake.LastActivityAt.After(*sbx.SuspendedAt) {
 			t.Errorf("%s %s leaves it %+v", c.method, c.path, awake)
 		}
-		if calls := h.node.Calls(); calls[len(calls)-1] != "wake "+box.ID {
+		if calls := h.node.Calls(); calls[len(calls)-1] != "wake "+sbx.ID {
 			t.Errorf("%s %s: the machine was asked %v", c.method, c.path, calls)
 		}
 		if n := h.sandboxes.InUse(); n != 0 {
@@ -121,16 +121,16 @@ func TestZeroIsNever(t *testing.T) {
 	h := newTestServer(t)
 	for _, zero := range []string{`0`, `"0"`, `"0s"`, `"0h0m"`} {
 		body := fmt.Sprintf(`{"template":"python","mode":"persistent","idle_timeout":%s,"recovery_interval":%s}`, zero, zero)
-		box := as[Sandbox](t, 201, h.send(t, "POST", "/v1/sandboxes", h.key, body))
-		if *box.IdleTimeoutSeconds != 0 || *box.RecoveryIntervalSeconds != 0 {
-			t.Errorf("%s is %d s and %d s", zero, *box.IdleTimeoutSeconds, *box.RecoveryIntervalSeconds)
+		sbx := as[Sandbox](t, 201, h.send(t, "POST", "/v1/sandboxes", h.key, body))
+		if *sbx.IdleTimeoutSeconds != 0 || *sbx.RecoveryIntervalSeconds != 0 {
+			t.Errorf("%s is %d s and %d s", zero, *sbx.IdleTimeoutSeconds, *sbx.RecoveryIntervalSeconds)
 		}
 	}
 	for _, absent := range []string{`{"template":"python","mode":"persistent"}`,
 		`{"template":"python","mode":"persistent","idle_timeout":null,"recovery_interval":null,"snapshot":null}`} {
-		box := as[Sandbox](t, 201, h.send(t, "POST", "/v1/sandboxes", h.key, absent))
-		if *box.IdleTimeoutSeconds != 600 || *box.RecoveryIntervalSeconds != 600 {
-			t.Errorf("%s is %d s and %d s, want 10m for both", absent, *box.IdleTimeoutSeconds, *box.RecoveryIntervalSeconds)
+		sbx := as[Sandbox](t, 201, h.send(t, "POST", "/v1/sandboxes", h.key, absent))
+		if *sbx.IdleTimeoutSeconds != 600 || *sbx.RecoveryIntervalSeconds != 600 {
+			t.Errorf("%s is %d s and %d s, want 10m for both", absent, *sbx.IdleTimeoutSeconds, *sbx.RecoveryIntervalSeconds)
 		}
 	}
 	detail := h.send(t, "POST", "/v1/sandboxes", h.key,
@@ -144,11 +144,11 @@ func TestZeroIsNever(t *testing.T) {
 // and that the event tells the time of the checkpoint.
 func TestFallsBack(t *testing.T) {
 	h := newTestServer(t)
-	box := h.newAsleep(t)
-	path := "/v1/sandboxes/" + box.ID
+	sbx := h.newAsleep(t)
+	path := "/v1/sandboxes/" + sbx.ID
 	as[Sandbox](t, 200, h.send(t, "POST", path+"/wake", h.key, ""))
 	point := as[RecoveryPoint](t, 200, h.send(t, "POST", path+"/checkpoint", h.key, ""))
-	h.node.Kill(sandbox.ID(box.ID))
+	h.node.Kill(sandbox.ID(sbx.ID))
 	if err := h.sandboxes.Reconcile(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -173,8 +173,8 @@ func TestFallsBack(t *testing.T) {
 // that the checkpoint is kept.
 func TestWakeFailed(t *testing.T) {
 	h := newTestServer(t)
-	box := h.newAsleep(t)
-	path := "/v1/sandboxes/" + box.ID
+	sbx := h.newAsleep(t)
+	path := "/v1/sandboxes/" + sbx.ID
 	h.node.OnWake = func(context.Context, sandbox.Spec) error {
 		return fault.New(fault.Internal, "wake_failed", "pages.img is damaged").Because(errors.New("reading /var/lib/secret"))
 	}
@@ -217,15 +217,15 @@ func TestNoRoomToWake(t *testing.T) {
 		if r := h.send(t, "POST", path+"/wake", h.key, ""); r.status != status || r.problem.Code != code {
 			t.Errorf("wake: status %d %s, want %d %s", r.status, r.body, status, code)
 		}
-		if box := as[Sandbox](t, 200, h.send(t, "GET", path, h.key, "")); box.Status != SandboxStatusSuspended ||
-			box.Error != nil {
-			t.Errorf("refused and %+v", box)
+		if sbx := as[Sandbox](t, 200, h.send(t, "GET", path, h.key, "")); sbx.Status != SandboxStatusSuspended ||
+			sbx.Error != nil {
+			t.Errorf("refused and %+v", sbx)
 		}
 	}
 	h.node.SetFull(true)
 	refused(503, "no_capacity", "5")
 	h.node.SetFull(false)
-	other := h.newBox(t)
+	other := h.newSandbox(t)
 	refused(429, "quota_exceeded", "")
 	h.send(t, "DELETE", "/v1/sandboxes/"+other.ID, h.key, "")
 	as[Sandbox](t, 200, h.send(t, "POST", path+"/wake", h.key, ""))
@@ -235,8 +235,8 @@ func TestNoRoomToWake(t *testing.T) {
 // not be written.
 func TestPointNotWritten(t *testing.T) {
 	h := newTestServer(t)
-	box := as[Sandbox](t, 201, h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"python","mode":"persistent"}`))
-	path := "/v1/sandboxes/" + box.ID
+	sbx := as[Sandbox](t, 201, h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"python","mode":"persistent"}`))
+	path := "/v1/sandboxes/" + sbx.ID
 	for _, c := range []struct {
 		err    error
 		status int
@@ -263,7 +263,7 @@ func TestPointNotWritten(t *testing.T) {
 // it, and that reading it does not either.
 func TestNobodyElseWakes(t *testing.T) {
 	h := newTestServer(t)
-	box := h.newAsleep(t)
+	sbx := h.newAsleep(t)
 	_, reader := h.newKey(t, 0, auth.SandboxesRead, auth.TemplatesRead)
 	operations(h.spec, func(pattern, path string, op *openapi3.Operation, _ openapi3.Parameters) {
 		if !strings.Contains(path, "/sandboxes/{id}") {
@@ -271,16 +271,16 @@ func TestNobodyElseWakes(t *testing.T) {
 		}
 		method, _, _ := strings.Cut(pattern, " ")
 		s := samples[op.OperationID]
-		target := strings.Replace(path, "{id}", box.ID, 1) + "?" + s.query
+		target := strings.Replace(path, "{id}", sbx.ID, 1) + "?" + s.query
 		for _, key := range []string{"", h.other, reader} {
 			h.send(t, method, target, key, s.body)
 		}
 	})
-	if got := as[Sandbox](t, 200, h.send(t, "GET", "/v1/sandboxes/"+box.ID, h.key, "")); got.State != "suspended" ||
-		!got.LastActivityAt.Equal(*box.LastActivityAt) {
-		t.Errorf("the sandbox is %+v, was %+v", got, box)
+	if got := as[Sandbox](t, 200, h.send(t, "GET", "/v1/sandboxes/"+sbx.ID, h.key, "")); got.State != "suspended" ||
+		!got.LastActivityAt.Equal(*sbx.LastActivityAt) {
+		t.Errorf("the sandbox is %+v, was %+v", got, sbx)
 	}
-	if n := slices.Index(h.node.Calls(), "wake "+box.ID); n >= 0 {
+	if n := slices.Index(h.node.Calls(), "wake "+sbx.ID); n >= 0 {
 		t.Errorf("the machine was asked %v", h.node.Calls())
 	}
 }

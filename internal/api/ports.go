@@ -311,8 +311,8 @@ func (s *server) CreatePortURL(w http.ResponseWriter, r *http.Request, id Sandbo
 // notOver refuses a sandbox of the organization that is destroyed, so that nothing in it can be
 // reached.
 func (s *server) notOver(ctx context.Context, orgID string, id sandbox.ID) error {
-	box, err := s.Sandboxes.Get(ctx, orgID, id)
-	if err == nil && box.State.Status() == sandbox.StatusDestroyed {
+	sbx, err := s.Sandboxes.Get(ctx, orgID, id)
+	if err == nil && sbx.State.Status() == sandbox.StatusDestroyed {
 		err = fault.New(fault.Conflict, fault.CodeSandboxNotRunning, "sandbox %s is destroyed", id)
 	}
 	return err

@@ -102,14 +102,14 @@ func hostOf(id string, port int) string {
 
 func TestPortByPathAndHost(t *testing.T) {
 	h := newPortServer(t)
-	box := h.newBox(t)
+	sbx := h.newSandbox(t)
 	withKey := header("Authorization", "Bearer "+h.key)
 	for target, asked := range map[string]string{
-		portproxy.Path(box.ID, 8080) + "/a%2Fb//c/../d?x=1": "GET /a%2Fb//c/../d?x=1 HTTP/1.1\r\nHost: localhost:8080\r\n",
-		portproxy.Path(box.ID, 8080) + "/url":               "GET /url HTTP/1.1\r\n",
-		portproxy.Path(box.ID, 8080) + "/v1/sandboxes":      "GET /v1/sandboxes HTTP/1.1\r\n",
-		hostOf(box.ID, 8080) + "/v1/sandboxes?a":            "GET /v1/sandboxes?a HTTP/1.1\r\nHost: 8080-" + box.ID[4:] + "." + testDomain + "\r\n",
-		hostOf(box.ID, 8080) + "/healthz":                   "GET /healthz HTTP/1.1\r\n",
+		portproxy.Path(sbx.ID, 8080) + "/a%2Fb//c/../d?x=1": "GET /a%2Fb//c/../d?x=1 HTTP/1.1\r\nHost: localhost:8080\r\n",
+		portproxy.Path(sbx.ID, 8080) + "/url":               "GET /url HTTP/1.1\r\n",
+		portproxy.Path(sbx.ID, 8080) + "/v1/sandboxes":      "GET /v1/sandboxes HTTP/1.1\r\n",
+		hostOf(sbx.ID, 8080) + "/v1/sandboxes?a":            "GET /v1/sandboxes?a HTTP/1.1\r\nHost: 8080-" + sbx.ID[4:] + "." + testDomain + "\r\n",
+		hostOf(sbx.ID, 8080) + "/healthz":                   "GET /healthz HTTP/1.1\r\n",
 	} {
 		for name, edit := range map[string]func(*http.Request){"key": withKey, "own header": func(r *http.Request) {
 			r.Header.Set(portproxy.KeyHeader, h.key)
@@ -143,7 +143,7 @@ func (h *testServer) released(t *testing.T) {
 
 func TestPortRefused(t *testing.T) {
 	h := newPortServer(t)
-	box := h.newBox(t)
+	sbx := h.newSandbox(t)
 	_, poor := h.newKey(t, 0, auth.SandboxesWrite, auth.Files)
 	key := func(k string) func(*http.Request) { return header("Authorization", "Bearer "+k) }
 	none := func(*http.Request) {}
@@ -153,25 +153,25 @@ func TestPortRefused(t *testing.T) {
 		status int
 		code   string
 	}{
-		"no key":                {hostOf(box.ID, 8080) + "/", none, 401, "unauthenticated"},
-		"no key, by path":       {portproxy.Path(box.ID, 8080) + "/", none, 401, "unauthenticated"},
+		"no key":                {hostOf(sbx.ID, 8080) + "/", none, 401, "unauthenticated"},
+		"no key, by path":       {portproxy.Path(sbx.ID, 8080) + "/", none, 401, "unauthenticated"},
 		"no key, no sandbox":    {hostOf("sbx_aaaaaaaaaaaaaaaaaaaa", 8080) + "/", none, 401, "unauthenticated"},
 		"no key, no such id":    {"/v1/sandboxes/x/ports/80/", none, 401, "unauthenticated"},
-		"the application's key": {hostOf(box.ID, 8080) + "/", key("theirs"), 401, "unauthenticated"},
-		"another's key":         {hostOf(box.ID, 8080) + "/", key(h.other), 403, notYours},
-		"no such key":           {hostOf(box.ID, 8080) + "/", key("cay_0123456789abcdef0123456789abcdef01234567"), 401, "unauthenticated"},
-		"without the scope":     {portproxy.Path(box.ID, 8080) + "/", key(poor), 403, "scope_missing"},
+		"the application's key": {hostOf(sbx.ID, 8080) + "/", key("theirs"), 401, "unauthenticated"},
+		"another's key":         {hostOf(sbx.ID, 8080) + "/", key(h.other), 403, notYours},
+		"no such key":           {hostOf(sbx.ID, 8080) + "/", key("cay_0123456789abcdef0123456789abcdef01234567"), 401, "unauthenticated"},
+		"without the scope":     {portproxy.Path(sbx.ID, 8080) + "/", key(poor), 403, "scope_missing"},
 		"no sandbox":            {hostOf("sbx_aaaaaaaaaaaaaaaaaaaa", 8080) + "/", key(h.key), 404, "sandbox_not_found"},
-		"nothing listens":       {hostOf(box.ID, 8081) + "/", key(h.key), 502, "port_closed"},
-		"port 0":                {portproxy.Path(box.ID, 0) + "/", key(h.key), 400, "invalid_port"},
-		"port 70000":            {portproxy.Path(box.ID, 70000) + "/", key(h.key), 400, "invalid_port"},
-		"the agent's":           {hostOf(box.ID, agentapi.Port) + "/health", key(h.key), 400, "invalid_port"},
-		"a made-up signature":   {hostOf(box.ID, 8080) + "/?cay_token=a.b", none, 401, "invalid_signature"},
-		"one of another port":   {hostOf(box.ID, 8080) + "/?cay_token=" + h.server.Signer.Sign(box.ID, 8081, time.Now().Add(time.Hour)), none, 401, "invalid_signature"},
-		"an expired one":        {hostOf(box.ID, 8080) + "/?cay_token=" + h.server.Signer.Sign(box.ID, 8080, time.Now().Add(-time.Second)), none, 401, "signature_expired"},
-		"a made-up cookie":      {hostOf(box.ID, 8080) + "/", header("Cookie", "cay_token=a.b"), 401, "unauthenticated"},
-		"a cookie by path": {portproxy.Path(box.ID, 8080) + "/",
-			header("Cookie", "cay_token="+h.server.Signer.Sign(box.ID, 8080, time.Now().Add(time.Hour))), 401, "unauthenticated"},
+		"nothing listens":       {hostOf(sbx.ID, 8081) + "/", key(h.key), 502, "port_closed"},
+		"port 0":                {portproxy.Path(sbx.ID, 0) + "/", key(h.key), 400, "invalid_port"},
+		"port 70000":            {portproxy.Path(sbx.ID, 70000) + "/", key(h.key), 400, "invalid_port"},
+		"the agent's":           {hostOf(sbx.ID, agentapi.Port) + "/health", key(h.key), 400, "invalid_port"},
+		"a made-up signature":   {hostOf(sbx.ID, 8080) + "/?cay_token=a.b", none, 401, "invalid_signature"},
+		"one of another port":   {hostOf(sbx.ID, 8080) + "/?cay_token=" + h.server.Signer.Sign(sbx.ID, 8081, time.Now().Add(time.Hour)), none, 401, "invalid_signature"},
+		"an expired one":        {hostOf(sbx.ID, 8080) + "/?cay_token=" + h.server.Signer.Sign(sbx.ID, 8080, time.Now().Add(-time.Second)), none, 401, "signature_expired"},
+		"a made-up cookie":      {hostOf(sbx.ID, 8080) + "/", header("Cookie", "cay_token=a.b"), 401, "unauthenticated"},
+		"a cookie by path": {portproxy.Path(sbx.ID, 8080) + "/",
+			header("Cookie", "cay_token="+h.server.Signer.Sign(sbx.ID, 8080, time.Now().Add(time.Hour))), 401, "unauthenticated"},
 	} {
 		r := h.visit(t, "GET", c.target, c.edit)
 		if r.status != c.status || !strings.Contains(string(r.body), `"code":"`+c.code+`"`) ||
@@ -187,42 +187,42 @@ func TestPortRefused(t *testing.T) {
 	if n := len(h.agent.targets); n != 0 {
 		t.Errorf("%d calls inside", n)
 	}
-	if r := h.send(t, "GET", "/v1/sandboxes/"+box.ID+"/ports/80", h.key, ""); r.status != 200 {
+	if r := h.send(t, "GET", "/v1/sandboxes/"+sbx.ID+"/ports/80", h.key, ""); r.status != 200 {
 		t.Errorf("settings: %d", r.status)
 	}
 }
 
 func TestPortPublic(t *testing.T) {
 	h := newPortServer(t)
-	box := h.newAsleep(t)
-	target := hostOf(box.ID, 8080) + "/x"
-	p := as[Port](t, 200, h.send(t, "PUT", "/v1/sandboxes/"+box.ID+"/ports/8080", h.key, `{"public":true}`))
-	if !p.Public || p.Port != 8080 || p.URL != hostOf(box.ID, 8080)+"/" {
+	sbx := h.newAsleep(t)
+	target := hostOf(sbx.ID, 8080) + "/x"
+	p := as[Port](t, 200, h.send(t, "PUT", "/v1/sandboxes/"+sbx.ID+"/ports/8080", h.key, `{"public":true}`))
+	if !p.Public || p.Port != 8080 || p.URL != hostOf(sbx.ID, 8080)+"/" {
 		t.Errorf("port %+v", p)
 	}
-	if l := as[PortList](t, 200, h.send(t, "GET", "/v1/sandboxes/"+box.ID+"/ports", h.key, "")); len(l.Ports) != 1 ||
+	if l := as[PortList](t, 200, h.send(t, "GET", "/v1/sandboxes/"+sbx.ID+"/ports", h.key, "")); len(l.Ports) != 1 ||
 		l.Ports[0] != p {
 		t.Errorf("ports %+v", l)
 	}
-	if b := as[Sandbox](t, 200, h.send(t, "GET", "/v1/sandboxes/"+box.ID, h.key, "")); b.Status != "suspended" {
+	if b := as[Sandbox](t, 200, h.send(t, "GET", "/v1/sandboxes/"+sbx.ID, h.key, "")); b.Status != "suspended" {
 		t.Errorf("changing a port woke the sandbox: %s", b.Status)
 	}
-	for _, target := range []string{target, portproxy.Path(box.ID, 8080) + "/x"} {
+	for _, target := range []string{target, portproxy.Path(sbx.ID, 8080) + "/x"} {
 		if r := h.visit(t, "POST", target); r.status != 200 {
 			t.Errorf("public, %s: %d %s", target, r.status, r.body)
 		}
 	}
-	if b := as[Sandbox](t, 200, h.send(t, "GET", "/v1/sandboxes/"+box.ID, h.key, "")); b.Status != "running" {
+	if b := as[Sandbox](t, 200, h.send(t, "GET", "/v1/sandboxes/"+sbx.ID, h.key, "")); b.Status != "running" {
 		t.Errorf("a request to the port did not wake the sandbox: %s", b.Status)
 	}
-	if r := h.visit(t, "GET", hostOf(box.ID, 8081)); r.status != 401 {
+	if r := h.visit(t, "GET", hostOf(sbx.ID, 8081)); r.status != 401 {
 		t.Errorf("another port: %d", r.status)
 	}
 	if r := h.visit(t, "GET", target, header("Cookie", "cay_token=a.b")); r.status != 200 {
 		t.Errorf("public, with an old cookie: %d", r.status)
 	}
 	if p := as[Port](t, 200,
-		h.send(t, "PUT", "/v1/sandboxes/"+box.ID+"/ports/8080", h.key, `{"public":false}`)); p.Public {
+		h.send(t, "PUT", "/v1/sandboxes/"+sbx.ID+"/ports/8080", h.key, `{"public":false}`)); p.Public {
 		t.Errorf("port %+v", p)
 	}
 	if r := h.visit(t, "GET", target); r.status != 401 {
@@ -232,10 +232,10 @@ func TestPortPublic(t *testing.T) {
 
 func TestPortSigned(t *testing.T) {
 	h := newPortServer(t)
-	box := h.newBox(t)
-	u := as[PortURL](t, 201, h.send(t, "POST", "/v1/sandboxes/"+box.ID+"/ports/8080/url", h.key, `{"expires_in":"90s"}`))
+	sbx := h.newSandbox(t)
+	u := as[PortURL](t, 201, h.send(t, "POST", "/v1/sandboxes/"+sbx.ID+"/ports/8080/url", h.key, `{"expires_in":"90s"}`))
 	if left := time.Until(u.ExpiresAt); left < 80*time.Second || left > 92*time.Second ||
-		!strings.HasPrefix(u.URL, hostOf(box.ID, 8080)+"/?cay_token=") {
+		!strings.HasPrefix(u.URL, hostOf(sbx.ID, 8080)+"/?cay_token=") {
 		t.Fatalf("URL %+v", u)
 	}
 	signed, err := url.Parse(u.URL)
@@ -259,7 +259,7 @@ func TestPortSigned(t *testing.T) {
 		t.Errorf("over TLS the cookie is %q", r.header.Get("Set-Cookie"))
 	}
 	pair, _, _ := strings.Cut(cookie, ";")
-	r = h.visit(t, "GET", hostOf(box.ID, 8080)+"/a", header("Cookie", "mine=1; "+pair))
+	r = h.visit(t, "GET", hostOf(sbx.ID, 8080)+"/a", header("Cookie", "mine=1; "+pair))
 	if r.status != 200 || strings.Contains(string(r.body), "cay_token") || !strings.Contains(string(r.body), "mine=1") {
 		t.Errorf("with the cookie: %d %s", r.status, r.body)
 	}
@@ -270,7 +270,7 @@ func TestPortSigned(t *testing.T) {
 			t.Errorf("%s: %d %s", name, r.status, r.body)
 		}
 	}
-	byPath := portproxy.Path(box.ID, 8080) + "/?" + signed.RawQuery
+	byPath := portproxy.Path(sbx.ID, 8080) + "/?" + signed.RawQuery
 	if r := h.visit(t, "GET", byPath); r.status != 200 || strings.Contains(string(r.body), "cay_token") ||
 		r.header.Get("Set-Cookie") != "" {
 		t.Errorf("by path: %d %s", r.status, r.body)
@@ -282,9 +282,9 @@ func TestPortSigned(t *testing.T) {
 
 func TestPortCallsRefused(t *testing.T) {
 	h := newPortServer(t)
-	box := h.newBox(t)
-	gone := h.putBox(t, sandbox.Ephemeral, sandbox.Destroyed)
-	base := "/v1/sandboxes/" + box.ID
+	sbx := h.newSandbox(t)
+	gone := h.putSandbox(t, sandbox.Ephemeral, sandbox.Destroyed)
+	base := "/v1/sandboxes/" + sbx.ID
 	upgrade := func(r *http.Request) {
 		r.Header.Set("Connection", "Upgrade")
 		r.Header.Set("Upgrade", "tcp")
@@ -314,7 +314,7 @@ func TestPortCallsRefused(t *testing.T) {
 // lease meanwhile.
 func TestTunnel(t *testing.T) {
 	h := newPortServer(t)
-	box := h.newBox(t)
+	sbx := h.newSandbox(t)
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -327,7 +327,7 @@ func TestTunnel(t *testing.T) {
 	}
 	defer conn.Close()
 	fmt.Fprintf(conn, "POST /v1/sandboxes/%s/tunnel?port=5432 HTTP/1.1\r\nHost: x\r\n"+
-		"Authorization: Bearer %s\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\n", box.ID, h.key)
+		"Authorization: Bearer %s\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\n", sbx.ID, h.key)
 	in, err := l.Accept()
 	if err != nil {
 		t.Fatal(err)

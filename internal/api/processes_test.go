@@ -181,7 +181,7 @@ func (h *testServer) playing(err error) (say chan agentapi.ExecuteEvent, ended c
 
 func TestStreamedExecution(t *testing.T) {
 	h := newTestServer(t)
-	path := "/v1/sandboxes/" + h.newBox(t).ID + "/execute"
+	path := "/v1/sandboxes/" + h.newSandbox(t).ID + "/execute"
 	say, _ := h.playing(nil)
 	go func() { say <- agentapi.ExecuteEvent{PID: 9} }()
 	next := eventsOf(t, h.stream(t, t.Context(), "POST", path, `{"command":"x"}`).Body)
@@ -217,7 +217,7 @@ func TestStreamedExecution(t *testing.T) {
 
 func TestStreamedExecutionFails(t *testing.T) {
 	h := newTestServer(t)
-	path := "/v1/sandboxes/" + h.newBox(t).ID + "/execute"
+	path := "/v1/sandboxes/" + h.newSandbox(t).ID + "/execute"
 	gone := fault.New(fault.Unavailable, fault.CodeSandboxUnreachable, "the sandbox does not answer")
 
 	say, _ := h.playing(gone)
@@ -254,7 +254,7 @@ func TestStreamedExecutionFails(t *testing.T) {
 // command is killed when its reader leaves.
 func TestStreamedExecutionReaders(t *testing.T) {
 	h := newTestServer(t)
-	path := "/v1/sandboxes/" + h.newBox(t).ID + "/execute"
+	path := "/v1/sandboxes/" + h.newSandbox(t).ID + "/execute"
 	say, ended := h.playing(nil)
 	go func() { say <- agentapi.ExecuteEvent{PID: 9} }()
 	ctx, cancel := context.WithCancel(t.Context())
@@ -286,13 +286,13 @@ func TestStreamedExecutionReaders(t *testing.T) {
 }
 
 func TestOutboxIsBounded(t *testing.T) {
-	box := newOutbox(nil, maxWaiting)
+	sbx := newOutbox(nil, maxWaiting)
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 	defer cancel()
 	n := 0
 	for ; ctx.Err() == nil; n++ {
 		s := agentapi.Stdout + agentapi.Stream(n%2)
-		if !box.tryPut(agentapi.ExecuteEvent{Stream: s, Data: []byte("x")}) {
+		if !sbx.tryPut(agentapi.ExecuteEvent{Stream: s, Data: []byte("x")}) {
 			break
 		}
 	}
@@ -300,11 +300,11 @@ func TestOutboxIsBounded(t *testing.T) {
 		t.Errorf("%d pieces wait", n)
 	}
 	done := make(chan error, 1)
-	go func() { done <- box.put(ctx, agentapi.ExecuteEvent{PID: 1}) }()
-	signal(box.more)
+	go func() { done <- sbx.put(ctx, agentapi.ExecuteEvent{PID: 1}) }()
+	signal(sbx.more)
 	took := 0
 	for took < n {
-		some := box.take()
+		some := sbx.take()
 		if len(some)*waitingCost > piece+waitingCost {
 			t.Fatalf("%d pieces are sent at once", len(some))
 		}
@@ -313,8 +313,8 @@ func TestOutboxIsBounded(t *testing.T) {
 	if err := <-done; err != nil {
 		t.Error(err)
 	}
-	box.close()
-	for some := box.take(); len(some) > 0; some = box.take() {
+	sbx.close()
+	for some := sbx.take(); len(some) > 0; some = sbx.take() {
 		took += len(some)
 	}
 	if took != n+1 {
@@ -331,21 +331,21 @@ func TestOutboxWithoutMemory(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer account.Close()
-	box := newOutbox(&account, maxWaiting)
+	sbx := newOutbox(&account, maxWaiting)
 	piece := agentapi.ExecuteEvent{Stream: agentapi.Stdout, Data: make([]byte, mergeBelow)}
-	if !box.tryPut(piece) {
+	if !sbx.tryPut(piece) {
 		t.Fatal("the outbox took no piece at all")
 	}
-	if box.tryPut(piece) {
+	if sbx.tryPut(piece) {
 		t.Fatal("the outbox took a piece for which there is no memory")
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 	defer cancel()
 	done := make(chan error, 1)
-	go func() { done <- box.put(ctx, piece) }()
-	signal(box.more)
+	go func() { done <- sbx.put(ctx, piece) }()
+	signal(sbx.more)
 	for range 2 {
-		if len(box.take()) != 1 {
+		if len(sbx.take()) != 1 {
 			t.Error("took nothing")
 		}
 	}
@@ -353,14 +353,14 @@ func TestOutboxWithoutMemory(t *testing.T) {
 		t.Error(err)
 	}
 	other.Close()
-	if !box.tryPut(piece) {
+	if !sbx.tryPut(piece) {
 		t.Error("the outbox takes no piece although there is memory")
 	}
 }
 
 func TestDetachedExecution(t *testing.T) {
 	h := newTestServer(t)
-	path := "/v1/sandboxes/" + h.newBox(t).ID
+	path := "/v1/sandboxes/" + h.newSandbox(t).ID
 	ctx, cancel := context.WithCancel(t.Context())
 	resp := h.stream(t, ctx, "POST", path+"/execute", `{"command":"x","stdin":"in","detach":true,"timeout":"2h"}`)
 	next := eventsOf(t, resp.Body)
@@ -381,7 +381,7 @@ func TestDetachedExecution(t *testing.T) {
 func TestFollowingEndsWithTheServer(t *testing.T) {
 	stopping, stop := context.WithCancel(t.Context())
 	h := newTestServer(t, func(_ *auth.Config, _ *sandbox.Config, c *Config) { c.Stopping = stopping })
-	path := "/v1/sandboxes/" + h.newBox(t).ID
+	path := "/v1/sandboxes/" + h.newSandbox(t).ID
 	as[Process](t, 201, h.send(t, "POST", path+"/processes", h.key, `{"command":"x"}`))
 	next := eventsOf(t, h.stream(t, t.Context(), "GET", path+"/processes/1/output", "").Body)
 	waited := make(chan reply, 1)
@@ -424,7 +424,7 @@ func (h *testServer) dialTerminal(t *testing.T, path, key string) *websocket.Con
 
 func TestTerminalOfABrowser(t *testing.T) {
 	h := newTestServer(t)
-	path := "/v1/sandboxes/" + h.newBox(t).ID + "/terminal"
+	path := "/v1/sandboxes/" + h.newSandbox(t).ID + "/terminal"
 	conn := h.dialTerminal(t, path+"?cols=90", h.key)
 	if _, _, err := conn.Read(t.Context()); err != nil {
 		t.Fatal(err)
@@ -483,7 +483,7 @@ func TestTerminalOfABrowser(t *testing.T) {
 
 func TestProcessesRefused(t *testing.T) {
 	h := newTestServer(t)
-	box := "/v1/sandboxes/" + h.newBox(t).ID
+	sbx := "/v1/sandboxes/" + h.newSandbox(t).ID
 	upgrade := func(r *http.Request) {
 		for name, value := range map[string]string{"Connection": "keep-alive, Upgrade", "Upgrade": "websocket",
 			"Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "MDEyMzQ1Njc4OTAxMjM0NQ=="} {
@@ -518,15 +518,15 @@ func TestProcessesRefused(t *testing.T) {
 		{"GET", "/terminal?process=1&offset=-1", "", "invalid_offset", "offset"},
 		{"GET", "/terminal?process=/", "", "invalid_process", "process"},
 	} {
-		r := h.send(t, c.method, box+c.path, h.key, c.body, upgrade)
+		r := h.send(t, c.method, sbx+c.path, h.key, c.body, upgrade)
 		if r.status != 400 || r.problem.Code != c.code || deref(r.problem.Field) != c.field {
 			t.Errorf("%s %s %s: %d %s, want %s in %s", c.method, c.path, c.body, r.status, r.body, c.code, c.field)
 		}
 	}
-	if r := h.send(t, "GET", box+"/terminal", h.key, ""); r.status != 400 || r.problem.Code != "not_a_websocket" {
+	if r := h.send(t, "GET", sbx+"/terminal", h.key, ""); r.status != 400 || r.problem.Code != "not_a_websocket" {
 		t.Errorf("a terminal without a WebSocket: %d %s", r.status, r.body)
 	}
-	if r := h.send(t, "GET", box+"/processes/1/output", h.key, "", header("Last-Event-ID", "x"),
+	if r := h.send(t, "GET", sbx+"/processes/1/output", h.key, "", header("Last-Event-ID", "x"),
 		header("Accept", eventStream)); r.status != 400 || deref(r.problem.Field) != "Last-Event-ID" {
 		t.Errorf("a wrong id: %d %s", r.status, r.body)
 	}
@@ -538,11 +538,11 @@ func TestProcessesRefused(t *testing.T) {
 	if len(h.agent.all) != 0 {
 		t.Errorf("%d processes were started", len(h.agent.all))
 	}
-	as[Process](t, 201, h.send(t, "POST", box+"/processes", h.key, `{"command":"x"}`))
-	if r := h.send(t, "POST", box+"/processes/1/stdin", h.key, strings.Repeat("x", maxInput+1)); r.status != 413 {
+	as[Process](t, 201, h.send(t, "POST", sbx+"/processes", h.key, `{"command":"x"}`))
+	if r := h.send(t, "POST", sbx+"/processes/1/stdin", h.key, strings.Repeat("x", maxInput+1)); r.status != 413 {
 		t.Errorf("input over the limit: %d %.100s", r.status, r.body)
 	}
-	if r := h.send(t, "POST", box+"/processes/1/resize", h.key, `{"cols":1,"rows":1}`); r.status != 409 ||
+	if r := h.send(t, "POST", sbx+"/processes/1/resize", h.key, `{"cols":1,"rows":1}`); r.status != 409 ||
 		r.problem.Code != "no_terminal" {
 		t.Errorf("resizing a process without a terminal: %d %s", r.status, r.body)
 	}

@@ -173,42 +173,42 @@ func chunked(body string) func(*http.Request) {
 	}
 }
 
-const noBox = "/v1/sandboxes/sbx_aaaaaaaaaaaaaaaaaaaa"
+const noSandbox = "/v1/sandboxes/sbx_aaaaaaaaaaaaaaaaaaaa"
 
 func TestSandboxCallsRefused(t *testing.T) {
 	h := newTestServer(t)
-	box := "/v1/sandboxes/" + h.newBox(t).ID
-	creating := "/v1/sandboxes/" + string(h.putBox(t, sandbox.Ephemeral, sandbox.Creating))
-	gone := "/v1/sandboxes/" + string(h.putBox(t, sandbox.Ephemeral, sandbox.Destroyed))
-	persistent := "/v1/sandboxes/" + string(h.putBox(t, sandbox.Persistent, sandbox.Running))
+	sbx := "/v1/sandboxes/" + h.newSandbox(t).ID
+	creating := "/v1/sandboxes/" + string(h.putSandbox(t, sandbox.Ephemeral, sandbox.Creating))
+	gone := "/v1/sandboxes/" + string(h.putSandbox(t, sandbox.Ephemeral, sandbox.Destroyed))
+	persistent := "/v1/sandboxes/" + string(h.putSandbox(t, sandbox.Persistent, sandbox.Running))
 	asleep := "/v1/sandboxes/" + h.newAsleep(t).ID
 	rows := []refusal{
-		{"keepalive number", "POST", box + "/keepalive", `{"timeout":60}`, nil, 400, "invalid_timeout", "timeout"},
-		{"keepalive below", "POST", box + "/keepalive", `{"timeout":"0"}`, nil, 400, "invalid_timeout", "timeout"},
-		{"keepalive unknown field", "POST", box + "/keepalive", `{"ttl":"1m"}`, nil, 400, "unknown_field", "ttl"},
+		{"keepalive number", "POST", sbx + "/keepalive", `{"timeout":60}`, nil, 400, "invalid_timeout", "timeout"},
+		{"keepalive below", "POST", sbx + "/keepalive", `{"timeout":"0"}`, nil, 400, "invalid_timeout", "timeout"},
+		{"keepalive unknown field", "POST", sbx + "/keepalive", `{"ttl":"1m"}`, nil, 400, "unknown_field", "ttl"},
 		{"keepalive of a persistent one", "POST", persistent + "/keepalive", "", nil, 409, "sandbox_not_ephemeral", ""},
 		{"keepalive while creating", "POST", creating + "/keepalive", "", nil, 409, "sandbox_not_running", ""},
 		{"keepalive when gone", "POST", gone + "/keepalive", "", nil, 409, "sandbox_not_running", ""},
-		{"wake with a field", "POST", box + "/wake", `{"now":true}`, nil, 400, "unknown_field", "now"},
+		{"wake with a field", "POST", sbx + "/wake", `{"now":true}`, nil, 400, "unknown_field", "now"},
 		{"wake while creating", "POST", creating + "/wake", "", nil, 409, "sandbox_not_running", ""},
 		{"wake when gone", "POST", gone + "/wake", "", nil, 409, "sandbox_not_running", ""},
-		{"suspend ephemeral", "POST", box + "/suspend", "", nil, 409, "sandbox_not_persistent", ""},
+		{"suspend ephemeral", "POST", sbx + "/suspend", "", nil, 409, "sandbox_not_persistent", ""},
 		{"keepalive when suspended", "POST", asleep + "/keepalive", "", nil, 409, "sandbox_not_ephemeral", ""},
 		{"suspend with a field", "POST", persistent + "/suspend", `{"force":true}`, nil, 400, "unknown_field", "force"},
 		{"suspend when suspended", "POST", asleep + "/suspend", "", nil, 409, "sandbox_not_running", ""},
 		{"suspend while creating", "POST", creating + "/suspend", "", nil, 409, "sandbox_not_running", ""},
 		{"suspend when gone", "POST", gone + "/suspend", "", nil, 409, "sandbox_not_running", ""},
-		{"checkpoint ephemeral", "POST", box + "/checkpoint", "", nil, 409, "sandbox_not_persistent", ""},
+		{"checkpoint ephemeral", "POST", sbx + "/checkpoint", "", nil, 409, "sandbox_not_persistent", ""},
 		{"checkpoint with a field", "POST", persistent + "/checkpoint", `{"name":"x"}`, nil, 400, "unknown_field", "name"},
 		{"checkpoint when suspended", "POST", asleep + "/checkpoint", "", nil, 409, "sandbox_not_running", ""},
 		{"checkpoint while creating", "POST", creating + "/checkpoint", "", nil, 409, "sandbox_not_running", ""},
 		{"checkpoint when gone", "POST", gone + "/checkpoint", "", nil, 409, "sandbox_not_running", ""},
-		{"egress no body", "PUT", box + "/egress", "", nil, 400, "missing_body", ""},
-		{"egress unknown mode", "PUT", box + "/egress", `{"mode":"x"}`, nil, 400, "invalid_egress", "mode"},
-		{"egress bad range", "PUT", box + "/egress", `{"mode":"deny_all","allow_cidrs":["10.0.0.1/8"]}`, nil, 400, "invalid_egress", "allow_cidrs[0]"},
-		{"egress wrong type", "PUT", box + "/egress", `{"mode":"deny_all","allow_ports":[true]}`, nil, 400, "invalid_egress", "allow_ports[0]"},
-		{"egress unknown field", "PUT", box + "/egress", `{"mode":"deny_all","x":1}`, nil, 400, "unknown_field", "x"},
-		{"egress bad domain", "PUT", box + "/egress", `{"mode":"deny_all","allow_domains":["a..b"]}`, nil, 400, "invalid_egress", "allow_domains[0]"},
+		{"egress no body", "PUT", sbx + "/egress", "", nil, 400, "missing_body", ""},
+		{"egress unknown mode", "PUT", sbx + "/egress", `{"mode":"x"}`, nil, 400, "invalid_egress", "mode"},
+		{"egress bad range", "PUT", sbx + "/egress", `{"mode":"deny_all","allow_cidrs":["10.0.0.1/8"]}`, nil, 400, "invalid_egress", "allow_cidrs[0]"},
+		{"egress wrong type", "PUT", sbx + "/egress", `{"mode":"deny_all","allow_ports":[true]}`, nil, 400, "invalid_egress", "allow_ports[0]"},
+		{"egress unknown field", "PUT", sbx + "/egress", `{"mode":"deny_all","x":1}`, nil, 400, "unknown_field", "x"},
+		{"egress bad domain", "PUT", sbx + "/egress", `{"mode":"deny_all","allow_domains":["a..b"]}`, nil, 400, "invalid_egress", "allow_domains[0]"},
 		{"egress when gone", "PUT", gone + "/egress", `{"mode":"allow_all"}`, nil, 409, "sandbox_not_running", ""},
 		{"execute when gone", "POST", gone + "/execute", `{"command":"id"}`, nil, 409, "sandbox_not_running", ""},
 		{"execute while creating", "POST", creating + "/execute", `{"command":"id"}`, nil, 409, "sandbox_not_running", ""},
@@ -226,8 +226,8 @@ func TestSandboxCallsRefused(t *testing.T) {
 		{"list metadata twice", "GET", "/v1/sandboxes?metadata.a=1&metadata.a=2", "", nil, 400, "invalid_metadata", "metadata.a"},
 		{"list misspelt", "GET", "/v1/sandboxes?metadat.a=1", "", nil, 400, "unknown_parameter", "metadat.a"},
 		{"query that cannot be parsed", "GET", "/v1/sandboxes?limit=%zz", "", nil, 400, "invalid_query", ""},
-		{"events limit", "GET", box + "/events?limit=-1", "", nil, 400, "invalid_limit", "limit"},
-		{"events cursor", "GET", box + "/events?cursor=x", "", nil, 400, "invalid_cursor", "cursor"},
+		{"events limit", "GET", sbx + "/events?limit=-1", "", nil, 400, "invalid_limit", "limit"},
+		{"events cursor", "GET", sbx + "/events?cursor=x", "", nil, 400, "invalid_cursor", "cursor"},
 		{"template not there", "GET", "/v1/templates/cobol", "", nil, 404, "template_not_found", ""},
 		{"log of a template not there", "GET", "/v1/templates/cobol/logs", "", nil, 404, "template_not_found", ""},
 		{"templates cursor", "GET", "/v1/templates?cursor=x", "", nil, 400, "invalid_cursor", "cursor"},
@@ -251,7 +251,7 @@ func TestSandboxCallsRefused(t *testing.T) {
 		{"GET", "/files?path=/a", ""}, {"DELETE", "/files?path=/a", ""}, {"GET", "/files/list?path=/", ""},
 	} {
 		rows = append(rows,
-			refusal{c.method + c.path + " of none", c.method, noBox + c.path, c.body, nil, 404, "sandbox_not_found", ""},
+			refusal{c.method + c.path + " of none", c.method, noSandbox + c.path, c.body, nil, 404, "sandbox_not_found", ""},
 			refusal{c.method + c.path + " of no id", c.method, "/v1/sandboxes/%2e%00%ff" + c.path, c.body, nil, 404,
 				"sandbox_not_found", ""})
 	}
@@ -263,7 +263,7 @@ func TestSandboxCallsRefused(t *testing.T) {
 
 func TestExecuteRefused(t *testing.T) {
 	h := newTestServer(t)
-	path := "/v1/sandboxes/" + h.newBox(t).ID + "/execute"
+	path := "/v1/sandboxes/" + h.newSandbox(t).ID + "/execute"
 	execute := func(name, body string, code, field string) refusal {
 		return refusal{name, "POST", path, body, nil, 400, code, field}
 	}
@@ -302,7 +302,7 @@ func TestExecuteRefused(t *testing.T) {
 
 func TestFilesRefused(t *testing.T) {
 	h := newTestServer(t)
-	box := "/v1/sandboxes/" + h.newBox(t).ID
+	sbx := "/v1/sandboxes/" + h.newSandbox(t).ID
 	var rows []refusal
 	paths := map[string]string{
 		"missing": "", "empty": "path=", "relative": "path=a/b", "with ..": "path=/a/../b", "ending in ..": "path=/a/..", "with NUL": "path=/a%00b",
@@ -311,33 +311,33 @@ func TestFilesRefused(t *testing.T) {
 	for name, query := range paths {
 		for _, c := range []struct{ method, path, body string }{{"PUT", "/files?", "x"}, {"GET", "/files?", ""},
 			{"DELETE", "/files?", ""}, {"GET", "/files/list?", ""}} {
-			rows = append(rows, refusal{c.method + c.path + name, c.method, box + c.path + query, c.body, nil, 400,
+			rows = append(rows, refusal{c.method + c.path + name, c.method, sbx + c.path + query, c.body, nil, 400,
 				"invalid_path", "path"})
 		}
 	}
 	for _, root := range []string{"/", "//", "/./", "/."} {
 		rows = append(rows,
-			refusal{"write " + root, "PUT", box + "/files?path=" + root, "x", nil, 400, "invalid_path", "path"},
-			refusal{"read " + root, "GET", box + "/files?path=" + root, "", nil, 400, "invalid_path", "path"},
-			refusal{"remove " + root, "DELETE", box + "/files?recursive=true&path=" + root, "", nil, 400, "invalid_path",
+			refusal{"write " + root, "PUT", sbx + "/files?path=" + root, "x", nil, 400, "invalid_path", "path"},
+			refusal{"read " + root, "GET", sbx + "/files?path=" + root, "", nil, 400, "invalid_path", "path"},
+			refusal{"remove " + root, "DELETE", sbx + "/files?recursive=true&path=" + root, "", nil, 400, "invalid_path",
 				"path"})
 	}
 	h.check(t, append(rows, []refusal{
-		{"write a directory", "PUT", box + "/files?path=/a/", "x", nil, 400, "invalid_path", "path"},
-		{"path twice", "GET", box + "/files?path=/a&path=/b", "", nil, 400, "invalid_path", "path"},
-		{"mode not octal", "PUT", box + "/files?path=/a&mode=0999", "x", nil, 400, "invalid_mode", "mode"},
-		{"mode symbolic", "PUT", box + "/files?path=/a&mode=u%2Bx", "x", nil, 400, "invalid_mode", "mode"},
-		{"mode setuid", "PUT", box + "/files?path=/a&mode=4755", "x", nil, 400, "invalid_mode", "mode"},
-		{"mode empty", "PUT", box + "/files?path=/a&mode=", "x", nil, 400, "invalid_mode", "mode"},
-		{"owner empty", "PUT", box + "/files?path=/a&owner=", "x", nil, 400, "invalid_owner", "owner"},
-		{"depth 0", "GET", box + "/files/list?path=/&depth=0", "", nil, 400, "invalid_depth", "depth"},
-		{"depth 11", "GET", box + "/files/list?path=/&depth=11", "", nil, 400, "invalid_depth", "depth"},
-		{"depth a text", "GET", box + "/files/list?path=/&depth=all", "", nil, 400, "invalid_depth", "depth"},
-		{"recursive", "DELETE", box + "/files?path=/a&recursive=yes", "", nil, 400, "invalid_recursive", "recursive"},
-		{"read none", "GET", box + "/files?path=/none", "", nil, 404, "file_not_found", ""},
-		{"remove none", "DELETE", box + "/files?path=/none", "", nil, 404, "file_not_found", ""},
-		{"too large, asked first", "PUT", box + "/files?path=/a", "", oversized(maxFile+1, "100-continue"), 400, "file_too_large", ""},
-		{"too large, sent at once", "PUT", box + "/files?path=/a", "", oversized(maxFile+1, ""), 400, "file_too_large", ""},
+		{"write a directory", "PUT", sbx + "/files?path=/a/", "x", nil, 400, "invalid_path", "path"},
+		{"path twice", "GET", sbx + "/files?path=/a&path=/b", "", nil, 400, "invalid_path", "path"},
+		{"mode not octal", "PUT", sbx + "/files?path=/a&mode=0999", "x", nil, 400, "invalid_mode", "mode"},
+		{"mode symbolic", "PUT", sbx + "/files?path=/a&mode=u%2Bx", "x", nil, 400, "invalid_mode", "mode"},
+		{"mode setuid", "PUT", sbx + "/files?path=/a&mode=4755", "x", nil, 400, "invalid_mode", "mode"},
+		{"mode empty", "PUT", sbx + "/files?path=/a&mode=", "x", nil, 400, "invalid_mode", "mode"},
+		{"owner empty", "PUT", sbx + "/files?path=/a&owner=", "x", nil, 400, "invalid_owner", "owner"},
+		{"depth 0", "GET", sbx + "/files/list?path=/&depth=0", "", nil, 400, "invalid_depth", "depth"},
+		{"depth 11", "GET", sbx + "/files/list?path=/&depth=11", "", nil, 400, "invalid_depth", "depth"},
+		{"depth a text", "GET", sbx + "/files/list?path=/&depth=all", "", nil, 400, "invalid_depth", "depth"},
+		{"recursive", "DELETE", sbx + "/files?path=/a&recursive=yes", "", nil, 400, "invalid_recursive", "recursive"},
+		{"read none", "GET", sbx + "/files?path=/none", "", nil, 404, "file_not_found", ""},
+		{"remove none", "DELETE", sbx + "/files?path=/none", "", nil, 404, "file_not_found", ""},
+		{"too large, asked first", "PUT", sbx + "/files?path=/a", "", oversized(maxFile+1, "100-continue"), 400, "file_too_large", ""},
+		{"too large, sent at once", "PUT", sbx + "/files?path=/a", "", oversized(maxFile+1, ""), 400, "file_too_large", ""},
 	}...))
 	if len(h.agent.uploads) != 0 {
 		t.Error("the inside of the sandbox was touched")
@@ -367,7 +367,7 @@ func (zeros) Read(p []byte) (int, error) {
 // there.
 func TestAgentErrors(t *testing.T) {
 	h := newTestServer(t)
-	box := "/v1/sandboxes/" + h.newBox(t).ID
+	sbx := "/v1/sandboxes/" + h.newSandbox(t).ID
 	for _, c := range []struct {
 		err    error
 		status int
@@ -390,7 +390,7 @@ func TestAgentErrors(t *testing.T) {
 			if c.status == 507 && call.method != "PUT" && call.method != "POST" {
 				continue // only writes can fill a disk
 			}
-			r := h.send(t, call.method, box+call.path, h.key, call.body)
+			r := h.send(t, call.method, sbx+call.path, h.key, call.body)
 			if r.status != c.status || r.problem.Code != c.code || strings.Contains(string(r.body), "10.1.2.3") {
 				t.Errorf("%s %s with %v: status %d %s, want %d %s", call.method, call.path, c.err, r.status, r.body, c.status,
 					c.code)
@@ -402,11 +402,11 @@ func TestAgentErrors(t *testing.T) {
 		}
 	}
 	h.agent.fail = fault.InField("unknown_user", "user", "there is no user x")
-	if r := h.send(t, "PUT", box+"/files?path=/a&owner=x", h.key, "x"); r.status != 400 || *r.problem.Field != "owner" {
+	if r := h.send(t, "PUT", sbx+"/files?path=/a&owner=x", h.key, "x"); r.status != 400 || *r.problem.Field != "owner" {
 		t.Errorf("unknown owner: %d %s", r.status, r.body)
 	}
 	h.agent.fail = fault.New(fault.TooLarge, fault.CodeListingTooLarge, "more than 100000 entries")
-	if r := h.send(t, "GET", box+"/files/list?path=/", h.key, ""); r.status != 400 || *r.problem.Field != "depth" {
+	if r := h.send(t, "GET", sbx+"/files/list?path=/", h.key, ""); r.status != 400 || *r.problem.Field != "depth" {
 		t.Errorf("listing too large: %d %s", r.status, r.body)
 	}
 	if n := h.sandboxes.InUse(); n != 0 {
@@ -424,7 +424,7 @@ func TestNoRoomAndLimits(t *testing.T) {
 		t.Errorf("full: status %d, Retry-After %q: %s", r.status, r.header.Get("Retry-After"), r.body)
 	}
 	h.node.SetFull(false)
-	h.newBox(t)
+	h.newSandbox(t)
 	if r := h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"python"}`); r.status != 429 ||
 		r.problem.Code != "quota_exceeded" {
 		t.Errorf("over quota: status %d %s", r.status, r.body)
@@ -459,7 +459,7 @@ func TestInternalErrorsStayInside(t *testing.T) {
 		},
 	} {
 		core.get = get
-		r := h.send(t, "GET", noBox, h.key, "", header("X-Request-Id", "trace-me.1"))
+		r := h.send(t, "GET", noSandbox, h.key, "", header("X-Request-Id", "trace-me.1"))
 		if r.status != 500 || r.problem.Code != "internal" || strings.Contains(string(r.body), "secret") ||
 			r.problem.RequestID != "trace-me.1" {
 			t.Errorf("%s: status %d %s", name, r.status, r.body)
@@ -479,7 +479,7 @@ func TestInternalErrorsStayInside(t *testing.T) {
 		return sandbox.Sandbox{}, fault.New(fault.Internal, "boot_failed",
 			"it did not start").Because(errors.New("/var/lib/secret"))
 	}
-	if r := h.send(t, "GET", noBox, h.key, ""); r.status != 500 || r.problem.Code != "boot_failed" ||
+	if r := h.send(t, "GET", noSandbox, h.key, ""); r.status != 500 || r.problem.Code != "boot_failed" ||
 		strings.Contains(string(r.body), "secret") {
 		t.Errorf("an internal fault with a code: %d %s", r.status, r.body)
 	}
@@ -509,9 +509,9 @@ func TestReady(t *testing.T) {
 
 func TestRetryAfterRoundsUp(t *testing.T) {
 	h := newTestServer(t)
-	box := "/v1/sandboxes/" + h.newBox(t).ID
+	sbx := "/v1/sandboxes/" + h.newSandbox(t).ID
 	h.agent.fail = fault.New(fault.Unavailable, "later", "later").After(1001 * time.Millisecond)
-	if r := h.send(t, "GET", box+"/files?path=/a", h.key, ""); r.header.Get("Retry-After") != "2" {
+	if r := h.send(t, "GET", sbx+"/files?path=/a", h.key, ""); r.header.Get("Retry-After") != "2" {
 		t.Errorf("Retry-After %q after 1.001 s, want 2", r.header.Get("Retry-After"))
 	}
 }

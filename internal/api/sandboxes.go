@@ -32,13 +32,13 @@ func (s *server) CreateSandbox(w http.ResponseWriter, r *http.Request, params Cr
 		return
 	}
 	wait := params.Wait == nil || *params.Wait
-	box, err := s.Sandboxes.Create(r.Context(), callerOf(r), request, once, wait)
+	sbx, err := s.Sandboxes.Create(r.Context(), callerOf(r), request, once, wait)
 	if err != nil {
 		s.fail(w, r, err)
 		return
 	}
-	w.Header().Set("Location", "/v1/sandboxes/"+string(box.ID))
-	s.answer(w, r, http.StatusCreated, sandboxOf(box))
+	w.Header().Set("Location", "/v1/sandboxes/"+string(sbx.ID))
+	s.answer(w, r, http.StatusCreated, sandboxOf(sbx))
 }
 
 // callerOf returns the caller of a request as the core represents it.
@@ -160,27 +160,27 @@ func statesOf(statuses []SandboxStatus) ([]sandbox.State, error) {
 
 // GetSandbox answers GET /v1/sandboxes/{id}.
 func (s *server) GetSandbox(w http.ResponseWriter, r *http.Request, id SandboxID) {
-	box, err := s.Sandboxes.Get(r.Context(), callOf(r).Who.Org.ID, sandbox.ID(id))
+	sbx, err := s.Sandboxes.Get(r.Context(), callOf(r).Who.Org.ID, sandbox.ID(id))
 	if err != nil {
 		s.fail(w, r, err)
 		return
 	}
-	traffic, err := s.Sandboxes.Traffic(r.Context(), box)
+	traffic, err := s.Sandboxes.Traffic(r.Context(), sbx)
 	if err != nil {
 		s.fail(w, r, err)
 		return
 	}
-	out := sandboxOf(box)
+	out := sandboxOf(sbx)
 	out.Network = networkOf(traffic)
 	s.answer(w, r, http.StatusOK, out)
 }
 
-func (s *server) answerSandbox(w http.ResponseWriter, r *http.Request, box sandbox.Sandbox, err error) {
+func (s *server) answerSandbox(w http.ResponseWriter, r *http.Request, sbx sandbox.Sandbox, err error) {
 	if err != nil {
 		s.fail(w, r, err)
 		return
 	}
-	s.answer(w, r, http.StatusOK, sandboxOf(box))
+	s.answer(w, r, http.StatusOK, sandboxOf(sbx))
 }
 
 // DestroySandbox answers DELETE /v1/sandboxes/{id}.
@@ -204,8 +204,8 @@ func (s *server) KeepaliveSandbox(w http.ResponseWriter, r *http.Request, id San
 		s.fail(w, r, err)
 		return
 	}
-	box, err := s.Sandboxes.Keepalive(r.Context(), callOf(r).Who.Org.ID, sandbox.ID(id), timeout)
-	s.answerSandbox(w, r, box, err)
+	sbx, err := s.Sandboxes.Keepalive(r.Context(), callOf(r).Who.Org.ID, sandbox.ID(id), timeout)
+	s.answerSandbox(w, r, sbx, err)
 }
 
 // WakeSandbox answers POST /v1/sandboxes/{id}/wake.
@@ -214,8 +214,8 @@ func (s *server) WakeSandbox(w http.ResponseWriter, r *http.Request, id SandboxI
 		s.fail(w, r, err)
 		return
 	}
-	box, err := s.Sandboxes.Wake(r.Context(), callerOf(r), sandbox.ID(id))
-	s.answerSandbox(w, r, box, err)
+	sbx, err := s.Sandboxes.Wake(r.Context(), callerOf(r), sandbox.ID(id))
+	s.answerSandbox(w, r, sbx, err)
 }
 
 // SuspendSandbox answers POST /v1/sandboxes/{id}/suspend.
@@ -229,8 +229,8 @@ func (s *server) SuspendSandbox(w http.ResponseWriter, r *http.Request, id Sandb
 	if in.Memory != nil && !*in.Memory {
 		keep = sandbox.KeepFiles
 	}
-	box, err := s.Sandboxes.Suspend(r.Context(), callOf(r).Who.Org.ID, sandbox.ID(id), keep)
-	s.answerSandbox(w, r, box, err)
+	sbx, err := s.Sandboxes.Suspend(r.Context(), callOf(r).Who.Org.ID, sandbox.ID(id), keep)
+	s.answerSandbox(w, r, sbx, err)
 }
 
 // CheckpointSandbox answers POST /v1/sandboxes/{id}/checkpoint.
@@ -260,12 +260,12 @@ func (s *server) SetEgress(w http.ResponseWriter, r *http.Request, id SandboxID)
 		s.fail(w, r, egressError(err))
 		return
 	}
-	box, err := s.Sandboxes.SetEgress(r.Context(), callOf(r).Who.Org.ID, sandbox.ID(id), policy)
+	sbx, err := s.Sandboxes.SetEgress(r.Context(), callOf(r).Who.Org.ID, sandbox.ID(id), policy)
 	if err != nil {
 		s.fail(w, r, egressError(err))
 		return
 	}
-	s.answer(w, r, http.StatusOK, sandboxOf(box))
+	s.answer(w, r, http.StatusOK, sandboxOf(sbx))
 }
 
 // egressError adapts an error to a call whose whole body is the policy: it removes the prefix

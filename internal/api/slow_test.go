@@ -52,16 +52,16 @@ func TestSlowSenders(t *testing.T) {
 	h := newTestServer(t, withAgent(endless{newFakeAgent()}))
 	const short = 50 * time.Millisecond
 	h.server.front.Patience = httpserver.Patience{Body: short, Stall: short, Drain: short}
-	box := "/v1/sandboxes/" + h.newBox(t).ID
+	sbx := "/v1/sandboxes/" + h.newSandbox(t).ID
 	for name, c := range map[string]struct {
 		method, path, headers, body string
 		status                      int
 	}{
-		"json":            {"POST", box + "/execute", "Content-Length: 100\r\n", `{"comm`, 400},
-		"json in chunks":  {"POST", box + "/execute", "Transfer-Encoding: chunked\r\n", "5\r\n{\"com\r\n", 400},
-		"file":            {"PUT", box + "/files?path=/a", "Content-Length: 100\r\n", "half", 400},
-		"file in chunks":  {"PUT", box + "/files?path=/a", "Transfer-Encoding: chunked\r\n", "4\r\nhalf\r\n", 400},
-		"refused at once": {"PUT", box + "/files?path=a", "Content-Length: 100\r\n", "half", 400},
+		"json":            {"POST", sbx + "/execute", "Content-Length: 100\r\n", `{"comm`, 400},
+		"json in chunks":  {"POST", sbx + "/execute", "Transfer-Encoding: chunked\r\n", "5\r\n{\"com\r\n", 400},
+		"file":            {"PUT", sbx + "/files?path=/a", "Content-Length: 100\r\n", "half", 400},
+		"file in chunks":  {"PUT", sbx + "/files?path=/a", "Transfer-Encoding: chunked\r\n", "4\r\nhalf\r\n", 400},
+		"refused at once": {"PUT", sbx + "/files?path=a", "Content-Length: 100\r\n", "half", 400},
 		"without a route": {"POST", "/v1/nope", "Content-Length: 100\r\n", "half", 404},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -89,8 +89,8 @@ func TestSlowSenders(t *testing.T) {
 func TestSlowTaker(t *testing.T) {
 	h := newTestServer(t, withAgent(endless{newFakeAgent()}))
 	h.server.front.Patience.Stall = 100 * time.Millisecond
-	box := "/v1/sandboxes/" + h.newBox(t).ID
-	h.dial(t, "GET", box+"/files?path=/a", "taker", "", "")
+	sbx := "/v1/sandboxes/" + h.newSandbox(t).ID
+	h.dial(t, "GET", sbx+"/files?path=/a", "taker", "", "")
 	if line := h.log.line(t, "taker"); line["error"] == nil || line["status"] != float64(200) &&
 		line["status"] != float64(httpserver.StatusGone) {
 		t.Errorf("log line %v", line)
@@ -106,7 +106,7 @@ func TestDeadlinesEndWithTheCall(t *testing.T) {
 	h := newTestServer(t)
 	const short = 60 * time.Millisecond
 	h.server.front.Patience = httpserver.Patience{Body: short, Stall: short, Drain: short}
-	box := "/v1/sandboxes/" + h.newBox(t).ID
+	sbx := "/v1/sandboxes/" + h.newSandbox(t).ID
 	h.agent.execute = func(ctx context.Context, _ agentapi.ExecuteRequest) (agentapi.ExecuteResult, error) {
 		select {
 		case <-ctx.Done():
@@ -118,10 +118,10 @@ func TestDeadlinesEndWithTheCall(t *testing.T) {
 	conn := h.dial(t, "GET", "/v1/me", "first", "", "")
 	in := bufio.NewReader(conn)
 	for i, next := range []string{
-		"PUT " + box + "/files?path=/a HTTP/1.1\r\nHost: cay\r\nAuthorization: Bearer " + h.key + "\r\nContent-Length: 4\r\n\r\nfile",
-		"POST " + box + "/execute HTTP/1.1\r\nHost: cay\r\nAuthorization: Bearer " + h.key + "\r\nContent-Length: 16\r\n\r\n{\"command\":\"id\"}",
-		"PUT " + box + "/files?path=/b HTTP/1.1\r\nHost: cay\r\nAuthorization: Bearer " + h.key + "\r\nContent-Length: 4\r\nExpect: 100-continue\r\n\r\nfile",
-		"DELETE " + box + "/files?path=/a HTTP/1.1\r\nHost: cay\r\nAuthorization: Bearer " + h.key + "\r\n\r\n",
+		"PUT " + sbx + "/files?path=/a HTTP/1.1\r\nHost: cay\r\nAuthorization: Bearer " + h.key + "\r\nContent-Length: 4\r\n\r\nfile",
+		"POST " + sbx + "/execute HTTP/1.1\r\nHost: cay\r\nAuthorization: Bearer " + h.key + "\r\nContent-Length: 16\r\n\r\n{\"command\":\"id\"}",
+		"PUT " + sbx + "/files?path=/b HTTP/1.1\r\nHost: cay\r\nAuthorization: Bearer " + h.key + "\r\nContent-Length: 4\r\nExpect: 100-continue\r\n\r\nfile",
+		"DELETE " + sbx + "/files?path=/a HTTP/1.1\r\nHost: cay\r\nAuthorization: Bearer " + h.key + "\r\n\r\n",
 		"",
 	} {
 		resp, err := http.ReadResponse(in, nil)

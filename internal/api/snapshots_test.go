@@ -15,15 +15,15 @@ import (
 
 func TestSnapshots(t *testing.T) {
 	h := newTestServer(t)
-	box := as[Sandbox](t, 201, h.send(t, "POST", "/v1/sandboxes", h.key,
+	sbx := as[Sandbox](t, 201, h.send(t, "POST", "/v1/sandboxes", h.key,
 		`{"template":"python","timeout":"1h","env":{"A":"1"},"size":"performance-1x","egress":{"mode":"deny_all"}}`))
-	path := "/v1/sandboxes/" + box.ID
+	path := "/v1/sandboxes/" + sbx.ID
 	r := h.send(t, "POST", path+"/snapshots", h.key, `{"name":"after-setup"}`)
 	snap := as[Snapshot](t, 201, r)
-	if r.header.Get("Location") != "/v1/snapshots/"+snap.ID || *snap.Name != "after-setup" || snap.SandboxID != box.ID ||
+	if r.header.Get("Location") != "/v1/snapshots/"+snap.ID || *snap.Name != "after-setup" || snap.SandboxID != sbx.ID ||
 		snap.Template != "python" || snap.TemplateVersion != 3 ||
 		snap.MemoryMB != 2048 || snap.Env["A"] != "1" || snap.Egress.Mode != EgressModeDenyAll || !snap.Memory ||
-		snap.SizeBytes == 0 || snap.CreatedAt.Before(box.CreatedAt) {
+		snap.SizeBytes == 0 || snap.CreatedAt.Before(sbx.CreatedAt) {
 		t.Errorf("made %s", r.body)
 	}
 	for _, ref := range []string{"after-setup", snap.ID} {
@@ -34,7 +34,7 @@ func TestSnapshots(t *testing.T) {
 	for range 2 {
 		as[Snapshot](t, 201, h.send(t, "POST", path+"/snapshots", h.key, "{}"))
 	}
-	for query, want := range map[string]int{"": 3, "?name=after-setup": 1, "?sandbox=" + box.ID: 3,
+	for query, want := range map[string]int{"": 3, "?name=after-setup": 1, "?sandbox=" + sbx.ID: 3,
 		"?sandbox=sbx_none": 0, "?name=none": 0} {
 		if l := as[SnapshotList](t, 200, h.send(t, "GET", "/v1/snapshots"+query, h.key, "")); len(l.Snapshots) != want {
 			t.Errorf("%q lists %d, want %d", query, len(l.Snapshots), want)
@@ -62,8 +62,8 @@ func TestSnapshots(t *testing.T) {
 
 func TestSnapshotsRefused(t *testing.T) {
 	h := newTestServer(t)
-	box := h.newBox(t)
-	path := "/v1/sandboxes/" + box.ID
+	sbx := h.newSandbox(t)
+	path := "/v1/sandboxes/" + sbx.ID
 	as[Snapshot](t, 201, h.send(t, "POST", path+"/snapshots", h.key, `{"name":"taken"}`))
 	snapshot := func(name, body string, status int, code, field string) refusal {
 		return refusal{"snapshot " + name, "POST", path + "/snapshots", body, nil, status, code, field}
@@ -124,8 +124,8 @@ func TestSnapshotsRefused(t *testing.T) {
 // written or children could not be created.
 func TestForkFails(t *testing.T) {
 	h := newTestServer(t)
-	box := h.newBox(t)
-	path := "/v1/sandboxes/" + box.ID
+	sbx := h.newSandbox(t)
+	path := "/v1/sandboxes/" + sbx.ID
 	for _, c := range []struct {
 		err    error
 		status int

@@ -18,15 +18,15 @@ import (
 // valid key at the same address must not be limited.
 func TestStrangersAreLimited(t *testing.T) {
 	const burst = 8
-	for name, try := range map[string]func(h *testServer, box Sandbox) reply{
+	for name, try := range map[string]func(h *testServer, sbx Sandbox) reply{
 		"no key":        func(h *testServer, _ Sandbox) reply { return h.send(t, "GET", "/v1/me", "", "") },
 		"a made-up key": func(h *testServer, _ Sandbox) reply { return h.send(t, "GET", "/v1/me", aKey, "") },
 		"no such route": func(h *testServer, _ Sandbox) reply { return h.send(t, "GET", "/v1/nothing", "", "") },
-		"a private port": func(h *testServer, box Sandbox) reply {
-			return h.visit(t, "GET", hostOf(box.ID, 8080)+"/")
+		"a private port": func(h *testServer, sbx Sandbox) reply {
+			return h.visit(t, "GET", hostOf(sbx.ID, 8080)+"/")
 		},
-		"a made-up signature": func(h *testServer, box Sandbox) reply {
-			return h.visit(t, "GET", portproxy.Path(box.ID, 8080)+"/?cay_token=cays_x")
+		"a made-up signature": func(h *testServer, sbx Sandbox) reply {
+			return h.visit(t, "GET", portproxy.Path(sbx.ID, 8080)+"/?cay_token=cays_x")
 		},
 		"the document": func(h *testServer, _ Sandbox) reply { return h.send(t, "GET", "/openapi.yaml", "", "") },
 	} {
@@ -34,13 +34,13 @@ func TestStrangersAreLimited(t *testing.T) {
 			a.FailedRate, a.FailedBurst = 0.01, burst
 			c.Names = portproxy.Names{Domain: testDomain, Scheme: "http"}
 		})
-		box := h.newBox(t)
+		sbx := h.newSandbox(t)
 		for i := range burst {
-			if r := try(h, box); r.status != 401 && r.status != 200 {
+			if r := try(h, sbx); r.status != 401 && r.status != 200 {
 				t.Fatalf("%s, %d: %d %s", name, i, r.status, r.body)
 			}
 		}
-		r := try(h, box)
+		r := try(h, sbx)
 		if r.status != 429 || !strings.Contains(string(r.body), fault.CodeTooManyAttempts) ||
 			r.header.Get("Retry-After") == "" {
 			t.Errorf("%s: beyond the burst %d %v %s", name, r.status, r.header, r.body)
@@ -48,7 +48,7 @@ func TestStrangersAreLimited(t *testing.T) {
 		if r := h.send(t, "GET", "/v1/me", h.key, ""); r.status != 200 {
 			t.Errorf("%s: a key from the same address: %d %s", name, r.status, r.body)
 		}
-		signed := hostOf(box.ID, 8080) + "/?cay_token=" + h.server.Signer.Sign(box.ID, 8080, time.Now().Add(time.Hour))
+		signed := hostOf(sbx.ID, 8080) + "/?cay_token=" + h.server.Signer.Sign(sbx.ID, 8080, time.Now().Add(time.Hour))
 		if r := h.visit(t, "GET", signed); r.status != 303 {
 			t.Errorf("%s: a signature from the same address: %d %s", name, r.status, r.body)
 		}
@@ -105,13 +105,13 @@ func TestHeadersAreBounded(t *testing.T) {
 // wrote have types and policies under which no browser runs them.
 func TestOwnAnswersAreNoPages(t *testing.T) {
 	h := newTestServer(t)
-	box := h.newBox(t)
-	if r := h.send(t, "PUT", "/v1/sandboxes/"+box.ID+"/files?path=/page.html", h.key,
+	sbx := h.newSandbox(t)
+	if r := h.send(t, "PUT", "/v1/sandboxes/"+sbx.ID+"/files?path=/page.html", h.key,
 		"<script>1</script>"); r.status != 204 {
 		t.Fatalf("upload: %d %s", r.status, r.body)
 	}
-	for _, path := range []string{"/v1/sandboxes/" + box.ID, "/v1/sandboxes/" + box.ID + "/files?path=/page.html",
-		"/v1/sandboxes/" + box.ID + "/events",
+	for _, path := range []string{"/v1/sandboxes/" + sbx.ID, "/v1/sandboxes/" + sbx.ID + "/files?path=/page.html",
+		"/v1/sandboxes/" + sbx.ID + "/events",
 		"/v1/templates/python/logs", "/v1/nothing", "/openapi.yaml"} {
 		r := h.send(t, "GET", path, h.key, "")
 		if p := r.header.Get("Content-Security-Policy"); !strings.HasPrefix(p, "default-src 'none'") ||
@@ -130,21 +130,21 @@ func TestOwnAnswersAreNoPages(t *testing.T) {
 // portproxy check what the proxy removes from answers.
 func TestPortByPathIsConfined(t *testing.T) {
 	h := newPortServer(t)
-	box := h.newBox(t)
+	sbx := h.newSandbox(t)
 	key := header("Authorization", "Bearer "+h.key)
-	if r := h.visit(t, "GET", portproxy.Path(box.ID, 8080)+"/",
+	if r := h.visit(t, "GET", portproxy.Path(sbx.ID, 8080)+"/",
 		key); !strings.HasPrefix(r.header.Get("Content-Security-Policy"), "sandbox ") ||
 		len(r.header.Values("Content-Security-Policy")) != 1 {
 		t.Errorf("by path: %d %v", r.status, r.header)
 	}
-	if r := h.visit(t, "GET", hostOf(box.ID, 8080)+"/",
+	if r := h.visit(t, "GET", hostOf(sbx.ID, 8080)+"/",
 		key); r.header.Get("Content-Security-Policy")+r.header.Get("Referrer-Policy") != "" {
 		t.Errorf("by host: %d %v", r.status, r.header)
 	}
 	for target, want := range map[string]string{
-		portproxy.Path(box.ID, 8080) + "/sw.js":                  "403 service_worker_refused",
-		portproxy.Path(box.ID, 8080) + "/a/" + aKey:              "400 secret_in_path",
-		hostOf(box.ID, 8080) + "/" + aKey[:4] + "%30" + aKey[5:]: "400 secret_in_path",
+		portproxy.Path(sbx.ID, 8080) + "/sw.js":                  "403 service_worker_refused",
+		portproxy.Path(sbx.ID, 8080) + "/a/" + aKey:              "400 secret_in_path",
+		hostOf(sbx.ID, 8080) + "/" + aKey[:4] + "%30" + aKey[5:]: "400 secret_in_path",
 	} {
 		r := h.visit(t, "GET", target, key, func(r *http.Request) {
 			if strings.HasSuffix(target, "sw.js") {

@@ -102,15 +102,16 @@ func (s *server) streamCommand(w http.ResponseWriter, r *http.Request, id Sandbo
 			most = pacedWaiting
 			callOf(r).Patience.Stall = maxProcessTimeout // a pager may take as long as the command
 		}
-		box := newOutbox(account, most)
+		queue := newOutbox(account, most)
 		var wg sync.WaitGroup
 		wg.Go(func() {
-			if box.drain(reply) != nil {
+			if queue.drain(reply) != nil {
 				cancel() // the caller does not read, so kill the command
 			}
 		})
-		result, err := s.Agent.ExecuteStream(ctx, t, request, func(e agentapi.ExecuteEvent) error { return box.put(ctx, e) })
-		box.close()
+		put := func(e agentapi.ExecuteEvent) error { return queue.put(ctx, e) }
+		result, err := s.Agent.ExecuteStream(ctx, t, request, put)
+		queue.close()
 		wg.Wait()
 		if err != nil {
 			reply.fail(err)

@@ -117,9 +117,9 @@ func TestLifeOfATemplate(t *testing.T) {
 	if strings.Contains(h.log.String(), "hush-hush") {
 		t.Error("the log has the password")
 	}
-	box := as[Sandbox](t, 201, h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"app"}`))
-	if box.TemplateVersion != 1 || box.DiskMB != 100 || box.Env["A"] != "1" || box.Egress.Mode != EgressModeDenyAll {
-		t.Errorf("sandbox %+v", box)
+	sbx := as[Sandbox](t, 201, h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"app"}`))
+	if sbx.TemplateVersion != 1 || sbx.DiskMB != 100 || sbx.Env["A"] != "1" || sbx.Egress.Mode != EgressModeDenyAll {
+		t.Errorf("sandbox %+v", sbx)
 	}
 
 	// A rebuild with other inputs gets their defaults and keeps the egress policy.
@@ -160,7 +160,7 @@ func TestLifeOfATemplate(t *testing.T) {
 		t.Errorf("deleted: %d %s", r.status, r.body)
 	}
 	if same := as[Sandbox](t, 200,
-		h.send(t, "GET", "/v1/sandboxes/"+box.ID, h.key, "")); same.Status != SandboxStatusRunning {
+		h.send(t, "GET", "/v1/sandboxes/"+sbx.ID, h.key, "")); same.Status != SandboxStatusRunning {
 		t.Errorf("the sandbox of the deleted template is %s", same.Status)
 	}
 }

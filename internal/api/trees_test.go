@@ -160,8 +160,8 @@ func aTree(t *testing.T, names ...string) []byte {
 
 func TestTreeCalls(t *testing.T) {
 	h := newTestServer(t)
-	box := h.newBox(t)
-	base := "/v1/sandboxes/" + box.ID + "/files"
+	sbx := h.newSandbox(t)
+	base := "/v1/sandboxes/" + sbx.ID + "/files"
 	archive := func(r *http.Request) { r.Header.Set("Content-Type", "application/x-tar") }
 	if r := h.send(t, "PUT", base+"/tar?path=/d&owner=user", h.key, string(aTree(t, "a", "b/c")),
 		archive); r.status != 204 {
@@ -214,9 +214,9 @@ func (h *testServer) visitRaw(t *testing.T, path string) (*http.Response, error)
 
 func TestTreesRefused(t *testing.T) {
 	h := newTestServer(t)
-	box := h.newBox(t)
-	gone := "/v1/sandboxes/" + string(h.putBox(t, sandbox.Ephemeral, sandbox.Destroyed)) + "/files"
-	base := "/v1/sandboxes/" + box.ID + "/files"
+	sbx := h.newSandbox(t)
+	gone := "/v1/sandboxes/" + string(h.putSandbox(t, sandbox.Ephemeral, sandbox.Destroyed)) + "/files"
+	base := "/v1/sandboxes/" + sbx.ID + "/files"
 	h.agent.files["/a"], h.agent.files["/b"] = []byte("a"), []byte("b")
 	archive := func(r *http.Request) { r.Header.Set("Content-Type", "application/x-tar") }
 	large := func(r *http.Request) {
@@ -268,7 +268,7 @@ func TestWatch(t *testing.T) {
 	stopping, stop := context.WithCancel(context.Background())
 	defer stop()
 	h.server.Stopping = stopping
-	box := h.newBox(t)
+	sbx := h.newSandbox(t)
 	c, err := cay.New(h.url, h.key)
 	if err != nil {
 		t.Fatal(err)
@@ -277,7 +277,7 @@ func TestWatch(t *testing.T) {
 	ready := 0
 	watch := func(recursive bool) error {
 		got, ready = nil, 0
-		return c.WatchFiles(t.Context(), box.ID, "/d", recursive, func() { ready++ }, func(f cay.FileChange) error {
+		return c.WatchFiles(t.Context(), sbx.ID, "/d", recursive, func() { ready++ }, func(f cay.FileChange) error {
 			if got = append(got, string(f.Type)+" "+f.Path); len(got) == 2 && recursive {
 				stop() // the server ends calls that have no end of their own
 			}

@@ -200,15 +200,15 @@ func TestAgentsPort(t *testing.T) {
 	child := m.restored(spec, snap)
 	m.alone(child)
 	m.works(spec)
-	member := m.member()
-	if err := m.node.Claim(m.ctx(), member); err != nil {
+	warm := m.pooled()
+	if err := m.node.Claim(m.ctx(), warm); err != nil {
 		t.Fatal(err)
 	}
-	m.upload(member, hostile)
-	m.alone(member)
+	m.upload(warm, hostile)
+	m.alone(warm)
 	m.refused(sandbox.Spec{ID: child.ID, Run: child.Run, Token: spec.Token})
-	m.refused(sandbox.Spec{ID: member.ID, Run: member.Run, Token: spec.Token})
-	for _, s := range []sandbox.Spec{spec, child, member} {
+	m.refused(sandbox.Spec{ID: warm.ID, Run: warm.Run, Token: spec.Token})
+	for _, s := range []sandbox.Spec{spec, child, warm} {
 		if err := m.node.Destroy(m.ctx(), s.ID); err != nil {
 			t.Error(err)
 		}

@@ -8,9 +8,9 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// member prepares a pooled sandbox and returns its spec. The environment and policy of the spec may
+// pooled prepares a pooled sandbox and returns its spec. The environment and policy of the spec may
 // be changed for the claim.
-func (m *machine) member() sandbox.Spec {
+func (m *machine) pooled() sandbox.Spec {
 	m.t.Helper()
 	spec := m.spec()
 	spec.Run, spec.Token = "run-"+string(spec.ID), "secret-"+string(spec.ID)
@@ -33,7 +33,7 @@ func (m *machine) closed(id sandbox.ID) {
 	m.t.Helper()
 	b := m.node.instance(id)
 	if _, ok := m.node.Guest(b.slot.Addr); ok || b.policed {
-		m.t.Errorf("member %s has a policy", id)
+		m.t.Errorf("pooled sandbox %s has a policy", id)
 	}
 }
 
@@ -42,7 +42,7 @@ func TestClaim(t *testing.T) {
 	m := newMachine(t)
 	const look = "hostname; cat /etc/hostname; cat /etc/hosts; echo $MINE; env | grep -c SECRET; cat /etc/resolv.conf; " +
 		"head -c 16 /dev/urandom | md5sum; cat /proc/sys/kernel/random/uuid 2>/dev/null"
-	specs := []sandbox.Spec{m.member(), m.member()}
+	specs := []sandbox.Spec{m.pooled(), m.pooled()}
 	seen := map[string]bool{}
 	for i, spec := range specs {
 		m.wantWarm(spec.ID, true)
@@ -60,7 +60,7 @@ func TestClaim(t *testing.T) {
 			"\n0\nnameserver 192.0.2.53\n"
 		random, ok := strings.CutPrefix(got, want)
 		if !ok || random == "" || seen[random] {
-			t.Errorf("member %d is\n%s\nwant it to begin with\n%s", i, got, want)
+			t.Errorf("pooled sandbox %d is\n%s\nwant it to begin with\n%s", i, got, want)
 		}
 		seen[random] = true
 		if dir := m.sh(spec, "pwd"); dir != "/tmp" {
@@ -86,7 +86,7 @@ func TestWarmIsLikeCold(t *testing.T) {
 	if err := m.node.Create(m.ctx(), cold); err != nil {
 		t.Fatal(err)
 	}
-	warm := m.member()
+	warm := m.pooled()
 	warm.Env = cold.Env
 	if err := m.node.Claim(m.ctx(), warm); err != nil {
 		t.Fatal(err)
@@ -136,7 +136,7 @@ func TestPrepareAndClaimFailAtEveryStep(t *testing.T) {
 		fail(step, func() error { return m.node.Prepare(m.ctx(), m.spec()) })
 	}
 	for _, step := range []string{"claimed", "policy", "init"} {
-		spec := m.member()
+		spec := m.pooled()
 		fail(step, func() error { return m.node.Claim(m.ctx(), spec) })
 	}
 }
@@ -146,10 +146,10 @@ func TestPrepareAndClaimFailAtEveryStep(t *testing.T) {
 // sandboxes in another way.
 func TestAdoptMembers(t *testing.T) {
 	m := newMachine(t)
-	idle, begun := m.member(), m.member()
+	idle, begun := m.pooled(), m.pooled()
 	b := m.node.instance(begun.ID)
 	if !b.unwarm(begun) {
-		t.Fatal("not a member")
+		t.Fatal("not pooled")
 	}
 	if err := b.writeRecord(); err != nil {
 		t.Fatal(err)

@@ -47,14 +47,14 @@ func TestWarmCreateIsLikeACold(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newPoolFixture(t, twoOfEach)
 		if len(h.settled()) > 0 {
-			t.Fatal("members without a demand")
+			t.Fatal("pooled sandboxes without a demand")
 		}
 		if cold := h.mustCreate(sandbox.Request{}); cold.Source != sandbox.Cold {
 			t.Fatalf("source %s of the first", cold.Source)
 		}
 		pooled := h.settled()
 		if len(pooled) != 2 {
-			t.Fatalf("%d members, want 2", len(pooled))
+			t.Fatalf("%d pooled sandboxes, want 2", len(pooled))
 		}
 		var claimed sandbox.Spec
 		h.node.OnClaim = func(_ context.Context, spec sandbox.Spec) error { claimed = spec; return nil }
@@ -63,7 +63,7 @@ func TestWarmCreateIsLikeACold(t *testing.T) {
 			Metadata: map[string]string{"k": "v"}, Egress: &policy})
 		if sbx.Source != sandbox.Warm || sbx.ID != pooled[0].ID || sbx.Run != pooled[0].Run ||
 			sbx.Token != pooled[0].Token {
-			t.Errorf("got %+v of member %+v", sbx, pooled[0])
+			t.Errorf("got %+v of the pooled sandbox %+v", sbx, pooled[0])
 		}
 		if claimed.Env["A"] != "template" || claimed.Env["B"] != "request" || !claimed.Egress.Equal(policy) {
 			t.Errorf("claimed with %+v", claimed)
@@ -84,7 +84,7 @@ func TestWarmCreateIsLikeACold(t *testing.T) {
 			t.Errorf("%+v", short)
 		}
 		if n := len(h.settled()); n != 2 {
-			t.Errorf("%d members after the claims, want 2", n)
+			t.Errorf("%d pooled sandboxes after the claims, want 2", n)
 		}
 		pass(10 * time.Second)
 		h.wantState(short.ID, sandbox.Destroyed, sandbox.Expired)
@@ -209,7 +209,7 @@ func TestClaimFails(t *testing.T) {
 				}
 				h.wantState(sbx.ID, sandbox.Running, "")
 				if observed, _ := h.node.Inspect(context.Background(), pooledRow.ID); observed != nil {
-					t.Errorf("left of the member: %+v", observed)
+					t.Errorf("left of the pooled sandbox: %+v", observed)
 				}
 				h.node.OnClaim = nil
 				h.settled()
@@ -242,7 +242,7 @@ func TestRefusedCreatesSpendNoMember(t *testing.T) {
 		if pooled := h.settled(); !slices.ContainsFunc(pooled, func(m sandbox.Pooled) bool {
 			return m.ID == before[1].ID
 		}) {
-			t.Errorf("member %s was spent: %+v", before[1].ID, pooled)
+			t.Errorf("pooled sandbox %s was spent: %+v", before[1].ID, pooled)
 		}
 		h.wantWhole()
 	})
@@ -318,7 +318,7 @@ func TestServerDiesWithItsPool(t *testing.T) {
 				h.start()
 				after := h.settled()
 				if len(after) != 2 || !slices.ContainsFunc(after, func(m sandbox.Pooled) bool { return m.ID == before[1].ID }) {
-					t.Errorf("members were %+v, are %+v", before, after)
+					t.Errorf("pooled sandboxes were %+v, are %+v", before, after)
 				}
 				if err == nil {
 					h.wantState(sbx.ID, sandbox.Running, "")
@@ -342,7 +342,7 @@ func TestRestartKeepsThePool(t *testing.T) {
 			t.Errorf("after the restart %+v", sbx)
 		}
 		if after := h.settled(); len(after) != 2 || after[0].ID != before[1].ID {
-			t.Errorf("members %+v, were %+v", after, before)
+			t.Errorf("pooled sandboxes %+v, were %+v", after, before)
 		}
 		h.crash()
 		h.pool = sandbox.PoolConfig{}
@@ -393,7 +393,7 @@ func TestPoolFollowsTheTemplate(t *testing.T) {
 		h.settled()
 		v.set(2, false)
 		if sbx := h.mustCreate(sandbox.Request{}); sbx.Source != sandbox.Cold || sbx.TemplateVersion != 2 {
-			t.Errorf("with members of the old version: %+v", sbx)
+			t.Errorf("with pooled sandboxes of the old version: %+v", sbx)
 		}
 		for _, m := range h.settled() {
 			if m.TemplateVersion != 2 {
@@ -408,7 +408,7 @@ func TestPoolFollowsTheTemplate(t *testing.T) {
 			}
 		}
 		if len(pooled) != 2 {
-			t.Errorf("%d members", len(pooled))
+			t.Errorf("%d pooled sandboxes", len(pooled))
 		}
 		v.set(3, true)
 		if left := h.settled(); len(left) > 0 {
@@ -424,11 +424,11 @@ func TestUnusedMembersGo(t *testing.T) {
 		h.mustCreate(sandbox.Request{})
 		pass(3 * time.Hour)
 		if n := len(h.settled()); n != 2 {
-			t.Errorf("%d members after 3 h", n)
+			t.Errorf("%d pooled sandboxes after 3 h", n)
 		}
 		pass(2 * time.Hour)
 		if n := len(h.settled()); n != 0 {
-			t.Errorf("%d members after 5 h", n)
+			t.Errorf("%d pooled sandboxes after 5 h", n)
 		}
 		h.wantWhole()
 	})
@@ -450,11 +450,11 @@ func TestTargetFollowsDemand(t *testing.T) {
 			most = max(most, len(pooled))
 		}
 		if most != 6 {
-			t.Errorf("%d members at the most, want 6", most)
+			t.Errorf("%d pooled sandboxes at the most, want 6", most)
 		}
 		pass(2 * time.Minute)
 		if n := len(h.settled()); n != 2 {
-			t.Errorf("%d members afterwards, want 2", n)
+			t.Errorf("%d pooled sandboxes afterwards, want 2", n)
 		}
 		h.wantWhole()
 	})
@@ -466,7 +466,7 @@ func TestMembersGiveWay(t *testing.T) {
 		h := newPoolFixture(t, fixed(3))
 		h.node.SetMost(8)
 		if n := len(h.settled()); n != 3 {
-			t.Fatalf("%d members", n)
+			t.Fatalf("%d pooled sandboxes", n)
 		}
 		for i := range 8 {
 			if _, err := h.create(sandbox.Request{DiskSizeMB: ptr(100)}); err != nil {
@@ -476,7 +476,7 @@ func TestMembersGiveWay(t *testing.T) {
 		_, err := h.create(sandbox.Request{DiskSizeMB: ptr(100)})
 		wantCode(t, err, fault.Unavailable, "no_capacity")
 		if left := h.settled(); len(left) > 0 {
-			t.Errorf("members beside a machine that is full: %+v", left)
+			t.Errorf("pooled sandboxes beside a machine that is full: %+v", left)
 		}
 		h.wantWhole()
 	})
@@ -502,12 +502,12 @@ func TestMembersGiveWay(t *testing.T) {
 		h.settled()
 		h.node.SetMost(4)
 		if left := h.settled(); len(left) != 2 { // room for one is left after the first eviction, for two after the second
-			t.Errorf("%d members when there is hardly room", len(left))
+			t.Errorf("%d pooled sandboxes when there is hardly room", len(left))
 		}
 		h.node.SetFull(true)
 		pass(time.Minute)
 		if left := h.settled(); len(left) > 0 {
-			t.Errorf("%d members when there is no room", len(left))
+			t.Errorf("%d pooled sandboxes when there is no room", len(left))
 		}
 	})
 }
@@ -519,7 +519,7 @@ func TestDeadMembersAreReplaced(t *testing.T) {
 		h.node.Die(before[0].ID)
 		after := h.settled()
 		if len(after) != 2 || after[0].ID != before[1].ID {
-			t.Errorf("members %+v, were %+v", after, before)
+			t.Errorf("pooled sandboxes %+v, were %+v", after, before)
 		}
 		mute := before[1].ID
 		h.node.OnCheck = func(_ context.Context, id sandbox.ID) error {
@@ -531,7 +531,7 @@ func TestDeadMembersAreReplaced(t *testing.T) {
 		pass(time.Minute)
 		after = h.settled()
 		if len(after) != 2 || slices.ContainsFunc(after, func(m sandbox.Pooled) bool { return m.ID == mute }) {
-			t.Errorf("members %+v, one of which does not answer", after)
+			t.Errorf("pooled sandboxes %+v, one of which does not answer", after)
 		}
 		h.wantWhole()
 	})
@@ -557,12 +557,12 @@ func TestPreparingIsPaced(t *testing.T) {
 		}
 		pass(time.Second)
 		if n := prepares(); n != 2 {
-			t.Errorf("%d members prepared while a caller waits", n)
+			t.Errorf("%d pooled sandboxes prepared while a caller waits", n)
 		}
 		close(release)
 		pass(time.Second)
 		if n := prepares(); n != 3 {
-			t.Errorf("%d members prepared, want one more", n)
+			t.Errorf("%d pooled sandboxes prepared, want one more", n)
 		}
 		h.node.OnPrepare = func(context.Context, sandbox.Spec) error { return errInjected }
 		h.mustCreate(sandbox.Request{})
@@ -573,7 +573,7 @@ func TestPreparingIsPaced(t *testing.T) {
 		h.node.OnPrepare = nil
 		pass(time.Minute)
 		if n := len(h.settled()); n != 2 {
-			t.Errorf("%d members when it works again", n)
+			t.Errorf("%d pooled sandboxes when it works again", n)
 		}
 	})
 	synctest.Test(t, func(t *testing.T) { // the pool does not wait for ever
@@ -583,7 +583,7 @@ func TestPreparingIsPaced(t *testing.T) {
 		h.start()
 		go func() { _, _ = h.create(sandbox.Request{DiskSizeMB: ptr(100)}) }() // is cancelled
 		if n := len(h.settled()); n != 1 {
-			t.Errorf("%d members beside a create that does not end", n)
+			t.Errorf("%d pooled sandboxes beside a create that does not end", n)
 		}
 		h.node.OnCreate = nil
 	})
@@ -602,7 +602,7 @@ func TestSharesAreFair(t *testing.T) {
 			sizes[m.Size.Name]++
 		}
 		if want := map[string]int{"small": 2, "big": 2}; !maps.Equal(sizes, want) {
-			t.Errorf("members %v, want %v", sizes, want)
+			t.Errorf("pooled sandboxes %v, want %v", sizes, want)
 		}
 	})
 }

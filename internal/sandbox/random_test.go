@@ -403,11 +403,11 @@ func (l *scenario) agree() string {
 		f, there := has[m.ID]
 		delete(has, m.ID)
 		if !f.Alive || !f.Warm || f.Run != m.Run {
-			return fmt.Sprintf("member %s of the pool is (%v) %+v", m.ID, there, f)
+			return fmt.Sprintf("pooled sandbox %s of the pool is (%v) %+v", m.ID, there, f)
 		}
 	}
 	if want := l.pool.Target; l.pool.Enabled && len(pooled) > l.pool.MaxMembers || !l.pool.Enabled && len(pooled) > 0 {
-		return fmt.Sprintf("the pool has %d members, wants %d", len(pooled), want)
+		return fmt.Sprintf("the pool has %d pooled sandboxes, wants %d", len(pooled), want)
 	}
 	if s := l.snapshotsAgree(); s != "" {
 		return s

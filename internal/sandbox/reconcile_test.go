@@ -72,7 +72,7 @@ func TestDecide(t *testing.T) {
 				want = sandbox.Discard
 			}
 			if got := sandbox.Decide(row, pooledRow, observed); got != want {
-				t.Errorf("row %q, a member's row, host %s: got %s, want %s", state, name, got, want)
+				t.Errorf("row %q, the row of a pooled sandbox, host %s: got %s, want %s", state, name, got, want)
 			}
 		}
 	}

@@ -99,7 +99,7 @@ func poolClaim(t *testing.T, st sandbox.Store) {
 
 	// A refused claim writes nothing, and Admit returns the same error before it.
 	for name, c := range map[string]struct {
-		box  sandbox.Sandbox
+		sbx  sandbox.Sandbox
 		q    sandbox.Quota
 		once sandbox.Once
 		code string
@@ -110,8 +110,8 @@ func poolClaim(t *testing.T, st sandbox.Store) {
 		"repeated": {claimed(b, "org_a"), sandbox.Quota{}, once, "", 0},
 	} {
 		for what, do := range map[string]func() (sandbox.Sandbox, bool, error){
-			"admit": func() (sandbox.Sandbox, bool, error) { return st.Admit(ctx, c.box, c.q, c.once) },
-			"claim": func() (sandbox.Sandbox, bool, error) { return st.Claim(ctx, c.box, c.q, c.once) },
+			"admit": func() (sandbox.Sandbox, bool, error) { return st.Admit(ctx, c.sbx, c.q, c.once) },
+			"claim": func() (sandbox.Sandbox, bool, error) { return st.Claim(ctx, c.sbx, c.q, c.once) },
 		} {
 			prior, found, err := do()
 			switch {

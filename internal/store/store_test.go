@@ -63,9 +63,9 @@ func TestContractsCallEveryMethod(t *testing.T) {
 func templateInUse(t *testing.T, db *DB) {
 	tpl := aTemplate("org_a", "a", 0)
 	put(t, db, tpl)
-	box := small("org_a", 1)
-	box.TemplateID = tpl.ID
-	mustInsert(t, db, box)
+	sbx := small("org_a", 1)
+	sbx.TemplateID = tpl.ID
+	mustInsert(t, db, sbx)
 	wantFault(t, db.DeleteTemplate(t.Context(), tpl.ID, false), fault.Conflict, "template_in_use")
 	if _, err := db.GetTemplate(t.Context(), "org_a", "a"); err != nil {
 		t.Error(err)
@@ -73,11 +73,11 @@ func templateInUse(t *testing.T, db *DB) {
 	if err := db.DeleteTemplate(t.Context(), tpl.ID, true); err != nil {
 		t.Error(err)
 	}
-	if _, err := db.Get(t.Context(), box.ID); err != nil {
+	if _, err := db.Get(t.Context(), sbx.ID); err != nil {
 		t.Errorf("reading the sandbox of a deleted template: %v", err)
 	}
 	put(t, db, tpl)
-	mustMove(t, db, box.ID, sandbox.Creating, sandbox.Destroyed, start)
+	mustMove(t, db, sbx.ID, sandbox.Creating, sandbox.Destroyed, start)
 	if err := db.DeleteTemplate(t.Context(), tpl.ID, false); err != nil {
 		t.Errorf("deleting a template with a destroyed sandbox: %v", err)
 	}
