@@ -49,7 +49,7 @@ func (s *sandbox) wantCodeOf(err error, code string) {
 	}
 }
 
-func TestKeptProcesses(t *testing.T) {
+func TestDetachedProcesses(t *testing.T) {
 	s := startSandbox(t, options{})
 	ctx := t.Context()
 
@@ -174,9 +174,9 @@ func TestKeptProcesses(t *testing.T) {
 	})
 }
 
-// TestKeptOutputIsBounded follows a process without reading. The process never waits, and the follower learns how much
+// TestDetachedOutputIsBounded follows a process without reading. The process never waits, and the follower learns how much
 // it missed.
-func TestKeptOutputIsBounded(t *testing.T) {
+func TestDetachedOutputIsBounded(t *testing.T) {
 	s := startSandbox(t, options{})
 	const size = 5 << 20
 	ref := s.keep(agentapi.StartProcess{Args: sh(fmt.Sprintf("head -c %d /dev/zero | tr '\\0' x; echo end", size))})
@@ -213,7 +213,7 @@ func TestKeptOutputIsBounded(t *testing.T) {
 	}
 }
 
-func TestKeptTerminal(t *testing.T) {
+func TestDetachedTerminal(t *testing.T) {
 	s := startSandbox(t, options{})
 	ctx := t.Context()
 	ref := s.keep(agentapi.StartProcess{Args: []string{"/bin/sh", "-i"},
@@ -265,8 +265,8 @@ func TestKeptTerminal(t *testing.T) {
 	}
 }
 
-// TestKeptGrace stops following a process, which gets a hangup when its grace is over, and not before.
-func TestKeptGrace(t *testing.T) {
+// TestDetachedGrace stops following a process, which gets a hangup when its grace is over, and not before.
+func TestDetachedGrace(t *testing.T) {
 	s := startSandbox(t, options{})
 	const script = "trap 'echo hung up; exit 7' HUP; echo ready; while :; do sleep 0.05; done"
 	ref := s.keep(agentapi.StartProcess{Args: sh(script), GraceMs: 700})
@@ -299,8 +299,8 @@ func TestKeptGrace(t *testing.T) {
 	}
 }
 
-// TestKeptAreBounded ends many processes. Only the last ones stay known.
-func TestKeptAreBounded(t *testing.T) {
+// TestDetachedAreBounded ends many processes. Only the last ones stay known.
+func TestDetachedAreBounded(t *testing.T) {
 	s := startSandbox(t, options{})
 	for range agentapi.MaxEnded + 5 {
 		ref := s.keep(agentapi.StartProcess{Args: []string{"true"}})

@@ -27,12 +27,12 @@ const (
 	// MaxHistory limits the kept output of all processes of a sandbox together, bytes. More
 	// would leave programs less memory.
 	MaxHistory = 32 << 20
-	// MaxKept limits the kept processes that run at once, MaxEnded the ended processes that
+	// MaxDetached limits the detached processes that run at once, MaxEnded the ended processes that
 	// are still known, and EndedKept the time for which they are. Larger limits cost memory
 	// of the sandbox.
-	MaxKept   = 512
-	MaxEnded  = 32
-	EndedKept = 15 * time.Minute
+	MaxDetached = 512
+	MaxEnded    = 32
+	EndedKept   = 15 * time.Minute
 	// InputPatience limits the time for which a process may leave its input unread before a
 	// write fails. A longer one holds connections, a shorter one breaks off writes to processes
 	// that are only slow.
@@ -127,7 +127,7 @@ func (c *Client) StartProcess(ctx context.Context, t Target, r StartProcess) (Pr
 	return p, err
 }
 
-// Processes returns the processes that calls have started and that still run, and the kept ones
+// Processes returns the processes that calls have started and that still run, and the detached ones
 // that have ended.
 func (c *Client) Processes(ctx context.Context, t Target) ([]Process, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, c.Patience, errSilent)
@@ -170,7 +170,7 @@ func readProcesses(r io.Reader, account *budget.Account) ([]Process, error) {
 		if err := d.Decode(&one); err != nil {
 			return nil, unusable(fmt.Errorf("decoding a process: %w", err))
 		}
-		if len(list) == MaxKept+MaxEnded+maxCommands || len(one) > maxProcess {
+		if len(list) == MaxDetached+MaxEnded+maxCommands || len(one) > maxProcess {
 			return nil, unusable(fmt.Errorf("the list of processes has one of %d bytes after %d", len(one), len(list)))
 		}
 		var p Process

@@ -131,7 +131,7 @@ func (p *Processes) room(tag string) error {
 			return answer.New(fault.CodeTagInUse, "process %d has the tag %q and runs", c.pid, tag)
 		}
 	}
-	if running >= agentapi.MaxKept {
+	if running >= agentapi.MaxDetached {
 		return answer.New(fault.CodeTooManyProcesses, "%d processes run detached, which is the limit", running)
 	}
 	return nil
