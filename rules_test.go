@@ -1,5 +1,5 @@
 // Package cay_test tests the rules of the repository: which packages may import which and why,
-// package comments, the prose of comments, the length of lines, and links between documents.
+// package comments, the prose of comments, the length of lines in code and documents, and links between documents.
 package cay_test
 
 import (
@@ -90,7 +90,10 @@ var mayImport = map[string]struct {
 }
 
 // goFiles returns the Go files of the repository, those of tests too.
-func goFiles(t *testing.T) []string {
+func goFiles(t *testing.T) []string { return filesWith(t, ".go") }
+
+// filesWith returns the files of the repository whose names have a suffix.
+func filesWith(t *testing.T, suffix string) []string {
 	t.Helper()
 	var files []string
 	err := filepath.WalkDir(".", func(path string, d fs.DirEntry, err error) error {
@@ -101,7 +104,7 @@ func goFiles(t *testing.T) []string {
 			(strings.HasPrefix(name, ".") || name == "testdata" || name == "tools" || name == "bin") {
 			return filepath.SkipDir
 		}
-		if strings.HasSuffix(path, ".go") {
+		if strings.HasSuffix(path, suffix) {
 			files = append(files, path)
 		}
 		return nil
@@ -295,18 +298,50 @@ func TestPackageComments(t *testing.T) {
 	}
 }
 
+// TestLocksAreAnnotated requires each struct with fields after its mutex mu, which guards them, to say so in a form
+// that the check of locks reads.
+func TestLocksAreAnnotated(t *testing.T) {
+	found := 0
+	for dir, files := range goPackages(t) {
+		if forTests(dir) {
+			continue
+		}
+		for _, file := range files {
+			ast.Inspect(parse(t, file, parser.ParseComments), func(n ast.Node) bool {
+				s, ok := n.(*ast.StructType)
+				if !ok {
+					return true
+				}
+				fields := s.Fields.List
+				mu := slices.IndexFunc(fields, isMu)
+				if mu < 0 || mu == len(fields)-1 {
+					return true
+				}
+				found++
+				if !slices.ContainsFunc(fields[mu+1:], func(f *ast.Field) bool {
+					return f.Doc != nil && strings.Contains(f.Doc.List[len(f.Doc.List)-1].Text, "+checklocks:")
+				}) {
+					t.Errorf("%s: no field after mu has // +checklocks:mu", file)
+				}
+				return true
+			})
+		}
+	}
+	if found < 40 {
+		t.Errorf("found only %d structs with a mutex: the search is broken", found)
+	}
+}
+
+// isMu reports whether a field is a mutex named mu.
+func isMu(f *ast.Field) bool {
+	of, ok := f.Type.(*ast.SelectorExpr)
+	return ok && (of.Sel.Name == "Mutex" || of.Sel.Name == "RWMutex") && len(f.Names) == 1 && f.Names[0].Name == "mu"
+}
+
 // TestLinks checks the links between our documents.
 func TestLinks(t *testing.T) {
 	link := regexp.MustCompile(`\]\(([^)#:\s]+)(#[^)\s]*)?\)`)
-	documents, err := filepath.Glob("*.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	more, err := filepath.Glob("docs/*.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, document := range append(documents, more...) {
+	for _, document := range filesWith(t, ".md") {
 		text, err := os.ReadFile(document)
 		if err != nil {
 			t.Fatal(err)
@@ -319,8 +354,8 @@ func TestLinks(t *testing.T) {
 	}
 }
 
-// maxColumns is the longest line of Go outside tables, in characters; a tab counts as one. Longer
-// lines do not fit beside each other in a review.
+// maxColumns is the longest line of Go and of documents outside tables, in characters; a tab counts as
+// one. Longer lines do not fit beside each other in a review.
 const maxColumns = 120
 
 // TestProse refuses comments that state what something is without a verb that says what it does
@@ -349,6 +384,35 @@ func TestProse(t *testing.T) {
 			if !rows[i+1] {
 				t.Errorf("%s:%d: the line has more than %d columns", file, i+1, maxColumns)
 			}
+		}
+	}
+}
+
+// TestLinesOfDocuments refuses lines of documents that are too long, outside of tables and of what is quoted. A line
+// without a space, such as a long address, cannot be shorter.
+func TestLinesOfDocuments(t *testing.T) {
+	documents := filesWith(t, ".md")
+	if len(documents) < 30 {
+		t.Fatalf("found only %d documents: the walk is broken", len(documents))
+	}
+	for _, document := range documents {
+		text, err := os.ReadFile(document)
+		if err != nil {
+			t.Fatal(err)
+		}
+		quoted := false
+		for i, line := range strings.Split(string(text), "\n") {
+			words := strings.TrimSpace(line)
+			if strings.HasPrefix(words, "```") {
+				quoted = !quoted
+			}
+			if !quoted && utf8.RuneCountInString(line) > maxColumns && !strings.HasPrefix(words, "|") &&
+				strings.Contains(words, " ") {
+				t.Errorf("%s:%d: the line has more than %d columns", document, i+1, maxColumns)
+			}
+		}
+		if quoted {
+			t.Errorf("%s: a quotation that ``` begins has no end", document)
 		}
 	}
 }

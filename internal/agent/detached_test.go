@@ -174,8 +174,8 @@ func TestDetachedProcesses(t *testing.T) {
 	})
 }
 
-// TestDetachedOutputIsBounded follows a process without reading. The process never waits, and the follower learns how much
-// it missed.
+// TestDetachedOutputIsBounded follows a process without reading. The process never waits, and the follower
+// learns how much it missed.
 func TestDetachedOutputIsBounded(t *testing.T) {
 	s := startSandbox(t, options{})
 	const size = 5 << 20
