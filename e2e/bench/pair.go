@@ -15,8 +15,8 @@ import (
 	cay "github.com/cayhq/cay/sdk/go"
 )
 
-// slack is the ratio of new to old up to which a measure counts as no slower. Changes that add up to
-// more are noticed too late with a larger one; a smaller one needs more rounds than anybody waits for.
+// slack is the ratio of new to old up to which a measure counts as no slower. With a larger one small
+// losses add up unnoticed; with a smaller one a run takes hours until it decides.
 const slack = 1.03
 
 // executesPerRound counts the commands that run for each create. A command takes a few milliseconds, and

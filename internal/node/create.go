@@ -213,7 +213,7 @@ func (n *Node) steps(b *instance, spec sandbox.Spec, start func(ctx context.Cont
 			defer b.releaseStartSlot()
 			return n.awaitAgent(ctx, b)
 		}},
-		{"favour", func(ctx context.Context) error {
+		{"favour", func(ctx context.Context) error { // Server-Timing shows the name to callers, so it stays
 			b.hurry.settle()
 			if err := n.groups.Group(n.groupPath(spec.ID)).Renice(); err != nil {
 				// The host does not permit it. The sandbox works, but its processes can slow down its kernel.
