@@ -61,7 +61,8 @@ type server struct {
 	// acceptRestore is the argument of Run.
 	acceptRestore bool
 	log           *slog.Logger
-	instance      string
+	session       store.Session
+	instance      string // the node of the session
 	// closers close the rooms, in reverse order.
 	closers []func(context.Context) error
 
@@ -131,9 +132,10 @@ func (s *server) open(ctx context.Context) error {
 		return err
 	}
 	s.onClose(func(context.Context) error { return lock.Close() })
-	if s.db, s.instance, err = openRecords(ctx, cfg, s.acceptRestore); err != nil {
+	if s.db, s.session, err = openRecords(ctx, cfg, s.acceptRestore); err != nil {
 		return err
 	}
+	s.instance = s.session.Holder.Node
 	s.onClose(func(context.Context) error { return s.db.Close() })
 	if _, remote := s.db.Load(); remote {
 		s.registry.MustRegister(recordsMetrics{s.db})
@@ -190,7 +192,7 @@ func (s *server) openHost(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("opening the directory of build contexts: %w", err)
 	}
-	if err := s.openFiles(ctx); err != nil {
+	if err := s.openFiles(); err != nil {
 		return err
 	}
 	if err := s.openBuilds(programsDir, programs); err != nil {
@@ -235,6 +237,7 @@ func (s *server) openCore(ctx context.Context) error {
 		Sizes: cfg.Sandbox.Sizes, DefaultSize: cfg.Sandbox.DefaultSize, DefaultDisk: cfg.Sandbox.DefaultDiskMB,
 		MaxDisk: cfg.Sandbox.MaxDiskMB, KeepDestroyed: time.Duration(cfg.Sandbox.KeepDestroyed),
 		MaxDestroyed: cfg.Sandbox.MaxDestroyed, MaxSnapshots: cfg.Sandbox.MaxSnapshots, Pool: s.pool(),
+		Node: s.instance,
 	}, s.db, s.node, s.templates, s.log, s.observe())
 	s.onClose(s.sandboxes.Close)
 	s.ports = portproxy.New(s.node.Agents(), s.log)

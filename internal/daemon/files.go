@@ -2,7 +2,6 @@ package daemon
 
 import (
 	"context"
-	"crypto/rand"
 	"fmt"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -10,9 +9,6 @@ import (
 	"github.com/cayhq/cay/internal/config"
 	"github.com/cayhq/cay/internal/objects"
 )
-
-// settingFiles names the setting with the name under which these records own a bucket.
-const settingFiles = "files_owner"
 
 // files has the copies of this server's files in a bucket.
 type files struct {
@@ -35,7 +31,7 @@ func openBucket(cfg config.Files) (objects.Bucket, error) {
 
 // openFiles lets images and contexts have copies in the bucket of the settings, if there is one. It makes no request to
 // an S3 server.
-func (s *server) openFiles(ctx context.Context) error {
+func (s *server) openFiles() error {
 	cfg := s.cfg.Files
 	if cfg.URL == "" {
 		return nil
@@ -44,11 +40,7 @@ func (s *server) openFiles(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	owner, err := s.setting(ctx, settingFiles, rand.Text)
-	if err != nil {
-		return err
-	}
-	f := &files{store: objects.NewStore(bucket, owner, s.log.With("room", "objects"))}
+	f := &files{store: objects.NewStore(bucket, s.session.Cluster, s.log.With("room", "objects"))}
 	minFree := int64(s.cfg.Capacity.MinFreeDiskMB) << 20
 	f.images = f.store.Mirror(objects.MirrorConfig{Prefix: "images/", Local: s.images,
 		MaxLocal: int64(cfg.ImagesMB) << 20, MaxUnneeded: int64(cfg.ImagesMB) << 20, MaxFile: maxImageFile, MinFree: minFree})

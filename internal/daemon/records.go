@@ -23,11 +23,28 @@ const instanceFile = "instance"
 // markFile has how far this machine has seen the records in PostgreSQL.
 const markFile = "records-seen"
 
-// openRecords opens the records of a server, and returns them with the server instance.
-func openRecords(ctx context.Context, cfg config.Config, acceptRestore bool) (*store.DB, string, error) {
-	if cfg.Store.URL == "" {
-		return openSQLite(ctx, cfg.DataDir)
+// openRecords opens the records of a server, and returns them with the session in them. The node's id is the server
+// instance.
+func openRecords(ctx context.Context, cfg config.Config, acceptRestore bool) (*store.DB, store.Session, error) {
+	open := openSQLite
+	if cfg.Store.URL != "" {
+		open = openPostgres
 	}
+	db, instance, err := open(ctx, cfg, acceptRestore)
+	if err != nil {
+		return nil, store.Session{}, err
+	}
+	session, err := db.StartSession(ctx, instance, acceptRestore)
+	if err == nil && cfg.Store.URL != "" {
+		err = db.Serve(ctx)
+	}
+	if err != nil {
+		return nil, session, errors.Join(err, db.Close())
+	}
+	return db, session, nil
+}
+
+func openPostgres(ctx context.Context, cfg config.Config, acceptRestore bool) (*store.DB, string, error) {
 	own, made, err := ownInstance(cfg.DataDir)
 	if err != nil {
 		return nil, "", err
@@ -60,10 +77,11 @@ func belong(ctx context.Context, db *store.DB, instance string) error {
 		return fmt.Errorf("the records in store.url belong to the server instance %s, and this data directory to %s: "+
 			"give each server a database of its own", owner, instance)
 	}
-	return db.Serve(ctx)
+	return nil
 }
 
-func openSQLite(ctx context.Context, dataDir string) (*store.DB, string, error) {
+func openSQLite(ctx context.Context, cfg config.Config, _ bool) (*store.DB, string, error) {
+	dataDir := cfg.DataDir
 	if _, err := os.Stat(filepath.Join(dataDir, instanceFile)); err == nil {
 		return nil, "", fmt.Errorf("the records of %s are in PostgreSQL: set store.url", dataDir)
 	}

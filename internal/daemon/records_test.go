@@ -20,14 +20,14 @@ func TestRecords(t *testing.T) {
 	postgres := config.Store{URL: config.Secret(url), MaxConns: 4}
 	open := func(dir string, s config.Store, want string) (instance string) {
 		t.Helper()
-		db, instance, err := openRecords(t.Context(), config.Config{DataDir: dir, Store: s}, false)
+		db, session, err := openRecords(t.Context(), config.Config{DataDir: dir, Store: s}, false)
 		if err == nil {
 			err = db.Close()
 		}
 		if (err == nil) != (want == "") || err != nil && !strings.Contains(err.Error(), want) {
 			t.Errorf("opening: %v, want %q", err, want)
 		}
-		return instance
+		return session.Holder.Node
 	}
 	a, b, c := t.TempDir(), t.TempDir(), t.TempDir()
 	none := postgres

@@ -24,6 +24,7 @@ type Pooled struct {
 	TemplateVersion int
 	Shape
 	CreatedAt time.Time
+	Holder    Holder // set by the store
 }
 
 // PoolConfig holds the operator's settings for the pool.

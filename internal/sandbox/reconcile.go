@@ -84,7 +84,8 @@ func Decide(row *Sandbox, pooledRow *Pooled, observed *Observed) Action {
 	}
 }
 
-// Reconcile makes rows and host agree. It skips sandboxes with an operation under way. It continues
+// Reconcile makes the rows of this node and the host agree. What the host has of a row that is another node's stays,
+// since it may be all that is left of the sandbox. Reconcile skips sandboxes with an operation under way. It continues
 // after errors and joins them.
 func (s *Service) Reconcile(ctx context.Context) error {
 	found, err := s.node.List(ctx)
@@ -156,6 +157,10 @@ func (s *Service) settle(ctx context.Context, id ID, why note) error {
 	switch {
 	case err == nil:
 		row = &sbx
+		if sbx.Holder.Node != s.cfg.Node {
+			s.log.WarnContext(ctx, "leaving a sandbox that is another node's as it is", "sandbox", id, "node", sbx.Holder.Node)
+			return nil
+		}
 	case !fault.Is(err, fault.NotFound):
 		return err
 	}

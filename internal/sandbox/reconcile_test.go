@@ -6,6 +6,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
@@ -97,5 +98,54 @@ func TestRestartAbandonsAnInterruptedCreate(t *testing.T) {
 		if found, _ := h.node.List(context.Background()); len(found) > 0 {
 			t.Errorf("the host still has %v", found)
 		}
+	})
+}
+
+// TestRowsOfAnotherNode checks that what the host has of another node's rows stays, and that no call acts on it.
+func TestRowsOfAnotherNode(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newFixture(t)
+		ctx := context.Background()
+		session := func(node string) {
+			if _, err := h.db.StartSession(ctx, node, false); err != nil {
+				t.Fatal(err)
+			}
+		}
+		session("other")
+		sbx := sandbox.Sandbox{ID: sandbox.NewID(), OrgID: org, Mode: sandbox.Ephemeral, State: sandbox.Creating, Run: "r",
+			CreatedAt: time.Now().UTC(), Source: sandbox.Cold,
+			Shape: sandbox.Shape{Egress: sandbox.Egress{Mode: sandbox.AllowAll}}}
+		if _, _, err := h.db.Insert(ctx, sbx, sandbox.Quota{}, sandbox.Once{}); err != nil {
+			t.Fatal(err)
+		}
+		snap := sandbox.Snapshot{ID: sandbox.NewSnapshotID(), OrgID: org, State: sandbox.SnapshotCreating, SandboxID: sbx.ID,
+			CreatedAt: time.Now().UTC()}
+		if err := h.db.AddSnapshot(ctx, snap, 0); err != nil {
+			t.Fatal(err)
+		}
+		h.node.Put(sandbox.Observed{ID: sbx.ID, Run: "r", Alive: true})
+		stranger := sandbox.NewID()
+		h.node.Put(sandbox.Observed{ID: stranger})
+		session("mine")
+		h.crash()
+		h.name = "mine"
+		h.start()
+		stays := func() {
+			t.Helper()
+			if got := h.get(sbx.ID); got.State != sandbox.Creating {
+				t.Errorf("the sandbox is %s", got.State)
+			}
+			if s, err := h.db.GetSnapshot(ctx, snap.ID); err != nil || s.State != sandbox.SnapshotCreating {
+				t.Errorf("the snapshot is %s, %v", s.State, err)
+			}
+			if found, err := h.node.List(ctx); err != nil || len(found) != 1 || found[0].ID != sbx.ID {
+				t.Errorf("the host has %v, %v", found, err)
+			}
+		}
+		stays()
+		if err := h.Destroy(ctx, org, sbx.ID); !fault.Is(err, fault.Unavailable) {
+			t.Errorf("destroying the sandbox of another node: %v", err)
+		}
+		stays()
 	})
 }

@@ -142,6 +142,16 @@ type Sandbox struct {
 	// Token authorises the host to the agent inside. It is secret: it must never appear in an answer,
 	// an event or a log.
 	Token string
+
+	Holder Holder // set by the store
+}
+
+// Holder names the node that has a sandbox, a pooled sandbox or a snapshot, and the server there that may change its
+// row. Each server of a node has a higher fence than those before it, and takes over the node's rows when it starts.
+// The store sets the holder of new rows, and refuses the writes of servers that do not hold a row.
+type Holder struct {
+	Node  string
+	Fence int64
 }
 
 // Reason tells why a sandbox was destroyed. Its values are part of the contract.

@@ -14,6 +14,7 @@ import (
 
 // Config holds the operator's settings for sandboxes.
 type Config struct {
+	Node        string // the id of this machine's node, which holds its rows
 	Sizes       []Size
 	DefaultSize string // name of one of Sizes
 	DefaultDisk int    // MiB
@@ -51,7 +52,7 @@ func New(cfg Config, store Store, node Node, templates Templates, log *slog.Logg
 	}
 	s := &Service{cfg: cfg, store: store, node: node, templates: templates, log: log, observe: observe,
 		denials:    &denialLog{of: map[ID]*denials{}},
-		snapshots:  &snapshots{store: store, node: node, log: log, uses: map[SnapshotID]*snapshotUse{}},
+		snapshots:  &snapshots{holder: cfg.Node, store: store, node: node, log: log, uses: map[SnapshotID]*snapshotUse{}},
 		recoveries: make(chan struct{}, recoveriesAtOnce), takedowns: make(chan struct{}, takedownsAtOnce)}
 	s.pool = newPool(cfg, store, node, templates, log, s.handedOver)
 	s.ops = s.pool.ops

@@ -52,6 +52,7 @@ type fixture struct {
 	pool  sandbox.PoolConfig // for the next start
 	what  sandbox.Templates
 	stop  context.CancelFunc
+	name  string // of the node, for the next start
 }
 
 func newFixture(t *testing.T) *fixture {
@@ -91,6 +92,7 @@ func newPoolFixture(t *testing.T, pool sandbox.PoolConfig) *fixture {
 func (h *fixture) start() {
 	h.gate = newGate()
 	h.Service = sandbox.New(sandbox.Config{
+		Node:        h.name,
 		Sizes:       []sandbox.Size{{Name: "small", VCPUs: 1, MemoryMB: 512}, {Name: "big", VCPUs: 4, MemoryMB: 8192, Dedicated: true}},
 		DefaultSize: "small", DefaultDisk: 2048, MaxDisk: 20480, KeepDestroyed: time.Hour, Pool: h.pool,
 	}, gatedStore{h.db, h.gate}, gatedNode{h.node, h.gate}, h.what, slog.New(slog.DiscardHandler), nil)

@@ -61,6 +61,7 @@ type Snapshot struct {
 	Bytes     int64     // on disk; 0 until the snapshot is ready
 	CreatedAt time.Time // time of the state that it holds
 	Kept      Kept      // what it holds
+	Holder    Holder    // set by the store
 }
 
 // SnapshotFilter selects and pages snapshots, newest first.

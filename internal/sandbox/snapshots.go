@@ -14,9 +14,10 @@ import (
 // snapshots gets, keeps and removes snapshots, as rows and on the machine. It counts the users of
 // their files, makers included, so that none is removed while it is used.
 type snapshots struct {
-	store SnapshotStore
-	node  NodeSnapshots
-	log   *slog.Logger
+	holder string // the id of the node
+	store  SnapshotStore
+	node   NodeSnapshots
+	log    *slog.Logger
 
 	mu sync.Mutex
 	// +checklocks:mu
@@ -141,8 +142,8 @@ func (s *snapshots) settle(ctx context.Context, id SnapshotID) error {
 	case !fault.Is(err, fault.NotFound):
 		return err
 	}
-	if !DropsSnapshot(row) {
-		return nil
+	if row != nil && row.Holder.Node != s.holder || !DropsSnapshot(row) {
+		return nil // another node's files are not this one's to judge
 	}
 	s.log.WarnContext(ctx, "dropping what is left of a snapshot", "snapshot", id)
 	if err := s.node.DropSnapshot(ctx, id); err != nil {

@@ -146,12 +146,13 @@ func (db *DB) Note(ctx context.Context, events []sandbox.Event) error {
 }
 
 // note writes an event of a sandbox that is not a transition. If the sandbox is over or does not
-// exist, note writes nothing and returns false.
+// exist, or belongs to another node, note writes nothing and returns false.
 func (o *outbox) note(ctx context.Context, t event.Type, e sandbox.Event, about event.About) (noted bool, err error) {
 	var org, state string
 	// Reading the state with an UPDATE makes this transaction a writer from its first statement.
-	err = o.tx.QueryRowContext(ctx, `UPDATE sandboxes SET state = state WHERE id = $1 AND ended_at IS NULL
-		RETURNING org_id, state`, e.SandboxID).Scan(&org, &state)
+	p := params{e.SandboxID}
+	err = o.tx.QueryRowContext(ctx, "UPDATE sandboxes SET state = state WHERE id = $1 AND ended_at IS NULL"+
+		o.db.mine(&p)+" RETURNING org_id, state", p...).Scan(&org, &state)
 	if errors.Is(err, sql.ErrNoRows) {
 		return false, nil
 	}

@@ -11,17 +11,18 @@ import (
 
 // pooledColumns lists the columns of pooledFields, in the same order.
 const pooledColumns = `id, run, token, org_id, template, template_id, template_version, image,
-	shape, created_at`
+	shape, created_at, node_id, fence`
 
 // pooledFields returns m's columns, to scan into or to write.
 func pooledFields(m *sandbox.Pooled) []any {
 	return []any{&m.ID, &m.Run, &m.Token, &m.OrgID, &m.Template, &m.TemplateID, &m.TemplateVersion, &m.Image,
-		jsonColumn{&m.Shape}, timeColumn{&m.CreatedAt}}
+		jsonColumn{&m.Shape}, timeColumn{&m.CreatedAt}, &m.Holder.Node, &m.Holder.Fence}
 }
 
 // AddPooled implements [sandbox.Store].
 func (db *DB) AddPooled(ctx context.Context, m sandbox.Pooled) error {
 	err := db.write(ctx, func(tx *sql.Tx) error {
+		m.Holder = db.holder()
 		fields := pooledFields(&m)
 		if _, err := tx.ExecContext(ctx,
 			"INSERT INTO pool ("+pooledColumns+") VALUES ("+placeholders(len(fields))+")", fields...); err != nil {
@@ -44,7 +45,8 @@ func (db *DB) AddPooled(ctx context.Context, m sandbox.Pooled) error {
 
 // DropPooled implements [sandbox.Store].
 func (db *DB) DropPooled(ctx context.Context, id sandbox.ID) error {
-	if _, err := db.writer.ExecContext(ctx, "DELETE FROM pool WHERE id = $1", id); err != nil {
+	p := params{id}
+	if _, err := db.writer.ExecContext(ctx, "DELETE FROM pool WHERE id = $1"+db.mine(&p), p...); err != nil {
 		return fmt.Errorf("dropping sandbox %s from the warm pool: %w", id, err)
 	}
 	return nil
@@ -52,7 +54,8 @@ func (db *DB) DropPooled(ctx context.Context, id sandbox.ID) error {
 
 // ListPooled implements [sandbox.Store].
 func (db *DB) ListPooled(ctx context.Context) ([]sandbox.Pooled, error) {
-	rows, err := db.reader.QueryContext(ctx, "SELECT "+pooledColumns+" FROM pool ORDER BY created_at, id")
+	rows, err := db.reader.QueryContext(ctx, "SELECT "+pooledColumns+
+		" FROM pool WHERE node_id = $1 ORDER BY created_at, id", db.holder().Node)
 	if err != nil {
 		return nil, fmt.Errorf("listing the warm pool: %w", err)
 	}
@@ -91,7 +94,8 @@ func (db *DB) Claim(ctx context.Context, s sandbox.Sandbox, q sandbox.Quota,
 		if prior, found, err = db.admitLocked(ctx, tx, s, q, once); err != nil || found {
 			return err
 		}
-		r, err := tx.ExecContext(ctx, "DELETE FROM pool WHERE id = $1", s.ID)
+		p := params{s.ID}
+		r, err := tx.ExecContext(ctx, "DELETE FROM pool WHERE id = $1"+db.mine(&p), p...)
 		if err != nil {
 			return fmt.Errorf("taking the pooled sandbox: %w", err)
 		}

@@ -17,7 +17,7 @@ import (
 func fullMember(i int) sandbox.Pooled {
 	return sandbox.Pooled{ID: sandbox.NewID(), Run: fmt.Sprint("run", i), Token: "secret",
 		OrgID: "org_a", Template: "python", TemplateID: "tpl_python", TemplateVersion: 3, Shape: fullShape(i),
-		CreatedAt: start.Add(time.Duration(i) * time.Second)}
+		CreatedAt: start.Add(time.Duration(i) * time.Second), Holder: holderOfTests}
 }
 
 func mustAdd(t *testing.T, st sandbox.Store, m sandbox.Pooled) sandbox.Pooled {

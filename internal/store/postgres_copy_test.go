@@ -15,6 +15,7 @@ import (
 func fillAll(t *testing.T, db *DB) (s sandbox.Sandbox) {
 	t.Helper()
 	ctx := t.Context()
+	startSession(t, db, "abcdef")
 	mustPutOrg(t, db, "a", 0)
 	s = fullSandbox("org_a", 0)
 	s.Error, s.Surface = "a\x00b\xff", "ü\u2028"
@@ -60,7 +61,7 @@ func TestCopyToPostgres(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if len(copied) != 16 {
+		if len(copied) != 18 {
 			t.Errorf("%d tables were copied", len(copied))
 		}
 		for _, c := range copied {
@@ -76,6 +77,7 @@ func TestCopyToPostgres(t *testing.T) {
 		}
 	}
 	want := asStored(s)
+	want.Holder = startSession(t, to, "abcdef").Holder
 	want.Error = "ab\uFFFD"
 	if got, err := to.Get(ctx, s.ID); err != nil || cmp.Diff(want, got, prefixes) != "" {
 		t.Errorf("the sandbox (-want +got), %v:\n%s", err, cmp.Diff(want, got, prefixes))

@@ -15,17 +15,23 @@ import (
 	"github.com/cayhq/cay/internal/hostfile"
 )
 
-// mark keeps the seq of the last event that this machine has seen, in memory and in a file. Records that do not have
-// this event, and have not dropped it, were restored to an older state. Events that are written after the restore are
-// not numbered, so that the mark stays.
+// seen says how far a machine has seen the records: the seq of the last event, and the generation.
+type seen struct {
+	last       event.Seq
+	generation int64
+}
+
+// mark keeps how far this machine has seen the records, in memory and in a file. Records that do not have the last
+// event, and have not dropped it, were restored to an older state, and so were those of an older generation. Events
+// that are written after the restore are not numbered, so that the mark stays.
 type mark struct {
 	path string
 
 	mu sync.Mutex
-	// last is the mark. +checklocks:mu
-	last event.Seq
+	// now is the mark. +checklocks:mu
+	now seen
 	// saved is the mark that the file has. +checklocks:mu
-	saved event.Seq
+	saved seen
 }
 
 // open reads the mark of the process before, unless a restore is accepted.
@@ -46,34 +52,52 @@ func (m *mark) open(accept bool) error {
 	if err != nil {
 		return fmt.Errorf("reading how far the records were seen: %w", err)
 	}
-	seen, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64)
+	was, err := parseSeen(string(text))
 	if err != nil {
 		return fmt.Errorf("reading how far the records were seen from %s: %w", m.path, err)
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.last, m.saved = event.Seq(seen), event.Seq(seen)
+	m.now, m.saved = was, was
 	return nil
+}
+
+// parseSeen reads the text of a mark: a seq, and a generation, which the first servers did not write.
+func parseSeen(text string) (s seen, err error) {
+	fields := append(strings.Fields(text), "0")
+	seq, err := strconv.ParseInt(fields[0], 10, 64)
+	if err == nil {
+		s.generation, err = strconv.ParseInt(fields[1], 10, 64)
+	}
+	s.last = event.Seq(seq)
+	return s, err
 }
 
 // raise notes that an event was committed.
 func (m *mark) raise(seq event.Seq) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.last = max(m.last, seq)
+	m.now.last = max(m.now.last, seq)
+}
+
+// enter notes the generation that a server has started with.
+func (m *mark) enter(generation int64) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.now.generation = generation
 }
 
 // reset forgets the mark, for records that were replaced.
 func (m *mark) reset() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.last = 0
+	m.now = seen{}
 }
 
-func (m *mark) value() event.Seq {
+func (m *mark) value() seen {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return m.last
+	return m.now
 }
 
 // save writes the mark to its file, whole or not at all, if it has risen. It does not wait for the disk: a mark that a
@@ -81,30 +105,43 @@ func (m *mark) value() event.Seq {
 func (m *mark) save() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.path == "" || m.last <= m.saved {
+	if m.path == "" || m.now == m.saved || m.now == (seen{}) {
 		return nil
 	}
-	if err := hostfile.Replace(m.path, []byte(strconv.FormatInt(int64(m.last), 10)+"\n"), 0o600); err != nil {
+	draft := m.path + ".new"
+	err := os.WriteFile(draft, fmt.Appendln(nil, int64(m.now.last), m.now.generation), 0o600)
+	if err == nil {
+		err = os.Rename(draft, m.path)
+	}
+	if err != nil {
 		return fmt.Errorf("writing how far the records were seen: %w", err)
 	}
-	m.saved = m.last
+	m.saved = m.now
 	return nil
 }
 
-// isCurrent reports whether the records have the event with a seq, or had it: a horizon tells which were dropped.
-const isCurrent = `SELECT EXISTS (SELECT 1 FROM events WHERE seq = $1)
-	OR EXISTS (SELECT 1 FROM event_horizons WHERE seq >= $1)`
+// isCurrent reports whether the records have the event with a seq, or had it: a horizon tells which were dropped. It
+// also reports whether they have a generation.
+const isCurrent = `SELECT ($1::bigint = 0 OR EXISTS (SELECT 1 FROM events WHERE seq = $1)
+	OR EXISTS (SELECT 1 FROM event_horizons WHERE seq >= $1))
+	AND ($2::bigint = 0 OR EXISTS (SELECT 1 FROM cluster WHERE generation >= $2))`
+
+// begin implements dialect. Restored records are left as they are until the restore is accepted.
+func (d *postgresDialect) begin(ctx context.Context, _ string) error { return d.current(ctx) }
+
+// began implements dialect.
+func (d *postgresDialect) began(s Session) { d.mark.enter(s.Generation) }
 
 // current implements dialect.
 func (d *postgresDialect) current(ctx context.Context) error { return d.currentIn(ctx, d.db.reader) }
 
 func (d *postgresDialect) currentIn(ctx context.Context, q querier) error {
-	seen := d.mark.value() // before the query: the mark is of events that are committed
-	if seen == 0 {
+	was := d.mark.value() // before the query: the mark is of events that are committed
+	if was == (seen{}) {
 		return nil
 	}
 	var has bool
-	if err := q.QueryRowContext(ctx, isCurrent, seen).Scan(&has); err != nil {
+	if err := q.QueryRowContext(ctx, isCurrent, int64(was.last), was.generation).Scan(&has); err != nil {
 		return fmt.Errorf("looking for the last event: %w", err)
 	}
 	if !has {

@@ -106,7 +106,7 @@ func TestPostgresRestored(t *testing.T) {
 	run(true, func(db *DB) {
 		putOrg(t, db, "org_b")
 		settle(t, db)
-		seen = db.dialect.(*postgresDialect).mark.value()
+		seen = db.dialect.(*postgresDialect).mark.value().last
 		putOrg(t, db, "org_c")
 		settle(t, db)
 		if _, err := db.TrimEvents(ctx, start.Add(time.Hour), 0); err != nil {

@@ -83,7 +83,7 @@ func (d *postgresDialect) writeOnce(ctx context.Context, f func(tx *sql.Tx) erro
 	// database rolls back what a broken connection leaves.
 	defer func() { _ = tx.Rollback() }()
 	at, id := time.Now().UnixMicro(), rand.Int64()
-	if _, err := tx.ExecContext(ctx, insertCommit, at, id); err != nil {
+	if err := d.insertCommit(ctx, tx, at, id); err != nil {
 		return fmt.Errorf("beginning transaction: %w", err)
 	}
 	if err := f(tx); err != nil {
@@ -96,8 +96,12 @@ func (d *postgresDialect) writeOnce(ctx context.Context, f func(tx *sql.Tx) erro
 }
 
 const (
-	// insertCommit writes the row of a transaction.
-	insertCommit = "INSERT INTO commits (at, id, aborted) VALUES ($1, $2, FALSE)"
+	// insertCommit writes the row of a transaction, if the server's session is the newest of its node, in the present
+	// generation of the cluster.
+	insertCommit = `INSERT INTO commits (at, id, aborted) SELECT $1::bigint, $2::bigint, FALSE WHERE EXISTS (SELECT 1 FROM nodes n, cluster c
+		WHERE n.id = $3 AND n.fence = $4 AND c.id = $5 AND c.generation = $6)`
+	// insertFreeCommit writes the row of a transaction of no session.
+	insertFreeCommit = "INSERT INTO commits (at, id, aborted) VALUES ($1, $2, FALSE)"
 	// decideCommit waits for the end of a transaction that is in progress, and keeps one that was not committed
 	// from being committed. Repeated, it gives the same answer.
 	decideCommit = `INSERT INTO commits AS c (at, id, aborted) VALUES ($1, $2, TRUE)
@@ -106,6 +110,26 @@ const (
 	// the differences between clocks of servers together; a longer time takes some 60 bytes for each transaction.
 	commitsKept = time.Hour
 )
+
+// insertCommit writes the row of a transaction.
+func (d *postgresDialect) insertCommit(ctx context.Context, tx *sql.Tx, at, id int64) error {
+	s := d.db.session.Load()
+	if s == nil {
+		_, err := tx.ExecContext(ctx, insertFreeCommit, at, id)
+		return err
+	}
+	r, err := tx.ExecContext(ctx, insertCommit, at, id, s.Holder.Node, s.Holder.Fence, s.Cluster, s.Generation)
+	if err != nil {
+		return err
+	}
+	if n, err := r.RowsAffected(); err != nil || n > 0 {
+		return err
+	}
+	if err := d.currentIn(ctx, tx); err != nil {
+		return err
+	}
+	return errSuperseded
+}
 
 // outcome returns nil if a transaction was committed, although its commit returned the error cause.
 func (d *postgresDialect) outcome(ctx context.Context, at, id int64, cause error) error {
@@ -184,6 +208,7 @@ func (d *postgresDialect) lockNoted(ctx context.Context, tx *sql.Tx, events []sa
 const setLast = `WITH late AS (
 		SELECT s.id, u.at FROM sandboxes s JOIN UNNEST($1::text[], $2::bigint[]) AS u (id, at) ON s.id = u.id COLLATE "C"
 		WHERE s.ended_at IS NULL AND (s.last_activity_at IS NULL OR s.last_activity_at < u.at)
+		AND s.node_id = $3 AND s.fence <= $4
 		ORDER BY s.id FOR NO KEY UPDATE OF s)
 	UPDATE sandboxes SET last_activity_at = late.at FROM late WHERE sandboxes.id = late.id`
 
@@ -193,7 +218,8 @@ func (d *postgresDialect) setActivity(ctx context.Context, tx *sql.Tx, last map[
 	for _, id := range slices.Sorted(maps.Keys(last)) {
 		ids, times = append(ids, string(id)), append(times, last[id].UnixMicro())
 	}
-	_, err := tx.ExecContext(ctx, setLast, ids, times)
+	me := d.db.holder()
+	_, err := tx.ExecContext(ctx, setLast, ids, times, me.Node, me.Fence)
 	return err
 }
 

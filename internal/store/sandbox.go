@@ -23,7 +23,7 @@ const onceFor = 24 * time.Hour
 const sandboxColumns = `id, org_id, mode, state, run, template, template_id, template_version,
 	image, vcpus, memory_mb, shape, metadata, timeout, idle_timeout, recovery_interval,
 	created_at, started_at, expires_at, last_activity_at, suspended_at, destroyed_at, destroy_reason, error,
-	source, origin, token, at_end, surface, kept`
+	source, origin, token, at_end, surface, kept, node_id, fence`
 
 // sandboxFields returns s's columns, to scan into or to write.
 func sandboxFields(s *sandbox.Sandbox) []any {
@@ -32,7 +32,7 @@ func sandboxFields(s *sandbox.Sandbox) []any {
 		durationColumn{&s.Timeout}, durationColumn{&s.IdleTimeout}, durationColumn{&s.RecoveryInterval},
 		timeColumn{&s.CreatedAt}, timeColumn{&s.StartedAt}, timeColumn{&s.ExpiresAt}, timeColumn{&s.LastActivityAt},
 		timeColumn{&s.SuspendedAt}, timeColumn{&s.DestroyedAt}, &s.DestroyReason, &s.Error, &s.Source, &s.Origin,
-		&s.Token, &s.AtEnd, &s.Surface, &s.Kept}
+		&s.Token, &s.AtEnd, &s.Surface, &s.Kept, &s.Holder.Node, &s.Holder.Fence}
 }
 
 func scanSandbox(row scanner) (sandbox.Sandbox, error) {
@@ -184,6 +184,7 @@ func checkQuota(ctx context.Context, tx querier, s sandbox.Sandbox, q sandbox.Qu
 // insertSandbox writes the row of a sandbox, its metadata, the event of its creation and the key of
 // once.
 func insertSandbox(ctx context.Context, tx *sql.Tx, out *outbox, s sandbox.Sandbox, once sandbox.Once) error {
+	s.Holder = out.db.holder()
 	fields := sandboxFields(&s)
 	if _, err := tx.ExecContext(ctx,
 		"INSERT INTO sandboxes ("+sandboxColumns+") VALUES ("+placeholders(len(fields))+")", fields...); err != nil {
@@ -218,7 +219,9 @@ func insertSandbox(ctx context.Context, tx *sql.Tx, out *outbox, s sandbox.Sandb
 
 // Forget implements [sandbox.Store].
 func (db *DB) Forget(ctx context.Context, id sandbox.ID) error {
-	if _, err := db.writer.ExecContext(ctx, "DELETE FROM idempotency WHERE sandbox_id = $1", id); err != nil {
+	p := params{id}
+	if _, err := db.writer.ExecContext(ctx, `DELETE FROM idempotency WHERE sandbox_id = $1
+		AND EXISTS (SELECT 1 FROM sandboxes WHERE id = $1`+db.mine(&p)+")", p...); err != nil {
 		return fmt.Errorf("forgetting the idempotency key of %s: %w", id, err)
 	}
 	return nil
@@ -310,6 +313,9 @@ func (db *DB) Transition(ctx context.Context, c sandbox.Change) (after sandbox.S
 			return err
 		}
 		after = before
+		if err := db.holds(before.Holder); err != nil {
+			return err
+		}
 		if !slices.Contains(c.From, before.State) {
 			return fault.New(fault.Conflict, fault.CodeSandboxState, "the sandbox is %s", before.State)
 		}
@@ -403,16 +409,16 @@ func updateQuery(c sandbox.Change, before sandbox.Sandbox) (string, params) {
 func (db *DB) SetExpiry(ctx context.Context, id sandbox.ID, expiresAt time.Time, timeout time.Duration,
 	later bool) (s sandbox.Sandbox, err error) {
 	err = db.write(ctx, func(tx *sql.Tx) error {
-		query := "UPDATE sandboxes SET expires_at = $1, timeout = $2 WHERE id = $3 AND state = $4"
+		p := params{at(expiresAt), durationColumn{&timeout}, id, sandbox.Running}
+		query := "UPDATE sandboxes SET expires_at = $1, timeout = $2 WHERE id = $3 AND state = $4" + db.mine(&p)
 		if later {
 			query += " AND expires_at < $1"
 		}
-		s, err = scanSandbox(tx.QueryRowContext(ctx, query+" RETURNING "+sandboxColumns,
-			at(expiresAt), durationColumn{&timeout}, id, sandbox.Running))
+		s, err = scanSandbox(tx.QueryRowContext(ctx, query+" RETURNING "+sandboxColumns, p...))
 		if !errors.Is(err, sql.ErrNoRows) {
 			return err
 		}
-		if s, err = getSandbox(ctx, tx, id); err != nil || later && s.State == sandbox.Running {
+		if s, err = db.heldSandbox(ctx, tx, id); err != nil || later && s.State == sandbox.Running {
 			return err
 		}
 		return fault.New(fault.Conflict, fault.CodeSandboxNotRunning, "the sandbox is %s", s.State)
@@ -431,7 +437,7 @@ func (db *DB) SetEgress(ctx context.Context, id sandbox.ID, e sandbox.Egress,
 			return err
 		}
 		s.Egress = e
-		if s, err = setLiving(ctx, tx, id, "shape", jsonColumn{&s.Shape}); err != nil {
+		if s, err = db.setLiving(ctx, tx, id, "shape", jsonColumn{&s.Shape}); err != nil {
 			return err
 		}
 		note.SandboxID = id
@@ -447,7 +453,7 @@ func (db *DB) SetEgress(ctx context.Context, id sandbox.ID, e sandbox.Egress,
 // SetSurface implements [sandbox.Store].
 func (db *DB) SetSurface(ctx context.Context, id sandbox.ID, surface string) (s sandbox.Sandbox, err error) {
 	err = db.write(ctx, func(tx *sql.Tx) error {
-		s, err = setLiving(ctx, tx, id, "surface", surface)
+		s, err = db.setLiving(ctx, tx, id, "surface", surface)
 		return err
 	})
 	if err != nil {
@@ -457,13 +463,15 @@ func (db *DB) SetSurface(ctx context.Context, id sandbox.ID, surface string) (s 
 }
 
 // setLiving writes one column of a sandbox that is not over.
-func setLiving(ctx context.Context, tx *sql.Tx, id sandbox.ID, column string, value any) (sandbox.Sandbox, error) {
-	s, err := scanSandbox(tx.QueryRowContext(ctx,
-		"UPDATE sandboxes SET "+column+" = $1 WHERE id = $2 AND ended_at IS NULL RETURNING "+sandboxColumns, value, id))
+func (db *DB) setLiving(ctx context.Context, tx *sql.Tx, id sandbox.ID, column string,
+	value any) (sandbox.Sandbox, error) {
+	p := params{value, id}
+	s, err := scanSandbox(tx.QueryRowContext(ctx, "UPDATE sandboxes SET "+column+
+		" = $1 WHERE id = $2 AND ended_at IS NULL"+db.mine(&p)+" RETURNING "+sandboxColumns, p...))
 	if !errors.Is(err, sql.ErrNoRows) {
 		return s, err
 	}
-	if s, err = getSandbox(ctx, tx, id); err != nil {
+	if s, err = db.heldSandbox(ctx, tx, id); err != nil {
 		return s, err
 	}
 	return s, fault.New(fault.Conflict, fault.CodeSandboxState, "the sandbox is %s", s.State)
@@ -488,7 +496,8 @@ func (db *DB) Unfinished(ctx context.Context) ([]sandbox.Sandbox, error) {
 		return nil, fmt.Errorf("listing unfinished sandboxes: %w", err)
 	}
 	rows, err := db.reader.QueryContext(ctx,
-		"SELECT "+sandboxColumns+" FROM sandboxes WHERE ended_at IS NULL ORDER BY created_at, id")
+		"SELECT "+sandboxColumns+" FROM sandboxes WHERE node_id = $1 AND ended_at IS NULL ORDER BY created_at, id",
+		db.holder().Node)
 	if err != nil {
 		return nil, fmt.Errorf("listing unfinished sandboxes: %w", err)
 	}

@@ -45,19 +45,22 @@ func fullSandbox(org string, i int) sandbox.Sandbox {
 		CreatedAt: created, StartedAt: created.Add(1), ExpiresAt: created.Add(time.Hour), LastActivityAt: created.Add(2 * time.Second),
 		SuspendedAt: created.Add(3 * time.Second), DestroyedAt: created.Add(4 * time.Second), DestroyReason: sandbox.Lost,
 		Error: "it broke", Source: sandbox.Restored, Origin: "snap_a", Token: "secret", AtEnd: sandbox.EndSuspends, Surface: "kept", Kept: sandbox.KeepFiles,
+		Holder: holderOfTests,
 	}
 }
 
 // asStored returns s as the store returns it, with times to the microsecond.
 func asStored(s sandbox.Sandbox) sandbox.Sandbox {
 	s.StartedAt = s.StartedAt.Truncate(time.Microsecond)
+	s.Holder = holderOfTests
 	return s
 }
 
 // small returns a sandbox with only the fields that a row needs.
 func small(org string, i int) sandbox.Sandbox {
 	return sandbox.Sandbox{ID: sandbox.NewID(), OrgID: org, Mode: sandbox.Ephemeral, State: sandbox.Creating, Run: "run1",
-		Shape: sandbox.Shape{Size: sandbox.Size{Name: "s", VCPUs: 1, MemoryMB: 512}}, CreatedAt: start.Add(time.Duration(i) * time.Second)}
+		Shape: sandbox.Shape{Size: sandbox.Size{Name: "s", VCPUs: 1, MemoryMB: 512}}, CreatedAt: start.Add(time.Duration(i) * time.Second),
+		Holder: holderOfTests}
 }
 
 func mustInsert(t *testing.T, st sandbox.Store, s sandbox.Sandbox) sandbox.Sandbox {

@@ -14,13 +14,13 @@ import (
 
 // snapshotColumns lists the columns of snapshotFields, in the same order.
 const snapshotColumns = `id, org_id, name, state, sandbox_id, template, template_id, template_version, image,
-	shape, bytes, created_at, kept`
+	shape, bytes, created_at, kept, node_id, fence`
 
 // snapshotFields returns s's columns, to scan into or to write.
 func snapshotFields(s *sandbox.Snapshot) []any {
 	return []any{&s.ID, &s.OrgID, &s.Name, &s.State, &s.SandboxID,
 		&s.Template, &s.TemplateID, &s.TemplateVersion, &s.Image,
-		jsonColumn{&s.Shape}, &s.Bytes, timeColumn{&s.CreatedAt}, &s.Kept}
+		jsonColumn{&s.Shape}, &s.Bytes, timeColumn{&s.CreatedAt}, &s.Kept, &s.Holder.Node, &s.Holder.Fence}
 }
 
 func scanSnapshot(row scanner, id string) (sandbox.Snapshot, error) {
@@ -70,6 +70,7 @@ func (db *DB) AddSnapshot(ctx context.Context, s sandbox.Snapshot, most int) err
 			return fault.New(fault.Exhausted, fault.CodeQuotaExceeded,
 				"the organization may have %d snapshots and has %d", most, have)
 		}
+		s.Holder = db.holder()
 		fields := snapshotFields(&s)
 		_, err := tx.ExecContext(ctx,
 			"INSERT INTO snapshots ("+snapshotColumns+") VALUES ("+placeholders(len(fields))+")", fields...)
@@ -88,9 +89,9 @@ func (db *DB) AddSnapshot(ctx context.Context, s sandbox.Snapshot, most int) err
 func (db *DB) ReadySnapshot(ctx context.Context, id sandbox.SnapshotID, made time.Time, size int64,
 	note sandbox.Event) (s sandbox.Snapshot, err error) {
 	err = db.record(ctx, func(tx *sql.Tx, out *outbox) error {
+		p := params{sandbox.SnapshotReady, at(made), size, id, sandbox.SnapshotCreating}
 		s, err = scanSnapshot(tx.QueryRowContext(ctx, `UPDATE snapshots SET state = $1, created_at = $2, bytes = $3
-			WHERE id = $4 AND state = $5 RETURNING `+snapshotColumns,
-			sandbox.SnapshotReady, at(made), size, id, sandbox.SnapshotCreating), string(id))
+			WHERE id = $4 AND state = $5`+db.mine(&p)+" RETURNING "+snapshotColumns, p...), string(id))
 		if fault.Is(err, fault.NotFound) {
 			return fault.New(fault.Conflict, fault.CodeSnapshotState, "snapshot %s is not being created", id)
 		}
@@ -116,6 +117,9 @@ func (db *DB) EndSnapshot(ctx context.Context, id sandbox.SnapshotID) error {
 		if err != nil {
 			return err
 		}
+		if err := db.holds(s.Holder); err != nil {
+			return err
+		}
 		public := s.Shape.Public()
 		if _, err := tx.ExecContext(ctx, "UPDATE snapshots SET state = $1, shape = $2 WHERE id = $3",
 			sandbox.SnapshotDeleting, jsonColumn{&public}, id); err != nil {
@@ -131,7 +135,8 @@ func (db *DB) EndSnapshot(ctx context.Context, id sandbox.SnapshotID) error {
 
 // DropSnapshot implements [sandbox.Store].
 func (db *DB) DropSnapshot(ctx context.Context, id sandbox.SnapshotID) error {
-	if _, err := db.writer.ExecContext(ctx, "DELETE FROM snapshots WHERE id = $1", id); err != nil {
+	p := params{id}
+	if _, err := db.writer.ExecContext(ctx, "DELETE FROM snapshots WHERE id = $1"+db.mine(&p), p...); err != nil {
 		return fmt.Errorf("dropping snapshot %s: %w", id, err)
 	}
 	return nil
@@ -190,5 +195,6 @@ func listSnapshotsQuery(f sandbox.SnapshotFilter) (string, params, error) {
 
 // UnreadySnapshots implements [sandbox.Store].
 func (db *DB) UnreadySnapshots(ctx context.Context) ([]sandbox.Snapshot, error) {
-	return db.snapshots(ctx, "SELECT "+snapshotColumns+" FROM snapshots WHERE state <> 'ready' ORDER BY created_at, id")
+	return db.snapshots(ctx, "SELECT "+snapshotColumns+
+		" FROM snapshots WHERE node_id = $1 AND state <> 'ready' ORDER BY created_at, id", db.holder().Node)
 }

@@ -19,7 +19,7 @@ func fullSnapshot(org, name string, i int) sandbox.Snapshot {
 	return sandbox.Snapshot{ID: sandbox.NewSnapshotID(), OrgID: org, Name: name,
 		State: sandbox.SnapshotCreating, SandboxID: sandbox.NewID(),
 		Template: "python", TemplateID: "tpl_python", TemplateVersion: 3, Shape: fullShape(i),
-		Bytes: 7, Kept: sandbox.KeepFiles, CreatedAt: start.Add(time.Duration(i) * time.Second)}
+		Bytes: 7, Kept: sandbox.KeepFiles, Holder: holderOfTests, CreatedAt: start.Add(time.Duration(i) * time.Second)}
 }
 
 // mustSave adds a snapshot and makes it ready.

@@ -162,19 +162,26 @@ func (d *sqliteDialect) insertListed(ctx context.Context, tx *sql.Tx, args []any
 func (d *sqliteDialect) written(orgs []string) { d.db.woken(orgs) }
 
 func (d *sqliteDialect) setActivity(ctx context.Context, tx *sql.Tx, last map[sandbox.ID]time.Time) error {
+	me := d.db.holder()
 	set, err := tx.PrepareContext(ctx, `UPDATE sandboxes SET last_activity_at = $1
-		WHERE id = $2 AND ended_at IS NULL AND (last_activity_at IS NULL OR last_activity_at < $1)`)
+		WHERE id = $2 AND ended_at IS NULL AND (last_activity_at IS NULL OR last_activity_at < $1)
+		AND node_id = $3 AND fence <= $4`)
 	if err != nil {
 		return err
 	}
 	defer set.Close()
 	for id, t := range last {
-		if _, err := set.ExecContext(ctx, at(t), id); err != nil {
+		if _, err := set.ExecContext(ctx, at(t), id, me.Node, me.Fence); err != nil {
 			return err
 		}
 	}
 	return nil
 }
+
+// begin returns nil: the caller of [Open] keeps other processes out.
+func (d *sqliteDialect) begin(context.Context, string) error { return nil }
+
+func (d *sqliteDialect) began(Session) {}
 
 // current returns nil: cay cannot notice that a file of SQLite was replaced while no server ran.
 func (d *sqliteDialect) current(context.Context) error { return nil }

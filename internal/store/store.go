@@ -50,6 +50,8 @@ type DB struct {
 	writer *sql.DB
 	reader *sql.DB
 	wake   atomic.Pointer[func(orgs []string)] // set by OnEvents
+	// session is nil before StartSession. It is read without a lock, since each write reads it.
+	session atomic.Pointer[Session]
 
 	dialect
 }
@@ -80,6 +82,10 @@ type dialect interface {
 	written(orgs []string)
 	// setActivity writes the last activity of sandboxes that are not over, unless a later one is stored.
 	setActivity(ctx context.Context, tx *sql.Tx, last map[sandbox.ID]time.Time) error
+	// begin returns an error if a session may not begin, and keeps other servers of the node from beginning one.
+	begin(ctx context.Context, node string) error
+	// began learns of a session that has begun.
+	began(s Session)
 	// current returns an error if the records are older than those that the server has seen, because the
 	// database was restored.
 	current(ctx context.Context) error

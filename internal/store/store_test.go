@@ -32,7 +32,14 @@ func TestMain(m *testing.M) {
 
 // testStores tests the contracts of all Store interfaces with the databases that open makes. A second
 // kind of database has to pass it like the first.
-func testStores(t *testing.T, open func(t *testing.T) *DB) {
+func testStores(t *testing.T, openOne func(t *testing.T) *DB) {
+	open := func(t *testing.T) *DB {
+		db := openOne(t)
+		if s := startSession(t, db, holderOfTests.Node); s.Holder != holderOfTests {
+			t.Errorf("the session is %+v", s)
+		}
+		return db
+	}
 	t.Run("sandbox", func(t *testing.T) { testSandboxStore(t, func(t *testing.T) sandbox.Store { return open(t) }) })
 	t.Run("template", func(t *testing.T) { testTemplateStore(t, func(t *testing.T) template.Store { return open(t) }) })
 	t.Run("auth", func(t *testing.T) { testAuthStore(t, func(t *testing.T) auth.Store { return open(t) }) })

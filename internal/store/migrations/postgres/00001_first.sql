@@ -11,6 +11,18 @@ CREATE TABLE settings (
     value TEXT COLLATE "C" NOT NULL
 );
 
+CREATE TABLE cluster (
+    one        BOOLEAN NOT NULL PRIMARY KEY CHECK (one), -- there is one row
+    id         TEXT COLLATE "C" NOT NULL,
+    generation BIGINT NOT NULL -- rises when a restored state is accepted
+);
+
+CREATE TABLE nodes (
+    id         TEXT COLLATE "C" NOT NULL PRIMARY KEY,
+    fence      BIGINT NOT NULL, -- of the newest server
+    started_at BIGINT NOT NULL  -- of that server
+);
+
 CREATE TABLE orgs (
     id              TEXT COLLATE "C" NOT NULL PRIMARY KEY,
     name            TEXT COLLATE "C" NOT NULL UNIQUE,
@@ -135,12 +147,14 @@ CREATE TABLE sandboxes (
     surface           TEXT COLLATE "C" NOT NULL,
     ended_at          BIGINT, -- NULL in every state that is not over
     weight            BIGINT NOT NULL DEFAULT 1,
-    kept              TEXT COLLATE "C" NOT NULL -- what a suspend keeps, '' is everything
+    kept              TEXT COLLATE "C" NOT NULL, -- what a suspend keeps, '' is everything
+    node_id           TEXT COLLATE "C" NOT NULL,
+    fence             BIGINT NOT NULL -- of the server that has taken the row over
 );
 
 CREATE INDEX sandboxes_page ON sandboxes (org_id, created_at, id);
 CREATE INDEX sandboxes_live_page ON sandboxes (org_id, created_at, id) WHERE ended_at IS NULL;
-CREATE INDEX sandboxes_live ON sandboxes (created_at, id) WHERE ended_at IS NULL;
+CREATE INDEX sandboxes_live ON sandboxes (node_id, created_at, id) WHERE ended_at IS NULL;
 CREATE INDEX sandboxes_ended ON sandboxes (ended_at) WHERE ended_at IS NOT NULL;
 CREATE INDEX sandboxes_of_template ON sandboxes (template_id) WHERE ended_at IS NULL;
 CREATE INDEX sandboxes_over ON sandboxes (org_id, ended_at, id, weight) WHERE ended_at IS NOT NULL;
@@ -183,7 +197,9 @@ CREATE TABLE pool (
     template_version BIGINT NOT NULL,
     image            TEXT COLLATE "C" NOT NULL,
     created_at       BIGINT NOT NULL,
-    shape            TEXT COLLATE "C" NOT NULL -- JSON
+    shape            TEXT COLLATE "C" NOT NULL, -- JSON
+    node_id          TEXT COLLATE "C" NOT NULL,
+    fence            BIGINT NOT NULL
 );
 
 CREATE TABLE snapshots (
@@ -199,11 +215,13 @@ CREATE TABLE snapshots (
     bytes            BIGINT NOT NULL,
     created_at       BIGINT NOT NULL,
     shape            TEXT COLLATE "C" NOT NULL, -- JSON
-    kept             TEXT COLLATE "C" NOT NULL  -- as in sandboxes
+    kept             TEXT COLLATE "C" NOT NULL, -- as in sandboxes
+    node_id          TEXT COLLATE "C" NOT NULL,
+    fence            BIGINT NOT NULL
 );
 
 CREATE INDEX snapshots_page ON snapshots (org_id, created_at, id);
-CREATE INDEX snapshots_unready ON snapshots (created_at, id) WHERE state <> 'ready';
+CREATE INDEX snapshots_unready ON snapshots (node_id, created_at, id) WHERE state <> 'ready';
 CREATE UNIQUE INDEX snapshots_name ON snapshots (org_id, name) WHERE name <> '' AND state <> 'deleting';
 
 -- seq is NULL until the event is numbered, after the commit of the transaction that wrote it: docs/decisions/0015.

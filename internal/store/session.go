@@ -1,0 +1,112 @@
+package store
+
+import (
+	"context"
+	"crypto/rand"
+	"database/sql"
+	"fmt"
+	"time"
+
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// Session names a server that works with the records: one of a node, in a cluster.
+type Session struct {
+	Holder sandbox.Holder // the node, and the server's fence
+	// Cluster names the records, for good. Generation counts the restored states that were accepted, from 1 on.
+	// A server writes only to the generation with which it started.
+	Cluster    string
+	Generation int64
+}
+
+// StartSession makes db write as the newest server of a node. It takes over the rows of the node, so that a server
+// before, if it still runs somewhere, cannot write any more. It must be called once, before the node's rows are read.
+// A DB without a session, as in migrations and tests of this package, writes rows of no node.
+func (db *DB) StartSession(ctx context.Context, node string, acceptRestore bool) (Session, error) {
+	s, err := db.startSession(ctx, node, acceptRestore)
+	if err != nil {
+		return Session{}, fmt.Errorf("starting to work with the records as node %s: %w", node, err)
+	}
+	db.session.Store(&s)
+	return s, nil
+}
+
+func (db *DB) startSession(ctx context.Context, node string, acceptRestore bool) (s Session, err error) {
+	if err := db.begin(ctx, node); err != nil {
+		return s, err
+	}
+	err = db.write(ctx, func(tx *sql.Tx) error {
+		s = Session{Holder: sandbox.Holder{Node: node}}
+		// Of two first servers one waits for the other here.
+		if _, err := tx.ExecContext(ctx, `INSERT INTO cluster (one, id, generation) VALUES (TRUE, $1, 1)
+			ON CONFLICT DO NOTHING`, rand.Text()); err != nil {
+			return err
+		}
+		var more int64
+		if acceptRestore {
+			more = 1
+		}
+		if err := tx.QueryRowContext(ctx, "UPDATE cluster SET generation = generation + $1 RETURNING id, generation", more).
+			Scan(&s.Cluster, &s.Generation); err != nil {
+			return err
+		}
+		if err := tx.QueryRowContext(ctx, `INSERT INTO nodes (id, fence, started_at) VALUES ($1, 1, $2)
+			ON CONFLICT (id) DO UPDATE SET fence = nodes.fence + 1, started_at = excluded.started_at RETURNING fence`,
+			node, at(time.Now())).Scan(&s.Holder.Fence); err != nil {
+			return err
+		}
+		for _, rows := range []string{"sandboxes SET fence = $1 WHERE ended_at IS NULL AND", "pool SET fence = $1 WHERE",
+			"snapshots SET fence = $1 WHERE"} {
+			if _, err := tx.ExecContext(ctx, "UPDATE "+rows+" node_id = $2", s.Holder.Fence, node); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err == nil {
+		db.began(s)
+	}
+	return s, err
+}
+
+// holder returns the holder of the rows that db writes.
+func (db *DB) holder() sandbox.Holder {
+	if s := db.session.Load(); s != nil {
+		return s.Holder
+	}
+	return sandbox.Holder{}
+}
+
+// mine returns the end of a condition that is true of the rows that db may write. A row whose fence is lower was
+// inserted by a server before, while this one took over.
+func (db *DB) mine(p *params) string {
+	me := db.holder()
+	return " AND node_id = " + p.add(me.Node) + " AND fence <= " + p.add(me.Fence)
+}
+
+// holds returns an error if db may not write the row of a holder. The error must not look as if there were no row:
+// callers remove what has none.
+func (db *DB) holds(h sandbox.Holder) error {
+	switch me := db.holder(); {
+	case h.Node != me.Node:
+		return fault.New(fault.Unavailable, fault.CodeNotReady, "it belongs to another node than this server's")
+	case h.Fence > me.Fence:
+		return errSuperseded
+	}
+	return nil
+}
+
+// errSuperseded reports that another server of the same node has started since.
+var errSuperseded = fault.New(fault.Unavailable, fault.CodeNotReady,
+	"another server has taken over the records of this one, and this one can write no more: end one of the two")
+
+// heldSandbox reads a sandbox that a write did not find in the state that it needs, and returns an error if db may not
+// write it at all.
+func (db *DB) heldSandbox(ctx context.Context, tx *sql.Tx, id sandbox.ID) (sandbox.Sandbox, error) {
+	s, err := getSandbox(ctx, tx, id)
+	if err == nil {
+		err = db.holds(s.Holder)
+	}
+	return s, err
+}
