@@ -395,3 +395,30 @@ func TestPostgresNumbersLeftEvents(t *testing.T) {
 		}
 	}
 }
+
+// TestPostgresNumbersInOrder numbers events whose rows are in another order on the disk than they were written in.
+func TestPostgresNumbersInOrder(t *testing.T) {
+	db := openURL(t, newDatabase(t, true)+"&enable_mergejoin=off&enable_nestloop=off")
+	d := db.dialect.(*postgresDialect)
+	d.stop()
+	<-d.stopped
+	for round := range 20 {
+		for _, statement := range []string{
+			`INSERT INTO events (org_id, at, type, sandbox_id, from_state, to_state, reason, detail, about)
+				SELECT 'org_a', 0, 'org.created', '', '', '', '', '', '{}' FROM GENERATE_SERIES(1, 200)`,
+			"UPDATE events SET detail = 'moved' WHERE seq IS NULL AND written % 3 = 0",
+		} {
+			if _, err := db.writer.Exec(statement); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := d.number(t.Context()); err != nil {
+			t.Fatalf("round %d: %v", round, err)
+		}
+	}
+	wrong, err := texts(t.Context(), db.reader, `SELECT written::text FROM (SELECT written, seq,
+		LAG(seq) OVER (ORDER BY written) AS before FROM events) AS pairs WHERE seq <= before`)
+	if err != nil || len(wrong) > 0 {
+		t.Errorf("events %v do not come after those written before, %v", wrong, err)
+	}
+}
