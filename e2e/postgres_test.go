@@ -6,8 +6,10 @@ import (
 	"io"
 	"net/http"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -18,17 +20,19 @@ import (
 // onPostgres is a server whose records move to a PostgreSQL of the test's own.
 type onPostgres struct {
 	*server
-	pg  *caytest.Postgres
-	url string // of its database "present"
+	pg    *caytest.Postgres
+	relay *caytest.Relay // between the server and PostgreSQL
+	url   string         // of its database "present"
 }
 
 // TestPostgres moves the records of a server to PostgreSQL, takes PostgreSQL away, and restores it to an older state.
 func TestPostgres(t *testing.T) {
 	p := &onPostgres{pg: caytest.StartPostgres(t)}
-	var err error
-	if p.url, err = p.pg.Create("present", ""); err != nil {
+	if _, err := p.pg.Create("present", ""); err != nil {
 		t.Fatal(err)
 	}
+	p.relay = caytest.StartRelay(t, "unix", filepath.Join(p.pg.Socket(), ".s.PGSQL.5432"))
+	p.url = "postgres://cay@" + p.relay.Address() + "/present?sslmode=disable"
 	p.server = newServer(t, "CAY_STORE_URL=")
 	p.start()
 	p.needTemplate("python")
@@ -36,7 +40,10 @@ func TestPostgres(t *testing.T) {
 	p.want(id, "nohup sh -c 'while true; do date +%s%N > /tmp/next; mv /tmp/next /tmp/beat; sleep 0.05; done' "+
 		">/dev/null 2>&1 & sleep 0.2")
 	p.moves(id)
-	p.goesAway(id)
+	p.goesAway(id, func() error { return p.pg.Stop(syscall.SIGINT) }, p.pg.Start)
+	thaw := sync.OnceFunc(p.relay.Thaw)
+	t.Cleanup(thaw)
+	p.goesAway(id, func() error { p.relay.Freeze(); return nil }, func() error { thaw(); return nil })
 	p.isRestored()
 }
 
@@ -108,13 +115,13 @@ func (p *onPostgres) moves(id string) {
 	}
 }
 
-// goesAway stops PostgreSQL. Calls are refused meanwhile, sandboxes go on, and one whose time is up ends when
+// goesAway takes PostgreSQL away. Calls are refused meanwhile, sandboxes go on, and one whose time is up ends when
 // PostgreSQL is back.
-func (p *onPostgres) goesAway(long string) {
+func (p *onPostgres) goesAway(long string, away, back func() error) {
 	short := p.create(object{"timeout": "5s"})
 	end := orZero(p.get(short).ExpiresAt)
 	goesOn := p.beats(long)
-	if err := p.pg.Stop(syscall.SIGINT); err != nil {
+	if err := away(); err != nil {
 		p.t.Fatal(err)
 	}
 	for time.Now().Before(end.Add(time.Second)) {
@@ -126,7 +133,7 @@ func (p *onPostgres) goesAway(long string) {
 		}
 		time.Sleep(100 * time.Millisecond) // until the end of the sandbox
 	}
-	if err := p.pg.Start(); err != nil {
+	if err := back(); err != nil {
 		p.t.Fatal(err)
 	}
 	p.waitReady()

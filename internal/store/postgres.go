@@ -151,13 +151,14 @@ func OpenPostgres(ctx context.Context, cfg PostgresConfig) (*DB, error) {
 	if err := CheckPostgresURL(cfg.URL); err != nil {
 		return nil, fmt.Errorf("opening PostgreSQL: its URL %w", err)
 	}
-	pool, err := newPool(ctx, cfg)
+	all := &lines{}
+	pool, err := newPool(ctx, cfg, all)
 	if err != nil {
 		return nil, fmt.Errorf("opening PostgreSQL: %w", err)
 	}
 	pg := openPool(pool)
 	db := &DB{writer: pg, reader: pg}
-	d := &postgresDialect{db: db, pool: pool, mark: mark{path: cfg.MarkFile}}
+	d := &postgresDialect{db: db, pool: pool, lines: all, mark: mark{path: cfg.MarkFile}}
 	db.dialect = d
 	err = d.prepare(ctx)
 	if err == nil {
@@ -172,7 +173,7 @@ func OpenPostgres(ctx context.Context, cfg PostgresConfig) (*DB, error) {
 }
 
 // newPool returns a pool of connections with the settings that cay needs.
-func newPool(ctx context.Context, cfg PostgresConfig) (*pgxpool.Pool, error) {
+func newPool(ctx context.Context, cfg PostgresConfig, all *lines) (*pgxpool.Pool, error) {
 	c, err := pgxpool.ParseConfig(cfg.URL)
 	if err != nil {
 		return nil, err
@@ -194,7 +195,7 @@ func newPool(ctx context.Context, cfg PostgresConfig) (*pgxpool.Pool, error) {
 	// Migrations use one connection for the lock and one for the work.
 	c.MaxConns = int32(max(cfg.MaxConns, 2))
 	c.MaxConnLifetime, c.MaxConnLifetimeJitter = connLifetime, connLifetime/10
-	c.ConnConfig.ConnectTimeout, c.ConnConfig.DialFunc = connectTimeout, dial
+	c.ConnConfig.ConnectTimeout, c.ConnConfig.DialFunc = connectTimeout, all.dialGated
 	for name, value := range map[string]string{
 		"application_name": "cay", "idle_in_transaction_session_timeout": idleInTransaction,
 	} {
@@ -261,7 +262,7 @@ func CheckPostgres(ctx context.Context, cfg PostgresConfig) (what string, err er
 	if err := CheckPostgresURL(cfg.URL); err != nil {
 		return "", fmt.Errorf("store.url %w", err)
 	}
-	pool, err := newPool(ctx, cfg)
+	pool, err := newPool(ctx, cfg, &lines{})
 	if err != nil {
 		return "", err
 	}

@@ -127,13 +127,23 @@ const isCurrent = `SELECT ($1::bigint = 0 OR EXISTS (SELECT 1 FROM events WHERE 
 	AND ($2::bigint = 0 OR EXISTS (SELECT 1 FROM cluster WHERE generation >= $2))`
 
 // begin implements dialect. Restored records are left as they are until the restore is accepted.
-func (d *postgresDialect) begin(ctx context.Context, _ string) error { return d.current(ctx) }
+func (d *postgresDialect) begin(ctx context.Context, node string) (err error) {
+	if d.keeper, err = d.keep(ctx, node); err != nil {
+		return err
+	}
+	return d.current(ctx)
+}
 
 // began implements dialect.
 func (d *postgresDialect) began(s Session) { d.mark.enter(s.Generation) }
 
 // current implements dialect.
-func (d *postgresDialect) current(ctx context.Context) error { return d.currentIn(ctx, d.db.reader) }
+func (d *postgresDialect) current(ctx context.Context) error {
+	if err := d.currentIn(ctx, d.db.reader); err != nil {
+		return err
+	}
+	return d.keeper.check()
+}
 
 func (d *postgresDialect) currentIn(ctx context.Context, q querier) error {
 	was := d.mark.value() // before the query: the mark is of events that are committed

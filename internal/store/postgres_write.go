@@ -26,6 +26,9 @@ type postgresDialect struct {
 
 	retries atomic.Int64
 	mark    mark
+	lines   *lines
+	// keeper is set by begin, before any call that reads it.
+	keeper *keeper
 
 	// numbering is held while events are numbered, so that a process numbers them once and wakes followers in order.
 	numbering sync.Mutex
@@ -177,6 +180,7 @@ func (d *postgresDialect) forUpdate() string { return " FOR NO KEY UPDATE" }
 const (
 	lockClassOrg       = 1
 	lockClassNumbering = 2
+	lockClassNode      = 3 // ends with its connection
 )
 
 // lockOrg takes an advisory lock. A lock of the organization's row would write the row each time, and would lock
@@ -226,6 +230,9 @@ func (d *postgresDialect) setActivity(ctx context.Context, tx *sql.Tx, last map[
 func (d *postgresDialect) close() error {
 	d.stop()
 	<-d.stopped
+	if d.keeper != nil {
+		d.keeper.end()
+	}
 	return errors.Join(d.mark.save(), d.closePool())
 }
 

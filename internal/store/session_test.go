@@ -190,8 +190,13 @@ func TestSessionIsFenced(t *testing.T) {
 	}
 }
 
-// release is the end of what keeps a second server of the node out.
-func release(*DB) {}
+// release gives back what keeps a second server of the node out, and lets db go on all the same, as a server does that
+// does not know it yet.
+func release(db *DB) {
+	if d, ok := db.dialect.(*postgresDialect); ok {
+		d.keeper.end()
+	}
+}
 
 // TestPostgresFenceMeetsOpenTransactions takes rows over while a transaction of the server before is open.
 func TestPostgresFenceMeetsOpenTransactions(t *testing.T) {
