@@ -51,7 +51,7 @@ const (
 
 // dataFiles names everything that a server puts into its data directory, and the log that `make run` keeps there.
 var dataFiles = []string{databaseFile, databaseFile + "-wal", databaseFile + "-shm", instanceFile, markFile,
-	keyFile, "lock", "programs",
+	directoryFile, keyFile, "lock", "programs",
 	"images", "sandboxes", "checkpoints", "contexts", buildDir, "scratch", "server.log"}
 
 // server holds all rooms of a running server.

@@ -31,7 +31,7 @@ func openBucket(cfg config.Files) (objects.Bucket, error) {
 
 // openFiles lets images and contexts have copies in the bucket of the settings, if there is one. It makes no request to
 // an S3 server.
-func (s *server) openFiles() error {
+func (s *server) openFiles() (err error) {
 	cfg := s.cfg.Files
 	if cfg.URL == "" {
 		return nil
@@ -40,7 +40,11 @@ func (s *server) openFiles() error {
 	if err != nil {
 		return err
 	}
-	f := &files{store: objects.NewStore(bucket, s.session.Cluster, s.log.With("room", "objects"))}
+	owner := objects.Owner{Cluster: s.session.Cluster}
+	if owner.Directory, err = directoryID(s.cfg.DataDir); err != nil {
+		return err
+	}
+	f := &files{store: objects.NewStore(bucket, owner, s.log.With("room", "objects"))}
 	minFree := int64(s.cfg.Capacity.MinFreeDiskMB) << 20
 	f.images = f.store.Mirror(objects.MirrorConfig{Prefix: "images/", Local: s.images,
 		MaxLocal: int64(cfg.ImagesMB) << 20, MaxUnneeded: int64(cfg.ImagesMB) << 20, MaxFile: maxImageFile, MinFree: minFree})
@@ -60,7 +64,7 @@ const maxImageFile = 128 << 30
 // runFiles copies files until ctx ends.
 func (s *server) runFiles(ctx context.Context) {
 	if err := s.files.store.Run(ctx); err != nil {
-		s.log.Error("files.url names a bucket that another server uses with other records: no file is copied there",
+		s.log.Error("files.url names a bucket that another server uses, with other records or a copy: no file is copied",
 			"error", err)
 	}
 }

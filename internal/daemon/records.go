@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -117,16 +118,47 @@ func ownInstance(dataDir string) (instance string, made bool, err error) {
 			databaseFile)
 	}
 	instance = newInstance()
-	return instance, true, writeInstance(path, instance)
+	return instance, true, writeID(path, instance)
 }
 
-// writeInstance writes the file of a server instance, whole or not at all. Without the file the next start would not
-// find the sandboxes of this one.
-func writeInstance(path, instance string) error {
-	if err := hostfile.ReplaceSynced(path, []byte(instance+"\n"), 0o600); err != nil {
-		return fmt.Errorf("writing the server instance: %w", err)
+// directoryFile has the id of a data directory that has copies of its files in a bucket. It is not among the records,
+// so that a copy of these in another directory does not have it.
+const directoryFile = "directory-id"
+
+// directoryID returns the id of a data directory, and makes it the first time.
+func directoryID(dataDir string) (string, error) {
+	path := filepath.Join(dataDir, directoryFile)
+	text, err := os.ReadFile(path)
+	if err == nil {
+		return strings.TrimSpace(string(text)), nil
 	}
-	return nil
+	if !errors.Is(err, fs.ErrNotExist) {
+		return "", fmt.Errorf("reading the id of the data directory: %w", err)
+	}
+	id := rand.Text()
+	return id, writeID(path, id)
+}
+
+// writeID writes the file of a server instance or of the id of a data directory, whole or not at all. Without the file
+// the next start would not find the sandboxes of this one, or its files in the bucket.
+func writeID(path, id string) error {
+	draft := path + ".new"
+	f, err := os.OpenFile(draft, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	if err != nil {
+		return fmt.Errorf("writing %s: %w", path, err)
+	}
+	_, err = f.WriteString(id + "\n")
+	if err = errors.Join(err, f.Sync(), f.Close()); err == nil {
+		err = os.Rename(draft, path)
+	}
+	if err != nil {
+		return fmt.Errorf("writing %s: %w", path, errors.Join(err, os.Remove(draft)))
+	}
+	dir, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return fmt.Errorf("writing %s: %w", path, err)
+	}
+	return errors.Join(dir.Sync(), dir.Close())
 }
 
 // instanceOf returns the server instance of a data directory, "" if no server was ever started there. It needs no
@@ -182,7 +214,7 @@ func MoveRecords(ctx context.Context, dataDir string, to config.Store) ([]store.
 	if err := os.Remove(filepath.Join(dataDir, markFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
 	}
-	return copied, writeInstance(filepath.Join(dataDir, instanceFile), instance)
+	return copied, writeID(filepath.Join(dataDir, instanceFile), instance)
 }
 
 // recordsMetrics collects the load of the connections to PostgreSQL.

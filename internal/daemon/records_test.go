@@ -52,6 +52,13 @@ func TestRecords(t *testing.T) {
 	if got, err := instanceOf(t.Context(), t.TempDir()); err != nil || got != "" {
 		t.Errorf("the instance of an empty directory is %q, %v", got, err)
 	}
+	id, err := directoryID(a)
+	if again, err2 := directoryID(a); err != nil || err2 != nil || id == "" || again != id {
+		t.Errorf("the id of the directory is %q, %v, and then %q, %v", id, err, again, err2)
+	}
+	if other, err := directoryID(b); err != nil || other == id {
+		t.Errorf("the id of another directory is %q, %v", other, err)
+	}
 	if f := CheckRecords(t.Context(), none); f.OK {
 		t.Errorf("doctor accepts a database that does not exist: %s", f.Detail)
 	}

@@ -11,10 +11,18 @@ import (
 
 // collect removes objects that are not needed, ends old uploads, and evicts local files.
 func (m *Mirror) collect(ctx context.Context) {
-	for _, step := range []func(context.Context) error{m.removeUnneeded, m.abortOld, m.evict} {
-		if err := step(ctx); err != nil && ctx.Err() == nil {
+	warn := func(err error) {
+		if err != nil && ctx.Err() == nil {
 			m.cfg.Log.Warn("cannot collect files of the bucket, and will try again", "prefix", m.cfg.Prefix, "error", err)
 		}
+	}
+	// Another server may have taken the bucket since it was claimed; its records decide then what is needed.
+	if err := m.cfg.Owned(ctx); err != nil {
+		warn(err)
+		return
+	}
+	for _, step := range []func(context.Context) error{m.removeUnneeded, m.abortOld, m.evict} {
+		warn(step(ctx))
 	}
 }
 

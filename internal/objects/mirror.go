@@ -63,7 +63,10 @@ type MirrorConfig struct {
 	MaxFile int64
 	// MinFree is the space in bytes that a download leaves free on the local disk.
 	MinFree int64
-	Log     *slog.Logger
+	// Owned returns an error if the bucket may have another owner; then a collection removes nothing. nil is for a
+	// bucket that no other can have.
+	Owned func(ctx context.Context) error
+	Log   *slog.Logger
 	// Now replaces the clock in tests; nil is time.Now.
 	Now func() time.Time
 }
@@ -107,6 +110,9 @@ type waiting struct {
 func NewMirror(cfg MirrorConfig) *Mirror {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
+	}
+	if cfg.Owned == nil {
+		cfg.Owned = func(context.Context) error { return nil }
 	}
 	return &Mirror{cfg: cfg, wake: make(chan struct{}, 1), turn: make(chan struct{}, 1),
 		waiting: map[string]*waiting{}, stored: map[string]bool{},

@@ -463,30 +463,105 @@ func TestMirrorEvicts(t *testing.T) {
 	})
 }
 
+// TestClaim claims a bucket for several servers at once: of other records, of copies of the same ones, and where an
+// earlier version has claimed it for the records alone.
 func TestClaim(t *testing.T) {
-	eachBucket(t, func(t *testing.T, b Bucket) {
-		var wg sync.WaitGroup
-		var mu sync.Mutex
-		owners := map[string]bool{}
-		for i := range 8 {
-			wg.Go(func() {
-				name := fmt.Sprintf("owner-%d", i%2)
-				err := Claim(t.Context(), b, name)
-				if err != nil && !errors.Is(err, ErrForeign) {
-					t.Error(err)
+	for name, c := range map[string]struct {
+		before string
+		owner  func(i int) Owner
+	}{
+		"other records": {"", func(i int) Owner { return Owner{fmt.Sprint("records-", i%2), "here"} }},
+		"a copy":        {"", func(i int) Owner { return Owner{"records", fmt.Sprint("dir-", i%2)} }},
+		"by before":     {`{"owner":"records"}`, func(i int) Owner { return Owner{"records", fmt.Sprint("dir-", i%2)} }},
+	} {
+		eachBucket(t, func(t *testing.T, b Bucket) {
+			if c.before != "" {
+				if _, err := Write(t.Context(), b, ownerKey, []byte(c.before), Condition{}); err != nil {
+					t.Fatal(err)
 				}
-				if err == nil {
-					mu.Lock()
-					owners[name] = true
-					mu.Unlock()
+			}
+			var wg sync.WaitGroup
+			var mu sync.Mutex
+			owners := map[Owner]bool{}
+			for i := range 8 {
+				wg.Go(func() {
+					owner := c.owner(i)
+					err := Claim(t.Context(), b, owner)
+					if errors.Is(err, ErrCondition) { // another one wrote it twice meanwhile
+						err = Claim(t.Context(), b, owner)
+					}
+					if err != nil && !errors.Is(err, ErrForeign) {
+						t.Errorf("%s: %v", name, err)
+					}
+					if err == nil {
+						mu.Lock()
+						owners[owner] = true
+						mu.Unlock()
+					}
+				})
+			}
+			wg.Wait()
+			if len(owners) != 1 {
+				t.Errorf("%s: the owners are %v", name, owners)
+			}
+			for owner := range owners {
+				if err := Claim(t.Context(), b, owner); err != nil {
+					t.Errorf("%s: claiming again: %v", name, err)
 				}
-			})
+			}
+		})
+	}
+}
+
+// TestStoreIsTakenOver gives a bucket to a copy of the records while the first server runs. It checks that the first
+// one removes nothing any more.
+func TestStoreIsTakenOver(t *testing.T) {
+	b, err := OpenDir(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx := t.Context()
+	now := time.Now()
+	me := Owner{"records", "here"}
+	s := NewStore(b, me, slog.New(slog.DiscardHandler))
+	m := s.Mirror(MirrorConfig{Prefix: "files/", Local: &shelf{dir: t.TempDir()}, MaxFile: 1 << 30,
+		Now: func() time.Time { return now }})
+	write := func(key, text string) {
+		t.Helper()
+		if _, err := Write(ctx, b, key, []byte(text), Condition{}); err != nil {
+			t.Fatal(err)
 		}
-		wg.Wait()
-		if len(owners) != 1 {
-			t.Errorf("the owners are %v", owners)
+	}
+	key := "files/" + Sum(sha256.Sum256([]byte("theirs"))).String()
+	write(key, "theirs")
+	if err := Claim(ctx, b, me); err != nil {
+		t.Fatal(err)
+	}
+	s.claimed.Store(true)
+	m.collect(ctx) // sees that nothing needs it
+	now = now.Add(2 * Grace)
+	for _, other := range []string{`{"owner":"records","directory":"there"}`, `{"owner":"others","directory":"here"}`,
+		`{"owner":"records"}`, "{"} {
+		write(ownerKey, other)
+		m.collect(ctx)
+		if _, err := b.Stat(ctx, key); err != nil || s.Claimed() {
+			t.Errorf("with the owner %s: the object %v, claimed %v", other, err, s.Claimed())
 		}
-	})
+	}
+	if err := b.Delete(ctx, ownerKey); err != nil {
+		t.Fatal(err)
+	}
+	m.collect(ctx)
+	if _, err := b.Stat(ctx, key); err != nil {
+		t.Errorf("without an owner: %v", err)
+	}
+	if err := Claim(ctx, b, me); err != nil {
+		t.Fatal(err)
+	}
+	m.collect(ctx)
+	if _, err := b.Stat(ctx, key); !errors.Is(err, fs.ErrNotExist) || !s.Claimed() {
+		t.Errorf("the owner does not remove what nothing needs: %v", err)
+	}
 }
 
 // TestStore runs a store whose bucket is away at first, and one of another owner.
@@ -495,7 +570,7 @@ func TestStore(t *testing.T) {
 	s3.Stop()
 	log := slog.New(slog.DiscardHandler)
 	local := &shelf{dir: t.TempDir()}
-	s := NewStore(openS3(t, s3, ""), "me", log)
+	s := NewStore(openS3(t, s3, ""), Owner{"me", "here"}, log)
 	m := s.Mirror(MirrorConfig{Prefix: "files/", Local: local, MaxFile: 1 << 30})
 	name := local.put(t, "text", time.Now())
 	m.Offer(name)
@@ -511,7 +586,7 @@ func TestStore(t *testing.T) {
 	if err := <-ended; err != nil {
 		t.Error(err)
 	}
-	foreign := NewStore(openS3(t, s3, ""), "other", log)
+	foreign := NewStore(openS3(t, s3, ""), Owner{"other", "here"}, log)
 	if err := foreign.Run(t.Context()); !errors.Is(err, ErrForeign) {
 		t.Errorf("the store of another owner: %v", err)
 	}

@@ -24,33 +24,54 @@ const (
 // ErrForeign reports that a bucket, or the prefix in it, belongs to another owner.
 var ErrForeign = errors.New("the bucket belongs to other records")
 
-// owner is the content of ownerKey.
-type owner struct {
-	// Owner names the records whose files the bucket has. A server with other records would take the files for
+// Owner names the server that may remove objects of a bucket. It is the content of ownerKey.
+type Owner struct {
+	// Cluster names the records whose files the bucket has. A server with other records would take the files for
 	// unneeded and remove them.
-	Owner string `json:"owner"`
+	Cluster string `json:"owner"`
+	// Directory names the data directory of the server. A copy of the records elsewhere has the same cluster, and not
+	// what the server has recorded since. Owners that were written by earlier versions have none.
+	Directory string `json:"directory,omitempty"`
+}
+
+// find reads the owner of a bucket. It returns [ErrForeign] if that is not o, and fs.ErrNotExist if there is none.
+func (o Owner) find(ctx context.Context, b Bucket) (found Owner, info Info, err error) {
+	data, info, err := Read(ctx, b, ownerKey, maxOwner)
+	if err != nil {
+		return found, info, fmt.Errorf("reading the owner of the bucket: %w", err)
+	}
+	switch err := json.Unmarshal(data, &found); {
+	case err != nil || found.Cluster != o.Cluster:
+		return found, info, fmt.Errorf("%w: its %s names the owner %.40q, and this server's records are %.40q", ErrForeign,
+			ownerKey, found.Cluster, o.Cluster)
+	case found.Directory != "" && found.Directory != o.Directory:
+		return found, info, fmt.Errorf("%w: its %s names the data directory %.40q, and this server's is %.40q, with a copy "+
+			"of the records", ErrForeign, ownerKey, found.Directory, o.Directory)
+	}
+	return found, info, nil
 }
 
 // Claim makes a bucket the owner's. A bucket that is another owner's gives [ErrForeign].
-func Claim(ctx context.Context, b Bucket, name string) error {
+func Claim(ctx context.Context, b Bucket, o Owner) error {
 	const most = 2 // tries: the object may be written between reading and writing
 	for try := 1; ; try++ {
-		data, _, err := Read(ctx, b, ownerKey, maxOwner)
-		if err == nil {
-			var o owner
-			if err := json.Unmarshal(data, &o); err != nil || o.Owner != name {
-				return fmt.Errorf("%w: its %s names the owner %.40q, and this server's records are %.40q", ErrForeign, ownerKey,
-					o.Owner, name)
-			}
+		found, info, err := o.find(ctx, b)
+		var only Condition
+		switch {
+		case err == nil && found == o:
 			return nil
-		}
-		if !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("claiming the bucket: %w", err)
-		}
-		if data, err = json.Marshal(owner{name}); err != nil {
+		case err == nil: // of an earlier version
+			only.ETag = info.ETag
+		case errors.Is(err, fs.ErrNotExist):
+			only.Absent = true
+		default:
 			return err
 		}
-		_, err = Write(ctx, b, ownerKey, data, Condition{Absent: true})
+		data, err := json.Marshal(o)
+		if err != nil {
+			return err
+		}
+		_, err = Write(ctx, b, ownerKey, data, only)
 		if err == nil || !errors.Is(err, ErrCondition) || try == most {
 			return err
 		}
@@ -68,23 +89,35 @@ func Open(l Location, c Credentials) (Bucket, error) {
 // Store has the mirrors of a bucket.
 type Store struct {
 	transfer *Transfer
-	owner    string
+	owner    Owner
 	log      *slog.Logger
 	mirrors  []*Mirror
 	claimed  atomic.Bool
 }
 
 // NewStore returns the store of an owner over a bucket. Nothing is written before [Store.Run].
-func NewStore(b Bucket, owner string, log *slog.Logger) *Store {
+func NewStore(b Bucket, owner Owner, log *slog.Logger) *Store {
 	return &Store{transfer: NewTransfer(b), owner: owner, log: log}
 }
 
 // Mirror adds a mirror with the configuration, before Run.
 func (s *Store) Mirror(cfg MirrorConfig) *Mirror {
-	cfg.Transfer, cfg.Log = s.transfer, s.log
+	cfg.Transfer, cfg.Log, cfg.Owned = s.transfer, s.log, s.owned
 	m := NewMirror(cfg)
 	s.mirrors = append(s.mirrors, m)
 	return m
+}
+
+// owned returns an error unless the bucket is still the owner's.
+func (s *Store) owned(ctx context.Context) error {
+	found, _, err := s.owner.find(ctx, s.transfer.bucket)
+	if err == nil && found != s.owner {
+		err = fmt.Errorf("%w: its %s names no data directory", ErrForeign, ownerKey) // an earlier version has claimed it
+	}
+	if err == nil || errors.Is(err, ErrForeign) || errors.Is(err, fs.ErrNotExist) {
+		s.claimed.Store(err == nil)
+	}
+	return err
 }
 
 // Claimed reports whether the bucket was reached and is the owner's.
