@@ -113,6 +113,9 @@ func (p *onPostgres) moves(id string) {
 	if n := p.metric(`cay_store_connections{state="limit"}`); n != 16 {
 		p.t.Errorf("the limit of connections is %d", n)
 	}
+	if n := p.metric(`cay_store_call_seconds_count{call="get"}`); n == 0 {
+		p.t.Error("no call to the records was measured")
+	}
 }
 
 // goesAway takes PostgreSQL away. Calls are refused meanwhile, sandboxes go on, and one whose time is up ends when

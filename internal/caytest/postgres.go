@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"net"
 	"net/url"
 	"os"
 	"os/exec"
@@ -27,18 +28,34 @@ type Postgres struct {
 	dir    string // has the data and the socket
 	bin    string // has the programs
 	owner  *syscall.Credential
+	port   string // on the loopback, "" for none
 	cmd    *exec.Cmd
 	exited chan struct{} // closed when cmd has ended
 }
 
 // NewPostgres makes an empty server and starts it. The caller must call [Postgres.Remove], also in a test that fails.
-func NewPostgres() (*Postgres, error) {
+func NewPostgres() (*Postgres, error) { return newPostgres("") }
+
+// NewPostgresOnLoopback makes a server that is measured: it listens on the loopback, and syncs commits to the disk.
+func NewPostgresOnLoopback() (*Postgres, error) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return nil, err
+	}
+	_, port, err := net.SplitHostPort(l.Addr().String())
+	if err := errors.Join(err, l.Close()); err != nil {
+		return nil, err
+	}
+	return newPostgres(port)
+}
+
+func newPostgres(port string) (*Postgres, error) {
 	found, err := filepath.Glob("/usr/lib/postgresql/*/bin/postgres")
 	if err != nil || len(found) == 0 {
 		return nil, errors.New("PostgreSQL is not installed in /usr/lib/postgresql")
 	}
 	slices.Sort(found)
-	p := &Postgres{bin: filepath.Dir(found[len(found)-1])}
+	p := &Postgres{bin: filepath.Dir(found[len(found)-1]), port: port}
 	if p.dir, err = os.MkdirTemp("", "cay-pg-"); err != nil {
 		return nil, err
 	}
@@ -109,6 +126,9 @@ func (p *Postgres) Start() error {
 	// Without fsync a test is quick; what is committed survives a crash of PostgreSQL, but not of the machine.
 	cmd := p.command("postgres", "-D", p.data(), "-k", p.dir, "-c", "listen_addresses=", "-c", "fsync=off",
 		"-c", "max_connections=200", "-c", "autovacuum_naptime=1h")
+	if p.port != "" {
+		cmd.Args = append(cmd.Args, "-p", p.port, "-c", "listen_addresses=127.0.0.1", "-c", "fsync=on")
+	}
 	var log bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &log, &log
 	if err := cmd.Start(); err != nil {
@@ -217,13 +237,20 @@ func (p *Postgres) Remove() error {
 
 // URL returns the address of a database of the server.
 func (p *Postgres) URL(database string) string {
+	if p.port != "" {
+		return "postgres://cay@127.0.0.1:" + p.port + "/" + database + "?sslmode=disable"
+	}
 	q := url.Values{"host": {p.dir}, "user": {"cay"}}
 	return "postgres:///" + database + "?" + q.Encode()
 }
 
 // Exec runs a statement in a database.
 func (p *Postgres) Exec(database, statement string) error {
-	out, err := p.command("psql", "-X", "-q", "-h", p.dir, "-U", "cay", "-d", database, "-c", statement).CombinedOutput()
+	cmd := p.command("psql", "-X", "-q", "-h", p.dir, "-U", "cay", "-d", database, "-c", statement)
+	if p.port != "" {
+		cmd.Args = append(cmd.Args, "-p", p.port)
+	}
+	out, err := cmd.CombinedOutput()
 	if err != nil {
 		return fmt.Errorf("running %q: %w: %s", statement, err, out)
 	}

@@ -137,9 +137,7 @@ func (s *server) open(ctx context.Context) error {
 	}
 	s.instance = s.session.Holder.Node
 	s.onClose(func(context.Context) error { return s.db.Close() })
-	if _, remote := s.db.Load(); remote {
-		s.registry.MustRegister(recordsMetrics{s.db})
-	}
+	observeRecords(s.db, s.registry)
 	s.events = event.New(event.Config{Keep: time.Duration(cfg.Events.Keep), MaxPerOrg: cfg.Events.MaxPerOrg,
 		MaxFollowers: cfg.Events.MaxFollowers}, s.db, s.log)
 	s.db.OnEvents(s.events.Wake)

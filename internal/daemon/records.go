@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -215,6 +216,19 @@ func MoveRecords(ctx context.Context, dataDir string, to config.Store) ([]store.
 		return nil, err
 	}
 	return copied, writeID(filepath.Join(dataDir, instanceFile), instance)
+}
+
+// observeRecords registers the metrics of the records.
+func observeRecords(db *store.DB, registry *prometheus.Registry) {
+	calls := prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "cay_store_call_seconds",
+		Help: "Time that calls to the records took, by name, with their waits for a connection.",
+		// From a read of SQLite to the time after which a PostgreSQL that does not answer is noticed.
+		Buckets: []float64{.0001, .0005, .001, .0025, .005, .01, .025, .1, .5, 2}}, []string{"call"})
+	registry.MustRegister(calls)
+	db.OnCall(func(call string, took time.Duration) { calls.WithLabelValues(call).Observe(took.Seconds()) })
+	if _, remote := db.Load(); remote {
+		registry.MustRegister(recordsMetrics{db})
+	}
 }
 
 // recordsMetrics collects the load of the connections to PostgreSQL.

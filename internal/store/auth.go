@@ -35,6 +35,7 @@ func noOrg(id string) error {
 
 // PutOrg implements [auth.Store].
 func (db *DB) PutOrg(ctx context.Context, o auth.Org, first auth.Key) error {
+	defer db.took("put_org", time.Now())
 	err := db.record(ctx, func(tx *sql.Tx, out *outbox) error {
 		fields := orgFields(&o)
 		_, err := tx.ExecContext(ctx, "INSERT INTO orgs ("+orgColumns+") VALUES ("+placeholders(len(fields))+")", fields...)
@@ -76,6 +77,7 @@ func keyEvent(t event.Type, k auth.Key, when time.Time) event.Event {
 
 // GetOrg implements [auth.Store].
 func (db *DB) GetOrg(ctx context.Context, id string) (auth.Org, error) {
+	defer db.took("get_org", time.Now())
 	var o auth.Org
 	err := db.reader.QueryRowContext(ctx, "SELECT "+orgColumns+" FROM orgs WHERE id = $1", id).Scan(orgFields(&o)...)
 	if errors.Is(err, sql.ErrNoRows) {
@@ -89,6 +91,7 @@ func (db *DB) GetOrg(ctx context.Context, id string) (auth.Org, error) {
 
 // ListOrgs implements [auth.Store].
 func (db *DB) ListOrgs(ctx context.Context, limit int, after string) ([]auth.Org, string, error) {
+	defer db.took("list_orgs", time.Now())
 	var p params
 	end, err := page(listOrgs, limit, after, &p)
 	if err != nil {
@@ -116,6 +119,7 @@ func (db *DB) ListOrgs(ctx context.Context, limit int, after string) ([]auth.Org
 
 // PutKey implements [auth.Store]. It returns NotFound if the organization does not exist.
 func (db *DB) PutKey(ctx context.Context, k auth.Key, limit int) error {
+	defer db.took("put_key", time.Now())
 	err := db.record(ctx, func(tx *sql.Tx, out *outbox) error {
 		if limit > 0 {
 			if err := db.lockOrg(ctx, tx, k.OrgID); err != nil {
@@ -170,11 +174,13 @@ const (
 
 // KeyByHash implements [auth.Store].
 func (db *DB) KeyByHash(ctx context.Context, hash []byte) (auth.Key, auth.Org, error) {
+	defer db.took("key_by_hash", time.Now())
 	return db.key(ctx, keyByHash, hex.EncodeToString(hash))
 }
 
 // GetKey implements [auth.Store].
 func (db *DB) GetKey(ctx context.Context, id string) (auth.Key, auth.Org, error) {
+	defer db.took("get_key", time.Now())
 	return db.key(ctx, keyByID, id)
 }
 
@@ -198,6 +204,7 @@ func (db *DB) key(ctx context.Context, query, by string) (auth.Key, auth.Org, er
 
 // ListKeys implements [auth.Store].
 func (db *DB) ListKeys(ctx context.Context, orgID string, limit int, after string) ([]auth.Key, string, error) {
+	defer db.took("list_keys", time.Now())
 	var p params
 	q := "SELECT " + keyColumns + " FROM api_keys WHERE org_id = " + p.add(orgID)
 	end, err := page(listKeys, limit, after, &p)
@@ -230,6 +237,7 @@ func (db *DB) ListKeys(ctx context.Context, orgID string, limit int, after strin
 
 // RevokeKey implements [auth.Store].
 func (db *DB) RevokeKey(ctx context.Context, orgID, id string, when time.Time) error {
+	defer db.took("revoke_key", time.Now())
 	err := db.record(ctx, func(tx *sql.Tx, out *outbox) error {
 		k := auth.Key{ID: id, OrgID: orgID}
 		err := tx.QueryRowContext(ctx, `UPDATE api_keys SET revoked_at = $1
@@ -256,6 +264,7 @@ func (db *DB) RevokeKey(ctx context.Context, orgID, id string, when time.Time) e
 // TouchKey implements [auth.Store]. It changes nothing if a later use is recorded or if the key does
 // not exist.
 func (db *DB) TouchKey(ctx context.Context, id string, when time.Time) error {
+	defer db.took("touch_key", time.Now())
 	_, err := db.writer.ExecContext(ctx,
 		"UPDATE api_keys SET last_used_at = $1 WHERE id = $2 AND (last_used_at IS NULL OR last_used_at < $1)", at(when), id)
 	if err != nil {

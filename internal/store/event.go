@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/cayhq/cay/internal/event"
 	"github.com/cayhq/cay/internal/fault"
@@ -128,6 +129,7 @@ const notesKept = 100
 
 // Note implements [sandbox.Store].
 func (db *DB) Note(ctx context.Context, events []sandbox.Event) error {
+	defer db.took("note", time.Now())
 	err := db.record(ctx, func(tx *sql.Tx, out *outbox) error {
 		if err := db.lockNoted(ctx, tx, events); err != nil {
 			return err
@@ -189,6 +191,7 @@ func listedID(number int64) string { return fmt.Sprintf("evt_%010d", number) }
 // Events implements [sandbox.Store]. It orders the events of a sandbox by number and not by time,
 // because a clock that is set back puts times out of order.
 func (db *DB) Events(ctx context.Context, id sandbox.ID, limit int, after string) ([]sandbox.Event, string, error) {
+	defer db.took("events", time.Now())
 	query, args, err := listingQuery(id, limit, after)
 	if err != nil {
 		return nil, "", err

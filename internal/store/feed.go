@@ -87,6 +87,7 @@ func (db *DB) horizon(ctx context.Context, org string) (event.Seq, error) {
 
 // ReadEvents implements [event.Store].
 func (db *DB) ReadEvents(ctx context.Context, q event.Query) (event.Page, error) {
+	defer db.took("read_events", time.Now())
 	horizon, err := db.horizon(ctx, q.OrgID)
 	if err != nil {
 		return event.Page{}, err
@@ -143,6 +144,7 @@ func (db *DB) readEvents(ctx context.Context, q event.Query) (event.Page, error)
 
 // LastEvent implements [event.Store].
 func (db *DB) LastEvent(ctx context.Context, org string) (event.Seq, error) {
+	defer db.took("last_event", time.Now())
 	last, _, err := place(ctx, db.reader, lastEvent, org)
 	if err != nil {
 		return 0, fmt.Errorf("finding the last event: %w", err)
@@ -153,6 +155,7 @@ func (db *DB) LastEvent(ctx context.Context, org string) (event.Seq, error) {
 
 // ReadAllEvents implements [event.Store].
 func (db *DB) ReadAllEvents(ctx context.Context, after event.Seq, limit int) ([]event.Event, error) {
+	defer db.took("read_all_events", time.Now())
 	rows, err := db.reader.QueryContext(ctx,
 		"SELECT "+eventColumns+" FROM events WHERE seq > $1 ORDER BY seq LIMIT $2", after, limit)
 	if err != nil {
@@ -167,6 +170,7 @@ func (db *DB) ReadAllEvents(ctx context.Context, after event.Seq, limit int) ([]
 
 // Consumed implements [event.Store].
 func (db *DB) Consumed(ctx context.Context, consumer string) (event.Seq, bool, error) {
+	defer db.took("consumed", time.Now())
 	s, found, err := place(ctx, db.reader, "SELECT seq FROM event_consumers WHERE name = $1", consumer)
 	if err != nil {
 		return 0, false, fmt.Errorf("reading the place of consumer %s: %w", consumer, err)
@@ -176,6 +180,7 @@ func (db *DB) Consumed(ctx context.Context, consumer string) (event.Seq, bool, e
 
 // SetConsumed implements [event.Store].
 func (db *DB) SetConsumed(ctx context.Context, consumer string, through event.Seq) error {
+	defer db.took("set_consumed", time.Now())
 	_, err := db.writer.ExecContext(ctx, `INSERT INTO event_consumers (name, seq) VALUES ($1, $2)
 		ON CONFLICT (name) DO UPDATE SET seq = excluded.seq`, consumer, through)
 	if err != nil {
@@ -186,6 +191,7 @@ func (db *DB) SetConsumed(ctx context.Context, consumer string, through event.Se
 
 // EndConsumer implements [event.Store].
 func (db *DB) EndConsumer(ctx context.Context, consumer string) error {
+	defer db.took("end_consumer", time.Now())
 	if _, err := db.writer.ExecContext(ctx, "DELETE FROM event_consumers WHERE name = $1", consumer); err != nil {
 		return fmt.Errorf("ending consumer %s: %w", consumer, err)
 	}
@@ -207,6 +213,7 @@ const (
 
 // TrimEvents implements [event.Store].
 func (db *DB) TrimEvents(ctx context.Context, before time.Time, most int) (int, error) {
+	defer db.took("trim_events", time.Now())
 	bound, _, err := place(ctx, db.reader, trimmable)
 	if err != nil {
 		return 0, fmt.Errorf("finding the last event that may be dropped: %w", err)

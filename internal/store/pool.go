@@ -4,6 +4,7 @@ import (
 	"context"
 	"database/sql"
 	"fmt"
+	"time"
 
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/sandbox"
@@ -21,6 +22,7 @@ func pooledFields(m *sandbox.Pooled) []any {
 
 // AddPooled implements [sandbox.Store].
 func (db *DB) AddPooled(ctx context.Context, m sandbox.Pooled) error {
+	defer db.took("add_pooled", time.Now())
 	err := db.write(ctx, func(tx *sql.Tx) error {
 		m.Holder = db.holder()
 		fields := pooledFields(&m)
@@ -45,6 +47,7 @@ func (db *DB) AddPooled(ctx context.Context, m sandbox.Pooled) error {
 
 // DropPooled implements [sandbox.Store].
 func (db *DB) DropPooled(ctx context.Context, id sandbox.ID) error {
+	defer db.took("drop_pooled", time.Now())
 	p := params{id}
 	if _, err := db.writer.ExecContext(ctx, "DELETE FROM pool WHERE id = $1"+db.mine(&p), p...); err != nil {
 		return fmt.Errorf("dropping sandbox %s from the warm pool: %w", id, err)
@@ -54,6 +57,7 @@ func (db *DB) DropPooled(ctx context.Context, id sandbox.ID) error {
 
 // ListPooled implements [sandbox.Store].
 func (db *DB) ListPooled(ctx context.Context) ([]sandbox.Pooled, error) {
+	defer db.took("list_pooled", time.Now())
 	rows, err := db.reader.QueryContext(ctx, "SELECT "+pooledColumns+
 		" FROM pool WHERE node_id = $1 ORDER BY created_at, id", db.holder().Node)
 	if err != nil {
@@ -77,6 +81,7 @@ func (db *DB) ListPooled(ctx context.Context) ([]sandbox.Pooled, error) {
 // Admit implements [sandbox.Store].
 func (db *DB) Admit(ctx context.Context, s sandbox.Sandbox, q sandbox.Quota,
 	once sandbox.Once) (sandbox.Sandbox, bool, error) {
+	defer db.took("admit", time.Now())
 	prior, found, err := admit(ctx, db.reader, s, q, once)
 	if err != nil {
 		return sandbox.Sandbox{}, false, fmt.Errorf("checking whether sandbox %s may be created: %w", s.ID, err)
@@ -87,6 +92,7 @@ func (db *DB) Admit(ctx context.Context, s sandbox.Sandbox, q sandbox.Quota,
 // Claim implements [sandbox.Store].
 func (db *DB) Claim(ctx context.Context, s sandbox.Sandbox, q sandbox.Quota,
 	once sandbox.Once) (prior sandbox.Sandbox, found bool, err error) {
+	defer db.took("claim", time.Now())
 	if s.State != sandbox.Running {
 		return prior, false, fmt.Errorf("claiming sandbox %s in state %q", s.ID, s.State)
 	}

@@ -13,6 +13,7 @@ import (
 
 // SetPublicPort implements [sandbox.Store].
 func (db *DB) SetPublicPort(ctx context.Context, id sandbox.ID, port int, public bool) error {
+	defer db.took("set_public_port", time.Now())
 	err := db.record(ctx, func(tx *sql.Tx, out *outbox) error {
 		if !public {
 			r, err := tx.ExecContext(ctx, "DELETE FROM public_ports WHERE sandbox_id = $1 AND port = $2", id, port)
@@ -64,6 +65,7 @@ func (o *outbox) port(ctx context.Context, t event.Type, id sandbox.ID, port int
 
 // PublicPorts implements [sandbox.Store].
 func (db *DB) PublicPorts(ctx context.Context, id sandbox.ID) ([]int, error) {
+	defer db.took("public_ports", time.Now())
 	rows, err := db.reader.QueryContext(ctx, "SELECT port FROM public_ports WHERE sandbox_id = $1 ORDER BY port", id)
 	if err != nil {
 		return nil, fmt.Errorf("listing public ports of %s: %w", id, err)

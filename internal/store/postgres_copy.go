@@ -10,6 +10,7 @@ import (
 	"iter"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 )
@@ -19,6 +20,7 @@ const settingServed = "served"
 
 // Serve notes that a server works with these records, so that [CopyToPostgres] does not replace them any more.
 func (db *DB) Serve(ctx context.Context) error {
+	defer db.took("serve", time.Now())
 	_, err := db.FirstSetting(ctx, settingServed, "yes")
 	return err
 }

@@ -52,8 +52,8 @@ const (
 )
 
 // deadClient makes PostgreSQL notice within some 25 s that the machine of a server is gone, so that its lock ends.
-var deadClient = map[string]string{"tcp_keepalives_idle": "10", "tcp_keepalives_interval": "5", "tcp_keepalives_count": "3",
-	"tcp_user_timeout": "25000"}
+var deadClient = map[string]string{"tcp_keepalives_idle": "10", "tcp_keepalives_interval": "5",
+	"tcp_keepalives_count": "3", "tcp_user_timeout": "25000"}
 
 // keep takes the lock of a node, and keeps it until [keeper.end].
 func (d *postgresDialect) keep(ctx context.Context, node string) (*keeper, error) {
@@ -80,8 +80,8 @@ func (d *postgresDialect) keep(ctx context.Context, node string) (*keeper, error
 		if err != nil && ctx.Err() == nil {
 			return nil, fmt.Errorf("locking the records of the node: %w", err)
 		}
-		return nil, fmt.Errorf("another server works with the records of node %s: this data directory, or its file instance, "+
-			"is a copy of that server's; give each server a data directory and a database of its own", node)
+		return nil, fmt.Errorf("another server works with the records of node %s: this data directory, or its file "+
+			"instance, is a copy of that server's; give each server a data directory and a database of its own", node)
 	}
 	var running context.Context
 	running, k.stop = context.WithCancel(context.WithoutCancel(ctx))
@@ -136,8 +136,8 @@ func (k *keeper) run(ctx context.Context, conn *pgx.Conn) {
 	}
 }
 
-// again takes the lock again. It returns nil if ctx has ended, or if another server of the node has started since, which
-// leaves the lock lost for good.
+// again takes the lock again. It returns nil if ctx has ended, or if another server of the node has started since,
+// which leaves the lock lost for good.
 func (k *keeper) again(ctx context.Context) *pgx.Conn {
 	for ; ; sleep(ctx, lockRetry) {
 		if ctx.Err() != nil {
@@ -226,6 +226,6 @@ func (k *keeper) check() error {
 	if k == nil || !k.lost.Load() {
 		return nil
 	}
-	return fault.New(fault.Unavailable, fault.CodeNotReady, "the server has lost its lock on the records: it cannot reach "+
-		"PostgreSQL, or another server with a copy of its data directory has started").After(awayRetry)
+	return fault.New(fault.Unavailable, fault.CodeNotReady, "the server has lost its lock on the records: it cannot "+
+		"reach PostgreSQL, or another server with a copy of its data directory has started").After(awayRetry)
 }

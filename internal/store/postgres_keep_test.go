@@ -91,7 +91,9 @@ func TestPostgresLockLost(t *testing.T) {
 			t.Fatal(err)
 		}
 		taken.Wait()
-		eventually(t, "the server is ready without its lock", func() bool { return fault.Is(db.Ping(ctx), fault.Unavailable) })
+		eventually(t, "the server is ready without its lock", func() bool {
+			return fault.Is(db.Ping(ctx), fault.Unavailable)
+		})
 	}
 	give := func() {
 		t.Helper()

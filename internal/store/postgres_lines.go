@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// lines has the connections to PostgreSQL below TLS and the protocol. It knows which of them wait for an answer, and can
-// end all of them when PostgreSQL is away, so that no call waits for a machine that does not answer.
+// lines has the connections to PostgreSQL, below TLS and the protocol. It knows which of them wait for an answer, and
+// can end all of them when PostgreSQL is away, so that no call waits for a machine that does not answer.
 type lines struct {
 	heard atomic.Int64 // counts the reads that brought something, on all connections
 

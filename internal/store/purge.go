@@ -23,6 +23,7 @@ const (
 // Purge implements [sandbox.Store]. It works in batches, so that creates run between them. After an
 // error it returns the number of sandboxes that it has dropped already.
 func (db *DB) Purge(ctx context.Context, over, now time.Time, most int) (int, error) {
+	defer db.took("purge", time.Now())
 	if _, err := db.writer.ExecContext(ctx, "DELETE FROM idempotency WHERE created_at <= $1",
 		at(now.Add(-onceFor))); err != nil {
 		return 0, fmt.Errorf("dropping old idempotency keys: %w", err)

@@ -87,6 +87,7 @@ func readSandbox(ctx context.Context, q querier, id sandbox.ID, lock string) (sa
 // Insert implements [sandbox.Store].
 func (db *DB) Insert(ctx context.Context, s sandbox.Sandbox, q sandbox.Quota,
 	once sandbox.Once) (prior sandbox.Sandbox, found bool, err error) {
+	defer db.took("insert", time.Now())
 	if s.State != sandbox.Creating {
 		return prior, false, fmt.Errorf("inserting sandbox %s in state %q", s.ID, s.State)
 	}
@@ -219,6 +220,7 @@ func insertSandbox(ctx context.Context, tx *sql.Tx, out *outbox, s sandbox.Sandb
 
 // Forget implements [sandbox.Store].
 func (db *DB) Forget(ctx context.Context, id sandbox.ID) error {
+	defer db.took("forget", time.Now())
 	p := params{id}
 	if _, err := db.writer.ExecContext(ctx, `DELETE FROM idempotency WHERE sandbox_id = $1
 		AND EXISTS (SELECT 1 FROM sandboxes WHERE id = $1`+db.mine(&p)+")", p...); err != nil {
@@ -229,6 +231,7 @@ func (db *DB) Forget(ctx context.Context, id sandbox.ID) error {
 
 // Get implements [sandbox.Store].
 func (db *DB) Get(ctx context.Context, id sandbox.ID) (sandbox.Sandbox, error) {
+	defer db.took("get", time.Now())
 	s, err := getSandbox(ctx, db.reader, id)
 	return s, db.gone(ctx, err)
 }
@@ -246,6 +249,7 @@ func (db *DB) gone(ctx context.Context, err error) error {
 
 // List implements [sandbox.Store].
 func (db *DB) List(ctx context.Context, f sandbox.Filter) ([]sandbox.Sandbox, string, error) {
+	defer db.took("list", time.Now())
 	query, args, err := listQuery(f)
 	if err != nil {
 		return nil, "", err
@@ -307,6 +311,7 @@ func states(p *params, all []sandbox.State) string {
 
 // Transition implements [sandbox.Store].
 func (db *DB) Transition(ctx context.Context, c sandbox.Change) (after sandbox.Sandbox, err error) {
+	defer db.took("transition", time.Now())
 	err = db.record(ctx, func(tx *sql.Tx, out *outbox) error {
 		before, err := db.lockSandbox(ctx, tx, c.ID)
 		if err != nil {
@@ -408,6 +413,7 @@ func updateQuery(c sandbox.Change, before sandbox.Sandbox) (string, params) {
 // SetExpiry implements [sandbox.Store].
 func (db *DB) SetExpiry(ctx context.Context, id sandbox.ID, expiresAt time.Time, timeout time.Duration,
 	later bool) (s sandbox.Sandbox, err error) {
+	defer db.took("set_expiry", time.Now())
 	err = db.write(ctx, func(tx *sql.Tx) error {
 		p := params{at(expiresAt), durationColumn{&timeout}, id, sandbox.Running}
 		query := "UPDATE sandboxes SET expires_at = $1, timeout = $2 WHERE id = $3 AND state = $4" + db.mine(&p)
@@ -432,6 +438,7 @@ func (db *DB) SetExpiry(ctx context.Context, id sandbox.ID, expiresAt time.Time,
 // SetEgress implements [sandbox.Store].
 func (db *DB) SetEgress(ctx context.Context, id sandbox.ID, e sandbox.Egress,
 	note sandbox.Event) (s sandbox.Sandbox, err error) {
+	defer db.took("set_egress", time.Now())
 	err = db.record(ctx, func(tx *sql.Tx, out *outbox) error {
 		if s, err = db.lockSandbox(ctx, tx, id); err != nil {
 			return err
@@ -452,6 +459,7 @@ func (db *DB) SetEgress(ctx context.Context, id sandbox.ID, e sandbox.Egress,
 
 // SetSurface implements [sandbox.Store].
 func (db *DB) SetSurface(ctx context.Context, id sandbox.ID, surface string) (s sandbox.Sandbox, err error) {
+	defer db.took("set_surface", time.Now())
 	err = db.write(ctx, func(tx *sql.Tx) error {
 		s, err = db.setLiving(ctx, tx, id, "surface", surface)
 		return err
@@ -479,6 +487,7 @@ func (db *DB) setLiving(ctx context.Context, tx *sql.Tx, id sandbox.ID, column s
 
 // SetActivity implements [sandbox.Store].
 func (db *DB) SetActivity(ctx context.Context, last map[sandbox.ID]time.Time) error {
+	defer db.took("set_activity", time.Now())
 	if len(last) == 0 {
 		return nil
 	}
@@ -491,6 +500,7 @@ func (db *DB) SetActivity(ctx context.Context, last map[sandbox.ID]time.Time) er
 
 // Unfinished implements [sandbox.Store].
 func (db *DB) Unfinished(ctx context.Context) ([]sandbox.Sandbox, error) {
+	defer db.took("unfinished", time.Now())
 	// The caller removes from the machine what has no row. An older state has no rows of the newest sandboxes.
 	if err := db.current(ctx); err != nil {
 		return nil, fmt.Errorf("listing unfinished sandboxes: %w", err)
@@ -510,6 +520,7 @@ func (db *DB) Unfinished(ctx context.Context) ([]sandbox.Sandbox, error) {
 
 // Living implements [sandbox.Store].
 func (db *DB) Living(ctx context.Context) ([]sandbox.ID, error) {
+	defer db.took("living", time.Now())
 	texts, err := db.texts(ctx, "listing living sandboxes", "SELECT id FROM sandboxes WHERE ended_at IS NULL")
 	ids := make([]sandbox.ID, len(texts))
 	for i, id := range texts {
@@ -520,6 +531,7 @@ func (db *DB) Living(ctx context.Context) ([]sandbox.ID, error) {
 
 // Images implements [sandbox.Store].
 func (db *DB) Images(ctx context.Context) ([]string, error) {
+	defer db.took("images", time.Now())
 	return db.texts(ctx, "listing images of sandboxes",
 		"SELECT image FROM sandboxes WHERE ended_at IS NULL AND image <> '' UNION "+
 			"SELECT image FROM pool UNION SELECT image FROM snapshots ORDER BY image")

@@ -266,7 +266,8 @@ func TestPostgresGeneration(t *testing.T) {
 		t.Fatalf("accepted: %+v, %v", s, err)
 	}
 	restore()
-	if s, err := run(false, none); !fault.Is(err, fault.Unavailable) || !strings.Contains(err.Error(), "--accept-restore") {
+	if s, err := run(false, none); !fault.Is(err, fault.Unavailable) ||
+		!strings.Contains(err.Error(), "--accept-restore") {
 		t.Errorf("restored to an older generation: %+v, %v", s, err)
 	}
 	s, err := run(true, func(db *DB) {
@@ -302,8 +303,8 @@ func TestPostgresGeneration(t *testing.T) {
 	}
 }
 
-// TestMigrateNodes checks that rows of before belong to the node that there was, and that the name of the bucket's owner
-// stays.
+// TestMigrateNodes checks that rows of before belong to the node that there was, and that the name of the bucket's
+// owner stays.
 func TestMigrateNodes(t *testing.T) {
 	path, old := openOld(t, 13)
 	for _, statement := range []string{

@@ -57,6 +57,7 @@ func (db *DB) snapshots(ctx context.Context, query string, args ...any) ([]sandb
 
 // AddSnapshot implements [sandbox.Store].
 func (db *DB) AddSnapshot(ctx context.Context, s sandbox.Snapshot, most int) error {
+	defer db.took("add_snapshot", time.Now())
 	err := db.write(ctx, func(tx *sql.Tx) error {
 		if err := db.lockOrg(ctx, tx, s.OrgID); err != nil {
 			return err
@@ -88,6 +89,7 @@ func (db *DB) AddSnapshot(ctx context.Context, s sandbox.Snapshot, most int) err
 // ReadySnapshot implements [sandbox.Store].
 func (db *DB) ReadySnapshot(ctx context.Context, id sandbox.SnapshotID, made time.Time, size int64,
 	note sandbox.Event) (s sandbox.Snapshot, err error) {
+	defer db.took("ready_snapshot", time.Now())
 	err = db.record(ctx, func(tx *sql.Tx, out *outbox) error {
 		p := params{sandbox.SnapshotReady, at(made), size, id, sandbox.SnapshotCreating}
 		s, err = scanSnapshot(tx.QueryRowContext(ctx, `UPDATE snapshots SET state = $1, created_at = $2, bytes = $3
@@ -112,6 +114,7 @@ func (db *DB) ReadySnapshot(ctx context.Context, id sandbox.SnapshotID, made tim
 
 // EndSnapshot implements [sandbox.Store].
 func (db *DB) EndSnapshot(ctx context.Context, id sandbox.SnapshotID) error {
+	defer db.took("end_snapshot", time.Now())
 	return db.record(ctx, func(tx *sql.Tx, out *outbox) error {
 		s, err := getSnapshot(ctx, tx, id, db.forUpdate())
 		if err != nil {
@@ -135,6 +138,7 @@ func (db *DB) EndSnapshot(ctx context.Context, id sandbox.SnapshotID) error {
 
 // DropSnapshot implements [sandbox.Store].
 func (db *DB) DropSnapshot(ctx context.Context, id sandbox.SnapshotID) error {
+	defer db.took("drop_snapshot", time.Now())
 	p := params{id}
 	if _, err := db.writer.ExecContext(ctx, "DELETE FROM snapshots WHERE id = $1"+db.mine(&p), p...); err != nil {
 		return fmt.Errorf("dropping snapshot %s: %w", id, err)
@@ -144,6 +148,7 @@ func (db *DB) DropSnapshot(ctx context.Context, id sandbox.SnapshotID) error {
 
 // GetSnapshot implements [sandbox.Store].
 func (db *DB) GetSnapshot(ctx context.Context, id sandbox.SnapshotID) (sandbox.Snapshot, error) {
+	defer db.took("get_snapshot", time.Now())
 	s, err := getSnapshot(ctx, db.reader, id, "")
 	return s, db.gone(ctx, err)
 }
@@ -161,11 +166,13 @@ const findSnapshot = "SELECT " + snapshotColumns +
 
 // FindSnapshot implements [sandbox.Store].
 func (db *DB) FindSnapshot(ctx context.Context, orgID, name string) (sandbox.Snapshot, error) {
+	defer db.took("find_snapshot", time.Now())
 	return scanSnapshot(db.reader.QueryRowContext(ctx, findSnapshot, orgID, name, sandbox.SnapshotReady), name)
 }
 
 // ListSnapshots implements [sandbox.Store].
 func (db *DB) ListSnapshots(ctx context.Context, f sandbox.SnapshotFilter) ([]sandbox.Snapshot, string, error) {
+	defer db.took("list_snapshots", time.Now())
 	query, args, err := listSnapshotsQuery(f)
 	if err != nil {
 		return nil, "", err
@@ -195,6 +202,7 @@ func listSnapshotsQuery(f sandbox.SnapshotFilter) (string, params, error) {
 
 // UnreadySnapshots implements [sandbox.Store].
 func (db *DB) UnreadySnapshots(ctx context.Context) ([]sandbox.Snapshot, error) {
+	defer db.took("unready_snapshots", time.Now())
 	return db.snapshots(ctx, "SELECT "+snapshotColumns+
 		" FROM snapshots WHERE node_id = $1 AND state <> 'ready' ORDER BY created_at, id", db.holder().Node)
 }

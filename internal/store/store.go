@@ -50,6 +50,8 @@ type DB struct {
 	writer *sql.DB
 	reader *sql.DB
 	wake   atomic.Pointer[func(orgs []string)] // set by OnEvents
+	// observe is set by OnCall.
+	observe atomic.Pointer[func(call string, took time.Duration)]
 	// session is nil before StartSession. It is read without a lock, since each write reads it.
 	session atomic.Pointer[Session]
 
@@ -130,6 +132,7 @@ func (db *DB) Close() error { return db.close() }
 
 // Ping reports whether the database answers reads, and has not been restored to an older state.
 func (db *DB) Ping(ctx context.Context) error {
+	defer db.took("ping", time.Now())
 	var one int
 	if err := db.reader.QueryRowContext(ctx, "SELECT 1 FROM goose_db_version LIMIT 1").Scan(&one); err != nil {
 		return fmt.Errorf("reading database: %w", err)
@@ -139,6 +142,7 @@ func (db *DB) Ping(ctx context.Context) error {
 
 // Setting returns one of the server's own settings. It returns found false if the setting does not exist.
 func (db *DB) Setting(ctx context.Context, name string) (value string, found bool, err error) {
+	defer db.took("setting", time.Now())
 	err = db.reader.QueryRowContext(ctx, "SELECT value FROM settings WHERE name = $1", name).Scan(&value)
 	switch {
 	case errors.Is(err, sql.ErrNoRows):
@@ -152,6 +156,7 @@ func (db *DB) Setting(ctx context.Context, name string) (value string, found boo
 // FirstSetting returns one of the server's own settings. If the setting does not exist, FirstSetting writes first. Of
 // several calls at once, one writes, and all return what it wrote.
 func (db *DB) FirstSetting(ctx context.Context, name, first string) (string, error) {
+	defer db.took("first_setting", time.Now())
 	if value, found, err := db.Setting(ctx, name); err != nil || found {
 		return value, err
 	}
@@ -166,6 +171,7 @@ func (db *DB) FirstSetting(ctx context.Context, name, first string) (string, err
 
 // SetSetting writes one of the server's own settings.
 func (db *DB) SetSetting(ctx context.Context, name, value string) error {
+	defer db.took("set_setting", time.Now())
 	_, err := db.writer.ExecContext(ctx, `INSERT INTO settings (name, value) VALUES ($1, $2)
 		ON CONFLICT (name) DO UPDATE SET value = excluded.value`, name, value)
 	if err != nil {

@@ -31,6 +31,7 @@ func noTemplate(nameOrID string) error {
 
 // InsertTemplate implements [template.Store].
 func (db *DB) InsertTemplate(ctx context.Context, t template.Template, b *template.Build, limit int) error {
+	defer db.took("insert_template", time.Now())
 	err := db.record(ctx, func(tx *sql.Tx, out *outbox) error {
 		if limit > 0 {
 			if err := db.lockOrg(ctx, tx, t.OrgID); err != nil {
@@ -95,6 +96,7 @@ func putBuild(ctx context.Context, tx *sql.Tx, id string, b *template.Build) err
 // UpdateTemplate implements [template.Store].
 func (db *DB) UpdateTemplate(ctx context.Context, id string, b *template.Build,
 	change func(*template.Template) error) (template.Template, error) {
+	defer db.took("update_template", time.Now())
 	var t template.Template
 	var refused error
 	err := db.record(ctx, func(tx *sql.Tx, out *outbox) error {
@@ -188,6 +190,7 @@ func countTags(ctx context.Context, tx *sql.Tx, id, name string) error {
 
 // CopyTag implements [template.Store].
 func (db *DB) CopyTag(ctx context.Context, id, from string, names []string, when time.Time) (string, error) {
+	defer db.took("copy_tag", time.Now())
 	var source template.Tag
 	err := db.write(ctx, func(tx *sql.Tx) error {
 		name := ""
@@ -225,6 +228,7 @@ func (db *DB) CopyTag(ctx context.Context, id, from string, names []string, when
 
 // MarkTags implements [template.Store].
 func (db *DB) MarkTags(ctx context.Context, image string, gone bool) error {
+	defer db.took("mark_tags", time.Now())
 	_, err := db.writer.ExecContext(ctx, "UPDATE template_tags SET gone = $1 WHERE image = $2", gone, image)
 	if err != nil {
 		return fmt.Errorf("marking the tags of image %s: %w", image, err)
@@ -234,6 +238,7 @@ func (db *DB) MarkTags(ctx context.Context, image string, gone bool) error {
 
 // Tags implements [template.Store].
 func (db *DB) Tags(ctx context.Context, id string) ([]template.Tag, error) {
+	defer db.took("tags", time.Now())
 	rows, err := db.reader.QueryContext(ctx,
 		"SELECT tag, build_id, version, created_at, gone FROM template_tags WHERE template_id = $1 ORDER BY tag", id)
 	if err != nil {
@@ -256,6 +261,7 @@ func (db *DB) Tags(ctx context.Context, id string) ([]template.Tag, error) {
 
 // DeleteTags implements [template.Store].
 func (db *DB) DeleteTags(ctx context.Context, id string, names []string) error {
+	defer db.took("delete_tags", time.Now())
 	err := db.write(ctx, func(tx *sql.Tx) error {
 		for _, name := range names {
 			if _, err := tx.ExecContext(ctx, "DELETE FROM template_tags WHERE template_id = $1 AND tag = $2", id,
@@ -273,6 +279,7 @@ func (db *DB) DeleteTags(ctx context.Context, id string, names []string) error {
 
 // GetBuild implements [template.Store].
 func (db *DB) GetBuild(ctx context.Context, id, buildID string) (template.Build, error) {
+	defer db.took("get_build", time.Now())
 	var b template.Build
 	// One statement sees the row of the template and the inputs as they were written together.
 	err := db.reader.QueryRowContext(ctx, `SELECT b.definition, b.context, b.refresh, b.private, b.repairs
@@ -290,6 +297,7 @@ func (db *DB) GetBuild(ctx context.Context, id, buildID string) (template.Build,
 
 // DeleteTemplate implements [template.Store].
 func (db *DB) DeleteTemplate(ctx context.Context, id string, force bool) error {
+	defer db.took("delete_template", time.Now())
 	err := db.record(ctx, func(tx *sql.Tx, out *outbox) error {
 		if !force {
 			var n int
@@ -321,6 +329,7 @@ func (db *DB) DeleteTemplate(ctx context.Context, id string, force bool) error {
 
 // GetTemplate implements [template.Store].
 func (db *DB) GetTemplate(ctx context.Context, orgID, nameOrID string) (template.Template, error) {
+	defer db.took("get_template", time.Now())
 	var t template.Template
 	err := db.reader.QueryRowContext(ctx, "SELECT "+templateColumns+` FROM templates
 		WHERE org_id IN ($1, '') AND (id = $2 OR name = $2) ORDER BY org_id DESC LIMIT 1`, orgID, nameOrID).Scan(templateFields(&t)...)
@@ -336,6 +345,7 @@ func (db *DB) GetTemplate(ctx context.Context, orgID, nameOrID string) (template
 // ListTemplates implements [template.Store].
 func (db *DB) ListTemplates(ctx context.Context, orgID string, limit int,
 	after string) ([]template.Template, string, error) {
+	defer db.took("list_templates", time.Now())
 	var p params
 	q := "SELECT " + templateColumns + " FROM templates WHERE org_id IN (" + p.add(orgID) + ", '')"
 	end, err := page(listTemplates, limit, after, &p)
@@ -373,6 +383,7 @@ func scanTemplates(rows *sql.Rows) ([]template.Template, error) {
 
 // QueuedTemplates implements [template.Store].
 func (db *DB) QueuedTemplates(ctx context.Context) ([]template.Template, error) {
+	defer db.took("queued_templates", time.Now())
 	rows, err := db.reader.QueryContext(ctx,
 		"SELECT "+templateColumns+" FROM templates WHERE queued_at IS NOT NULL ORDER BY queued_at, id")
 	if err != nil {
@@ -383,6 +394,7 @@ func (db *DB) QueuedTemplates(ctx context.Context) ([]template.Template, error) 
 
 // TemplatesWithImage implements [template.Store].
 func (db *DB) TemplatesWithImage(ctx context.Context, image string) ([]template.Template, error) {
+	defer db.took("templates_with_image", time.Now())
 	rows, err := db.reader.QueryContext(ctx,
 		"SELECT "+templateColumns+" FROM templates WHERE image = $1 AND version > 0 ORDER BY id", image)
 	if err != nil {
@@ -393,12 +405,14 @@ func (db *DB) TemplatesWithImage(ctx context.Context, image string) ([]template.
 
 // TemplateImages implements [template.Store].
 func (db *DB) TemplateImages(ctx context.Context) ([]string, error) {
+	defer db.took("template_images", time.Now())
 	return db.texts(ctx, "listing images of templates",
 		"SELECT image FROM templates WHERE version > 0 AND image <> '' UNION SELECT image FROM template_tags ORDER BY image")
 }
 
 // TemplateContexts implements [template.Store].
 func (db *DB) TemplateContexts(ctx context.Context, orgID string) ([]string, error) {
+	defer db.took("template_contexts", time.Now())
 	const doing = "listing contexts of templates"
 	if orgID == "" {
 		return db.texts(ctx, doing, "SELECT DISTINCT context FROM template_builds WHERE context <> '' ORDER BY context")
@@ -409,6 +423,7 @@ func (db *DB) TemplateContexts(ctx context.Context, orgID string) ([]string, err
 
 // ChangeTemplateLog implements [template.Store].
 func (db *DB) ChangeTemplateLog(ctx context.Context, id string, c template.LogChange) error {
+	defer db.took("change_template_log", time.Now())
 	err := db.write(ctx, func(tx *sql.Tx) error {
 		for _, d := range c.Drop {
 			if _, err := tx.ExecContext(ctx,
@@ -438,11 +453,13 @@ func (db *DB) ChangeTemplateLog(ctx context.Context, id string, c template.LogCh
 
 // TemplateLog implements [template.Store]. It returns no lines if the template does not exist.
 func (db *DB) TemplateLog(ctx context.Context, id string, after int64, limit int) ([]template.LogLine, error) {
+	defer db.took("template_log", time.Now())
 	return db.logLines(ctx, id, "AND seq > $2 ORDER BY seq LIMIT $3", after, limit)
 }
 
 // TemplateLogRest implements [template.Store]. It returns no lines if the template does not exist.
 func (db *DB) TemplateLogRest(ctx context.Context, id string, skip, limit int) ([]template.LogLine, error) {
+	defer db.took("template_log_rest", time.Now())
 	return db.logLines(ctx, id, "ORDER BY seq LIMIT $3 OFFSET $2", int64(skip), limit)
 }
 
