@@ -82,7 +82,7 @@ func (db *DB) ListPooled(ctx context.Context) ([]sandbox.Pooled, error) {
 func (db *DB) Admit(ctx context.Context, s sandbox.Sandbox, q sandbox.Quota,
 	once sandbox.Once) (sandbox.Sandbox, bool, error) {
 	defer db.took("admit", time.Now())
-	prior, found, err := admit(ctx, db.reader, s, q, once)
+	prior, found, err := db.admit(ctx, db.reader, s, q, once)
 	if err != nil {
 		return sandbox.Sandbox{}, false, fmt.Errorf("checking whether sandbox %s may be created: %w", s.ID, err)
 	}

@@ -237,7 +237,7 @@ type facts struct {
 func checkServer(ctx context.Context, db *sql.DB) (f facts, err error) {
 	err = db.QueryRowContext(ctx, `SELECT current_setting('server_version_num')::int, current_setting('server_version'),
 		current_setting('server_encoding'), current_setting('synchronous_commit'),
-		(EXTRACT(EPOCH FROM clock_timestamp()) * 1000000)::bigint`).
+		`+databaseNow).
 		Scan(&f.version, &f.text, &f.encoding, &f.synchronous, timeColumn{&f.clock})
 	switch {
 	case err != nil:

@@ -26,7 +26,7 @@ const (
 	// the database, or one more than the last seq if the time is not past it. The time is read once: the rows are
 	// updated in any order, and a time of its own for each could give two of them one seq.
 	numberEvents = `WITH last AS MATERIALIZED (SELECT GREATEST(COALESCE(MAX(seq), 0),
-			(EXTRACT(EPOCH FROM clock_timestamp()) * 1000000)::bigint - $1) AS seq FROM events),
+			` + databaseNow + ` - $1) AS seq FROM events),
 		fresh AS (SELECT written, ROW_NUMBER() OVER (ORDER BY written) AS n FROM
 			(SELECT written FROM events WHERE seq IS NULL ORDER BY written LIMIT $1) AS waiting)
 		UPDATE events SET seq = fresh.n + last.seq

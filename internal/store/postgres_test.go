@@ -7,6 +7,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -310,6 +311,23 @@ func TestPostgresCounts(t *testing.T) {
 		wg.Wait()
 		if done.Load() != c.want {
 			t.Errorf("%s: %d calls succeeded, want %d", name, done.Load(), c.want)
+		}
+	}
+}
+
+// TestPostgresOnceOnDatabaseTime repeats creates with machines whose clocks are wrong by two days.
+func TestPostgresOnceOnDatabaseTime(t *testing.T) {
+	db := openPostgres(t)
+	ctx := t.Context()
+	once := sandbox.Once{Key: "k", Hash: "h"}
+	for i, wrong := range []time.Duration{0, 48 * time.Hour, -48 * time.Hour} {
+		s := small("org_a", 0)
+		s.CreatedAt = time.Now().Add(wrong)
+		if _, err := db.Purge(ctx, start, s.CreatedAt, 0); err != nil {
+			t.Fatal(err)
+		}
+		if _, found, err := db.Insert(ctx, s, sandbox.Quota{}, once); err != nil || found != (i > 0) {
+			t.Errorf("a clock that is wrong by %s: found %v, %v", wrong, found, err)
 		}
 	}
 }

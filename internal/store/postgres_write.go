@@ -208,6 +208,11 @@ func (d *postgresDialect) lockNoted(ctx context.Context, tx *sql.Tx, events []sa
 	return nil
 }
 
+// databaseNow is the present time of the database, in microseconds since 1970.
+const databaseNow = "(EXTRACT(EPOCH FROM clock_timestamp()) * 1000000)::bigint"
+
+func (d *postgresDialect) now(*params, time.Time) string { return databaseNow }
+
 // setLast writes all activities with one statement, which locks the rows in the order of their ids.
 const setLast = `WITH late AS (
 		SELECT s.id, u.at FROM sandboxes s JOIN UNNEST($1::text[], $2::bigint[]) AS u (id, at) ON s.id = u.id COLLATE "C"

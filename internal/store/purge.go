@@ -24,8 +24,9 @@ const (
 // error it returns the number of sandboxes that it has dropped already.
 func (db *DB) Purge(ctx context.Context, over, now time.Time, most int) (int, error) {
 	defer db.took("purge", time.Now())
-	if _, err := db.writer.ExecContext(ctx, "DELETE FROM idempotency WHERE created_at <= $1",
-		at(now.Add(-onceFor))); err != nil {
+	var p params
+	oldest := db.now(&p, now) + " - " + p.add(onceFor.Microseconds())
+	if _, err := db.writer.ExecContext(ctx, "DELETE FROM idempotency WHERE created_at <= "+oldest, p...); err != nil {
 		return 0, fmt.Errorf("dropping old idempotency keys: %w", err)
 	}
 	gone, err := db.purge(ctx, purgeOld, at(over))

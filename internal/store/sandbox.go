@@ -112,15 +112,15 @@ func (db *DB) admitLocked(ctx context.Context, tx *sql.Tx, s sandbox.Sandbox, qu
 			return prior, false, err
 		}
 	}
-	return admit(ctx, tx, s, quota, once)
+	return db.admit(ctx, tx, s, quota, once)
 }
 
 // admit returns an error if s may not be inserted. If the key of once created a sandbox before, admit
 // returns that sandbox and found true.
-func admit(ctx context.Context, q querier, s sandbox.Sandbox, quota sandbox.Quota,
+func (db *DB) admit(ctx context.Context, q querier, s sandbox.Sandbox, quota sandbox.Quota,
 	once sandbox.Once) (prior sandbox.Sandbox, found bool, err error) {
 	if once.Key != "" {
-		if prior, found, err = first(ctx, q, s, once); err != nil || found {
+		if prior, found, err = db.first(ctx, q, s, once); err != nil || found {
 			return prior, found, err
 		}
 	}
@@ -128,12 +128,14 @@ func admit(ctx context.Context, q querier, s sandbox.Sandbox, quota sandbox.Quot
 }
 
 // first returns the sandbox that the key of once created before, if there is one.
-func first(ctx context.Context, tx querier, s sandbox.Sandbox, once sandbox.Once) (sandbox.Sandbox, bool, error) {
+func (db *DB) first(ctx context.Context, tx querier, s sandbox.Sandbox,
+	once sandbox.Once) (sandbox.Sandbox, bool, error) {
 	var hash string
 	var id sandbox.ID
-	err := tx.QueryRowContext(ctx,
-		"SELECT hash, sandbox_id FROM idempotency WHERE org_id = $1 AND name = $2 AND created_at > $3",
-		s.OrgID, once.Key, at(s.CreatedAt.Add(-onceFor))).Scan(&hash, &id)
+	p := params{s.OrgID, once.Key}
+	oldest := db.now(&p, s.CreatedAt) + " - " + p.add(onceFor.Microseconds())
+	err := tx.QueryRowContext(ctx, "SELECT hash, sandbox_id FROM idempotency WHERE org_id = $1 AND name = $2"+
+		" AND created_at > "+oldest, p...).Scan(&hash, &id)
 	switch {
 	case errors.Is(err, sql.ErrNoRows):
 		return sandbox.Sandbox{}, false, nil
@@ -209,9 +211,10 @@ func insertSandbox(ctx context.Context, tx *sql.Tx, out *outbox, s sandbox.Sandb
 	if once.Key == "" {
 		return nil
 	}
-	_, err := tx.ExecContext(ctx, `INSERT INTO idempotency (org_id, name, hash, sandbox_id, created_at) VALUES ($1, $2, $3, $4, $5)
-		ON CONFLICT (org_id, name) DO UPDATE SET hash = excluded.hash, sandbox_id = excluded.sandbox_id, created_at = excluded.created_at`,
-		s.OrgID, once.Key, once.Hash, s.ID, at(s.CreatedAt))
+	p := params{s.OrgID, once.Key, once.Hash, s.ID}
+	_, err := tx.ExecContext(ctx, `INSERT INTO idempotency (org_id, name, hash, sandbox_id, created_at)
+		VALUES ($1, $2, $3, $4, `+out.db.now(&p, s.CreatedAt)+`) ON CONFLICT (org_id, name) DO UPDATE SET
+		hash = excluded.hash, sandbox_id = excluded.sandbox_id, created_at = excluded.created_at`, p...)
 	if err != nil {
 		return fmt.Errorf("writing idempotency key: %w", err)
 	}

@@ -354,6 +354,21 @@ func sandboxActivity(t *testing.T, st sandbox.Store) {
 	}
 }
 
+// later lets the keys of creates grow older, and returns the process's time then. PostgreSQL has the time, so that the
+// keys must change there.
+func later(t *testing.T, st sandbox.Store, now time.Time, d time.Duration) time.Time {
+	t.Helper()
+	db := st.(*DB)
+	if _, is := db.dialect.(*postgresDialect); !is {
+		return now.Add(d)
+	}
+	_, err := db.writer.ExecContext(t.Context(), "UPDATE idempotency SET created_at = created_at - $1", d.Microseconds())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return now
+}
+
 func sandboxOnce(t *testing.T, st sandbox.Store) {
 	s := fullSandbox("org_a", 0)
 	once := sandbox.Once{Key: "k", Hash: "h1"}
@@ -381,13 +396,13 @@ func sandboxOnce(t *testing.T, st sandbox.Store) {
 		t.Errorf("the same key of another organization: %v, %v", found, err)
 	}
 
-	// The key is known until a microsecond before 24 h; after 24 h it is a new key.
+	// The key is known until a minute before 24 h; after 24 h it is a new key.
 	late := small("org_a", 0)
-	late.CreatedAt = s.CreatedAt.Add(onceFor - time.Microsecond)
+	late.CreatedAt = later(t, st, s.CreatedAt, onceFor-time.Minute)
 	if _, found, err := st.Insert(t.Context(), late, sandbox.Quota{}, once); err != nil || !found {
 		t.Errorf("just inside 24 h: %v, %v", found, err)
 	}
-	late.CreatedAt = s.CreatedAt.Add(onceFor)
+	late.CreatedAt = later(t, st, late.CreatedAt, time.Minute)
 	if _, found, err := st.Insert(t.Context(), late, sandbox.Quota{},
 		sandbox.Once{Key: "k", Hash: "h3"}); err != nil || found {
 		t.Errorf("after 24 h: %v, %v", found, err)
@@ -1016,7 +1031,7 @@ func sandboxPurge(t *testing.T, st sandbox.Store) {
 		}
 	}
 	// After a day the key of a young sandbox is dropped, so a create with it makes a new sandbox.
-	if _, err := st.Purge(t.Context(), start, start.Add(onceFor), 0); err != nil {
+	if _, err := st.Purge(t.Context(), start, later(t, st, start, onceFor), 0); err != nil {
 		t.Fatal(err)
 	}
 	if _, found, err := st.Insert(t.Context(), small("org_a", 1), sandbox.Quota{},

@@ -51,9 +51,10 @@ func (db *DB) startSession(ctx context.Context, node string, acceptRestore bool)
 			Scan(&s.Cluster, &s.Generation); err != nil {
 			return err
 		}
-		if err := tx.QueryRowContext(ctx, `INSERT INTO nodes (id, fence, started_at) VALUES ($1, 1, $2)
-			ON CONFLICT (id) DO UPDATE SET fence = nodes.fence + 1, started_at = excluded.started_at RETURNING fence`,
-			node, at(time.Now())).Scan(&s.Holder.Fence); err != nil {
+		p := params{node}
+		if err := tx.QueryRowContext(ctx, "INSERT INTO nodes (id, fence, started_at) VALUES ($1, 1, "+db.now(&p, time.Now())+
+			`) ON CONFLICT (id) DO UPDATE SET fence = nodes.fence + 1, started_at = excluded.started_at RETURNING fence`,
+			p...).Scan(&s.Holder.Fence); err != nil {
 			return err
 		}
 		for _, rows := range []string{"sandboxes SET fence = $1 WHERE ended_at IS NULL AND", "pool SET fence = $1 WHERE",

@@ -161,6 +161,8 @@ func (d *sqliteDialect) insertListed(ctx context.Context, tx *sql.Tx, args []any
 
 func (d *sqliteDialect) written(orgs []string) { d.db.woken(orgs) }
 
+func (d *sqliteDialect) now(p *params, process time.Time) string { return p.add(at(process)) }
+
 func (d *sqliteDialect) setActivity(ctx context.Context, tx *sql.Tx, last map[sandbox.ID]time.Time) error {
 	me := d.db.holder()
 	set, err := tx.PrepareContext(ctx, `UPDATE sandboxes SET last_activity_at = $1

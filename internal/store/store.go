@@ -82,6 +82,9 @@ type dialect interface {
 	// written learns of the end of a transaction that wrote events of organizations, and calls woken
 	// when these can be read.
 	written(orgs []string)
+	// now returns an expression for the present time, for times that several machines compare: that of the database if it
+	// is one for several, and else the process's.
+	now(p *params, process time.Time) string
 	// setActivity writes the last activity of sandboxes that are not over, unless a later one is stored.
 	setActivity(ctx context.Context, tx *sql.Tx, last map[sandbox.ID]time.Time) error
 	// begin returns an error if a session may not begin, and keeps other servers of the node from beginning one.
