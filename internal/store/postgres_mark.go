@@ -108,11 +108,7 @@ func (m *mark) save() error {
 	if m.path == "" || m.now == m.saved || m.now == (seen{}) {
 		return nil
 	}
-	draft := m.path + ".new"
-	err := os.WriteFile(draft, fmt.Appendln(nil, int64(m.now.last), m.now.generation), 0o600)
-	if err == nil {
-		err = os.Rename(draft, m.path)
-	}
+	err := hostfile.Replace(m.path, fmt.Appendln(nil, int64(m.now.last), m.now.generation), 0o600)
 	if err != nil {
 		return fmt.Errorf("writing how far the records were seen: %w", err)
 	}
