@@ -18,6 +18,8 @@ type Auth struct {
 	Username string `json:"-"`
 	Password string `json:"-"`
 	Token    string `json:"-"` // instead of both
+	// AWSRegion makes the two an access key and its secret, which give a password of AWS's registry in the region.
+	AWSRegion string `json:"-"`
 }
 
 // Format implements fmt.Formatter. It prints no secret, whatever the verb.

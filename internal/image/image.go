@@ -83,6 +83,8 @@ type Config struct {
 	// PlainHTTP lists registries, as references name them ("127.0.0.1:5000"), that speak plain
 	// HTTP and are not subject to Dial.
 	PlainHTTP []string
+	// ECR is the URL of the API of AWS's registries; "" is AWS's own in the region of the credentials.
+	ECR string
 
 	// Now replaces the clock in tests; nil is time.Now.
 	Now func() time.Time

@@ -67,6 +67,9 @@ func (s *Store) pull(ctx context.Context, text string, auth *Auth, progress func
 	transport := s.transport()
 	defer transport.CloseIdleConnections()
 	progress(fmt.Sprintf("pulling %s: asking %s", text, ref.Context().RegistryStr()))
+	if auth, err = s.exchange(ctx, auth, transport); err != nil {
+		return Layout{}, err
+	}
 	img, err := s.find(ctx, ref, auth, transport)
 	if err != nil {
 		return Layout{}, err

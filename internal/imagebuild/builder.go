@@ -83,7 +83,7 @@ func (b *Builder) auth(j template.Job, ref string) *image.Auth {
 	if c == nil || c.Registry != "" && !image.AskedOf(ref, c.Registry) {
 		return nil
 	}
-	return &image.Auth{Username: c.Username, Password: c.Password}
+	return &image.Auth{Username: c.Username, Password: c.Password, AWSRegion: c.AWSRegion}
 }
 
 // built returns the image as the result of a build.

@@ -93,6 +93,8 @@ type Credentials struct {
 	Registry string // host and port; "" is the registry of the definition's image
 	Username string
 	Password string
+	// AWSRegion makes the two an access key of AWS and its secret; the region is that of the registry.
+	AWSRegion string
 }
 
 // BuildError tells why a build failed. A [Builder] returns one if a step failed.
