@@ -8,7 +8,7 @@ const within = new AsyncLocalStorage() // of a call that a test made: what it ca
 const seen = new Set()
 
 // byTest are methods that ask no server. A test notes what the server says to what they are for.
-const byTest = ['Secret.list', 'sandbox.getMcpUrl', 'sandbox.getMcpToken', 'template.fromAWSRegistry', 'template.addMcpServer',
+const byTest = ['Secret.list', 'sandbox.getMcpUrl', 'sandbox.getMcpToken', 'template.addMcpServer',
   'template.betaDevContainerPrebuild', 'template.betaSetDevContainerStart']
 
 export { note }

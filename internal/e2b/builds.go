@@ -52,12 +52,16 @@ func (s *Surface) announce(w http.ResponseWriter, r *http.Request) error {
 	if tag != "" {
 		in.Tags = append(in.Tags, tag)
 	}
-	tags := tagsOf(in.Tags)
+	given := tagsOf(in.Tags)
+	if len(given) == 0 {
+		given = []string{template.DefaultTag}
+	}
+	tags := slices.DeleteFunc(slices.Clone(given), func(tag string) bool { return tag == template.DefaultTag })
 	size, err := sizeFor(s.Sandboxes.Sizes(), in.CPUCount, in.MemoryMB)
 	if err != nil {
 		return err
 	}
-	a := template.Announcement{Name: name, Size: size, Tags: tags}
+	a := template.Announcement{Name: name, Size: size, Tags: tags, TagsOnly: len(tags) == len(given)}
 	if in.MinFreeDiskMB != 0 {
 		a.DiskMB = max(in.MinFreeDiskMB, sandbox.MinDiskMB)
 	}
@@ -65,11 +69,8 @@ func (s *Surface) announce(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return inOwnWords(err, map[string]string{"disk_size_mb": "minFreeDiskMb"})
 	}
-	if len(tags) == 0 {
-		tags = []string{defaultTag}
-	}
 	reply(w, r, http.StatusAccepted, map[string]any{"templateID": d.TemplateID, "buildID": d.BuildID, "public": false,
-		"names": []string{d.Name}, "aliases": []string{d.Name}, "tags": tags})
+		"names": []string{d.Name}, "aliases": []string{d.Name}, "tags": given})
 	return nil
 }
 
@@ -139,8 +140,8 @@ func (s *Surface) uploadLink(w http.ResponseWriter, r *http.Request) error {
 		scheme = "https"
 	}
 	key, until := callOf(r).Who.Key.ID, strconv.FormatInt(time.Now().Add(uploadTime).Unix(), 10)
-	url := fmt.Sprintf("%s://%s/templates/%s/files/%s?key=%s&expires=%s&signature=%s", scheme, r.Host, defaultTag, hash,
-		key, until, s.uploadSum(key, hash, until))
+	url := fmt.Sprintf("%s://%s/templates/%s/files/%s?key=%s&expires=%s&signature=%s", scheme, r.Host,
+		template.DefaultTag, hash, key, until, s.uploadSum(key, hash, until))
 	reply(w, r, http.StatusCreated, map[string]any{"present": s.Templates.HasUpload(orgOf(r), hash), "url": url,
 		"headers": map[string]string{}})
 	return nil
@@ -364,9 +365,27 @@ func registryCredentials(ref string, in *registryBody) (*template.Credentials, e
 		out.Username, out.Password = "_json_key", in.ServiceAccountJSON
 		return out, nil
 	}
-	return nil, unsupported("this server does not exchange keys of AWS for those of its registry: give fromImage " +
-		"the username AWS and what `aws ecr get-login-password` prints")
+	m := awsRegistry.FindStringSubmatch(out.Registry)
+	switch {
+	case in.Type != "aws":
+		return nil, fault.InvalidField("fromImageRegistry.type", "must be registry, aws or gcp")
+	case in.AWSAccessKeyID == "":
+		return nil, fault.InvalidField("fromImageRegistry.awsAccessKeyId", "is needed")
+	case in.AWSSecretAccessKey == "":
+		return nil, fault.InvalidField("fromImageRegistry.awsSecretAccessKey", "is needed")
+	case m == nil:
+		return nil, fault.InvalidField("fromImage", "must be in a registry of AWS, such as "+
+			"123456789012.dkr.ecr.us-east-1.amazonaws.com, to which alone its keys are sent")
+	case m[1] != in.AWSRegion:
+		return nil, fault.InvalidField("fromImageRegistry.awsRegion", "must be %s, the region of the image", m[1])
+	}
+	out.Username, out.Password, out.AWSRegion = in.AWSAccessKeyID, in.AWSSecretAccessKey, in.AWSRegion
+	return out, nil
 }
+
+// awsRegistry matches the hosts of AWS's registries; the group is the region.
+var awsRegistry = regexp.MustCompile(`^[0-9]{1,20}\.dkr\.ecr(?:-fips)?\.` +
+	`([a-z]{2}(?:-[a-z]{1,20}){1,3}-[0-9]{1,2})\.amazonaws\.com(?:\.cn)?$`)
 
 // Forms of the ready commands that clients make.
 var (

@@ -15,6 +15,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/template"
 )
@@ -330,7 +331,7 @@ func TestRefusedBuilds(t *testing.T) {
 		`{}`: 400, `{"fromImage":"a","fromTemplate":"b"}`: 400, `{"fromTemplate":"none"}`: 404, `{"fromTemplate":"a\nRUN id"}`: 404,
 		`{"fromImage":"a\nRUN id"}`: 400, `{"fromImage":"$X"}`: 400, `{"fromImage":"a AS b"}`: 400, `{"fromImage":"--platform=x"}`: 400,
 		`{"fromTemplate":"base","startCmd":"s","readyCmd":"sleep 45.1"}`:            400,
-		`{"fromImage":"a","fromImageRegistry":{"type":"aws","awsAccessKeyId":"x"}}`: 501, `{"fromImage":"a","fromImageRegistry":{"type":"registry"}}`: 400,
+		`{"fromImage":"a","fromImageRegistry":{"type":"aws","awsAccessKeyId":"x"}}`: 400, `{"fromImage":"a","fromImageRegistry":{"type":"registry"}}`: 400,
 		`{"fromTemplate":"base","steps":[{"type":"ADD","args":["a","b"]}]}`:                                                               400,
 		`{"fromTemplate":"base","steps":[{"type":"COPY","args":["a","b"],"filesHash":"../../x"}]}`:                                        400,
 		`{"fromTemplate":"base","steps":[{"type":"RUN","args":["a"],"new":1}]}`:                                                           501,
@@ -396,6 +397,10 @@ func TestBases(t *testing.T) {
 		`{"fromImage":"eu-docker.pkg.dev/a","fromImageRegistry":{"type":"gcp","serviceAccountJson":"{}"}}`: {
 			Ref: "eu-docker.pkg.dev/a", Account: true, Foreign: true,
 			Credentials: &template.Credentials{Registry: "eu-docker.pkg.dev", Username: "_json_key", Password: "{}"}},
+		`{"fromImage":"12.dkr.ecr.us-gov-west-1.amazonaws.com/a:1","fromImageRegistry":` + aws("k", "s", "us-gov-west-1") + `}`: {
+			Ref: "12.dkr.ecr.us-gov-west-1.amazonaws.com/a:1", Account: true, Foreign: true,
+			Credentials: &template.Credentials{Registry: "12.dkr.ecr.us-gov-west-1.amazonaws.com", Username: "k", Password: "s",
+				AWSRegion: "us-gov-west-1"}},
 	} {
 		var in buildBody
 		if err := json.Unmarshal([]byte(body), &in); err != nil {
@@ -416,6 +421,38 @@ func TestBases(t *testing.T) {
 		}
 		if diff := cmp.Diff(want, got); diff != "" {
 			t.Errorf("%s (-want +got):\n%s", body, diff)
+		}
+	}
+}
+
+// aws returns the credentials for a registry of AWS as clients send them.
+func aws(key, secret, region string) string {
+	return fmt.Sprintf(`{"type":"aws","awsAccessKeyId":%q,"awsSecretAccessKey":%q,"awsRegion":%q}`, key, secret, region)
+}
+
+// TestCredentialsThatAreRefused checks that keys of AWS go to no registry of others, and that each error
+// names its field.
+func TestCredentialsThatAreRefused(t *testing.T) {
+	const host = "12.dkr.ecr.eu-west-1.amazonaws.com"
+	for _, c := range []struct{ image, registry, field string }{
+		{host + "/a", aws("", "s", "eu-west-1"), "fromImageRegistry.awsAccessKeyId"},
+		{host + "/a", aws("k", "", "eu-west-1"), "fromImageRegistry.awsSecretAccessKey"},
+		{host + "/a", aws("k", "s", "eu-west-2"), "fromImageRegistry.awsRegion"},
+		{host + "/a", aws("k", "s", ""), "fromImageRegistry.awsRegion"},
+		{"a", aws("k", "s", "eu-west-1"), "fromImage"},
+		{"12.dkr.ecr.eu-west-1.amazonaws.com.example.com/a", aws("k", "s", "eu-west-1"), "fromImage"},
+		{"x.12.dkr.ecr.eu-west-1.amazonaws.com/a", aws("k", "s", "eu-west-1"), "fromImage"},
+		{"12.dkr.ecr.eu/west-1.amazonaws.com/a", aws("k", "s", "eu/west-1"), "fromImage"},
+		{host + ":444/a", aws("k", "s", "eu-west-1"), "fromImage"},
+		{host + "/a", `{"type":"azure"}`, "fromImageRegistry.type"},
+	} {
+		var in registryBody
+		if err := json.Unmarshal([]byte(c.registry), &in); err != nil {
+			t.Fatal(err)
+		}
+		got, err := registryCredentials(c.image, &in)
+		if f := fault.As(err); got != nil || f == nil || f.Kind != fault.Invalid || f.Field != c.field {
+			t.Errorf("%s with %s: %v, %v; want the field %s", c.image, c.registry, got, err, c.field)
 		}
 	}
 }

@@ -156,20 +156,14 @@ func (s *Surface) getTemplate(ctx context.Context, org, nameOrID string) (templa
 	return s.Templates.Get(ctx, org, strings.ToLower(nameOrID))
 }
 
-// defaultTag and latestTag mean the newest version of a template.
-const (
-	defaultTag = "default"
-	latestTag  = "latest"
-)
-
-// templateRef returns the core's name or id for a reference of this API, and its tag; "" is the newest
+// templateRef returns the core's name or id for a reference of this API, and its tag; "" is the default
 // version.
 func templateRef(ref string) (name, tag string) {
 	if ref == "" {
 		ref = defaultTemplate
 	}
 	name, tag, _ = strings.Cut(ref, ":")
-	if tag == defaultTag || tag == latestTag {
+	if tag == template.DefaultTag {
 		tag = ""
 	}
 	if alias, ok := aliases[name]; ok {
@@ -181,7 +175,7 @@ func templateRef(ref string) (name, tag string) {
 // templateName returns the core's name or id for a reference where a tag means nothing.
 func templateName(ref string) (string, error) {
 	name, tag := templateRef(ref)
-	if tag != "" {
+	if tag != "" && tag != template.LatestTag {
 		return "", fault.New(fault.NotFound, fault.CodeTemplateNotFound,
 			"template %q was not found: it cannot have a tag here",
 			ref)

@@ -148,12 +148,14 @@ func (s *Surface) templateFilter(r *http.Request, ref string) (name string, vers
 	case err != nil:
 		return "", 0, err
 	}
-	for _, one := range tags {
-		if one.Name == tag {
-			return t.ID, one.Version.Version, nil
-		}
+	one, found, err := t.Find(tags, tag)
+	switch {
+	case err != nil:
+		return ref, 0, nil // no sandbox is made of what is not there
+	case !found:
+		return name, 0, nil
 	}
-	return ref, 0, nil
+	return t.ID, one.Version.Version, nil
 }
 
 // states parses states as clients write them: joined by commas, or in several values.
@@ -257,8 +259,8 @@ func (s *Surface) templateAlias(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	if tag != "" && !slices.ContainsFunc(tags, func(t template.Tag) bool { return t.Name == tag }) {
-		return fault.New(fault.NotFound, fault.CodeTemplateNotFound, "template %q has no tag %q", name, tag)
+	if _, _, err := t.Find(tags, tag); err != nil {
+		return err
 	}
 	reply(w, r, http.StatusOK, map[string]any{"templateID": t.ID, "public": t.Builtin()})
 	return nil

@@ -7,19 +7,12 @@ import (
 	"time"
 
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/template"
 )
 
-// tagsOf returns the tags of a request that the core keeps: without those that always mean the newest
-// version, in order and once each.
+// tagsOf returns the tags of a request in order and once each.
 func tagsOf(in []string) []string {
-	var out []string
-	for _, tag := range in {
-		if tag != defaultTag && tag != latestTag {
-			out = append(out, tag)
-		}
-	}
-	slices.Sort(out)
-	return slices.Compact(out)
+	return slices.Compact(slices.Sorted(slices.Values(in)))
 }
 
 // assignTags answers POST /templates/tags.
@@ -33,8 +26,7 @@ func (s *Surface) assignTags(w http.ResponseWriter, r *http.Request) error {
 	}
 	tags := tagsOf(in.Tags)
 	if in.Target == "" || len(tags) == 0 {
-		return fault.InvalidField("tags", "names no tag besides %s and %s, which are always the newest version",
-			defaultTag, latestTag)
+		return fault.InvalidField("tags", "the target and at least one tag are needed")
 	}
 	name, from := templateRef(strings.ToLower(in.Target))
 	build, err := s.Templates.Tag(r.Context(), builderOf(r), name, from, tags)
@@ -55,10 +47,8 @@ func (s *Surface) removeTags(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	tags := tagsOf(in.Tags)
-	if in.Name == "" || len(tags) < len(in.Tags) {
-		return fault.InvalidField("tags", "%s and %s are always the newest version and cannot be removed",
-			defaultTag,
-			latestTag)
+	if in.Name == "" || slices.Contains(tags, template.DefaultTag) {
+		return fault.InvalidField("tags", "the name is needed, and the tag %s cannot be removed", template.DefaultTag)
 	}
 	name, err := templateName(strings.ToLower(in.Name))
 	if err != nil {
@@ -94,7 +84,7 @@ func (s *Surface) listTags(w http.ResponseWriter, r *http.Request) error {
 	}
 	out := []tagBody{}
 	if t.Version > 0 {
-		out = append(out, tagBody{defaultTag, t.ReadyBuild, t.BuiltAt.UTC()})
+		out = append(out, tagBody{template.DefaultTag, t.ReadyBuild, t.BuiltAt.UTC()})
 	}
 	for _, tag := range tags {
 		out = append(out, tagBody{tag.Name, tag.BuildID, tag.CreatedAt.UTC()})

@@ -100,13 +100,8 @@ func (db *DB) UpdateTemplate(ctx context.Context, id string, b *template.Build,
 	var t template.Template
 	var refused error
 	err := db.record(ctx, func(tx *sql.Tx, out *outbox) error {
-		t = template.Template{} // the transaction may run again
-		err := tx.QueryRowContext(ctx, "SELECT "+templateColumns+" FROM templates WHERE id = $1"+db.forUpdate(), id).
-			Scan(templateFields(&t)...)
-		if errors.Is(err, sql.ErrNoRows) {
-			return noTemplate(id)
-		}
-		if err != nil {
+		var err error
+		if t, err = db.readTemplate(ctx, tx, id); err != nil {
 			return err
 		}
 		before := t
@@ -118,9 +113,7 @@ func (db *DB) UpdateTemplate(ctx context.Context, id string, b *template.Build,
 				return fmt.Errorf("dropping the log: %w", err)
 			}
 		}
-		fields := templateFields(&t)
-		if _, err := tx.ExecContext(ctx, "UPDATE templates SET ("+templateColumns+") = ("+placeholders(len(fields))+
-			") WHERE id = "+fmt.Sprintf("$%d", len(fields)+1), append(fields, id)...); err != nil {
+		if err := writeTemplate(ctx, tx, &t); err != nil {
 			return err
 		}
 		if err := out.template(ctx, before, t); err != nil {
@@ -138,6 +131,25 @@ func (db *DB) UpdateTemplate(ctx context.Context, id string, b *template.Build,
 		return template.Template{}, fmt.Errorf("updating template %s: %w", id, err)
 	}
 	return t, nil
+}
+
+// readTemplate reads a template by ID, which others cannot change until the transaction ends.
+func (db *DB) readTemplate(ctx context.Context, tx *sql.Tx, id string) (template.Template, error) {
+	var t template.Template
+	err := tx.QueryRowContext(ctx, "SELECT "+templateColumns+" FROM templates WHERE id = $1"+db.forUpdate(), id).
+		Scan(templateFields(&t)...)
+	if errors.Is(err, sql.ErrNoRows) {
+		return t, noTemplate(id)
+	}
+	return t, err
+}
+
+// writeTemplate writes a template that was read.
+func writeTemplate(ctx context.Context, tx *sql.Tx, t *template.Template) error {
+	fields := templateFields(t)
+	_, err := tx.ExecContext(ctx, "UPDATE templates SET ("+templateColumns+") = ("+placeholders(len(fields))+
+		") WHERE id = "+fmt.Sprintf("$%d", len(fields)+1), append(fields, t.ID)...)
+	return err
 }
 
 // putTags writes the tags that a template's row is written with.
@@ -193,13 +205,9 @@ func (db *DB) CopyTag(ctx context.Context, id, from string, names []string, when
 	defer db.took("copy_tag", time.Now())
 	var source template.Tag
 	err := db.write(ctx, func(tx *sql.Tx) error {
-		name := ""
 		source = template.Tag{} // a transaction that is run again must not add to what the first run read
 		// Others that add tags wait, so that the count below is right.
-		err := tx.QueryRowContext(ctx, "SELECT name FROM templates WHERE id = $1"+db.forUpdate(), id).Scan(&name)
-		if errors.Is(err, sql.ErrNoRows) {
-			return noTemplate(id)
-		}
+		t, err := db.readTemplate(ctx, tx, id)
 		if err != nil {
 			return err
 		}
@@ -207,18 +215,26 @@ func (db *DB) CopyTag(ctx context.Context, id, from string, names []string, when
 			"SELECT build_id, version, gone FROM template_tags WHERE template_id = $1 AND tag = $2", id, from).
 			Scan(&source.BuildID, jsonColumn{&source.Version}, &source.Gone)
 		if errors.Is(err, sql.ErrNoRows) {
-			return template.NoTag(name, from)
+			return template.NoTag(t.Name, from)
 		}
 		if err != nil {
 			return err
 		}
 		for _, to := range names {
+			if to == template.DefaultTag {
+				source.Name = from
+				t.Promote(source, when)
+				if err := writeTemplate(ctx, tx, &t); err != nil {
+					return err
+				}
+				continue
+			}
 			source.Name, source.CreatedAt = to, when
 			if err := putTag(ctx, tx, id, source); err != nil {
 				return err
 			}
 		}
-		return countTags(ctx, tx, id, name)
+		return countTags(ctx, tx, id, t.Name)
 	})
 	if err != nil {
 		return "", fmt.Errorf("copying tag %s of template %s: %w", from, id, err)

@@ -435,6 +435,23 @@ func templateTags(t *testing.T, st template.Store) {
 	wantFault(t, err, fault.Exhausted, "quota_exceeded")
 	check(a.ID, copied, again)
 
+	// The default version becomes that of a tag, with the policy that the template has.
+	before, err := st.GetTemplate(ctx, a.OrgID, a.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if build, err := st.CopyTag(ctx, a.ID, "one", []string{template.DefaultTag}, later); err != nil || build != "bld_i2" {
+		t.Errorf("promoted the tag of %q, %v", build, err)
+	}
+	promoted := before
+	promoted.Promote(again, later)
+	got, err := st.GetTemplate(ctx, a.OrgID, a.ID)
+	if diff := cmp.Diff(promoted, got); err != nil || diff != "" || got.Image != "i2" || got.ReadyBuild != "bld_i2" ||
+		got.Egress.Mode != before.Egress.Mode {
+		t.Errorf("the default version (-want +got):\n%s%v", diff, err)
+	}
+	check(a.ID, copied, again)
+
 	// Tags of an image are marked, and those of one template repaired.
 	other := tag("other", "i2")
 	update(t, st, b.ID, func(tpl *template.Template) { tpl.Tagging = []template.Tag{other} })

@@ -449,6 +449,12 @@ func (s *Service) succeeded(ctx context.Context, m *member, b Build, built Built
 	if err == nil {
 		built.Image, err = s.unchanged(ctx, m, built.Image)
 	}
+	var tags []Tag
+	if err == nil {
+		if tags, err = s.store.Tags(ctx, m.template); err != nil {
+			err = fmt.Errorf("reading the tags of template %s: %w", m.name, err)
+		}
+	}
 	if err != nil {
 		return s.failed(ctx, m, err)
 	}
@@ -457,15 +463,21 @@ func (s *Service) succeeded(ctx context.Context, m *member, b Build, built Built
 	t, err := s.settle(ctx, m, func(t *Template) {
 		before := *t
 		before.Image = cmp.Or(m.last, t.Image)
-		b.Definition.describe(t, built)
-		t.Image, t.ImageSize, t.Source, t.Inputs, t.BuiltAt = built.Image, built.Size, built.Source,
+		next := before
+		b.Definition.describe(&next, built)
+		next.Image, next.ImageSize, next.Source, next.Inputs, next.BuiltAt = built.Image, built.Size, built.Source,
 			b.Definition.inputs(b.Context), now()
-		t.ReadyBuild, t.Repairs = m.build, b.Repairs
-		if before.Version == 0 || !sameVersion(before, *t) {
-			t.Version++
+		next.ReadyBuild, next.Repairs = m.build, b.Repairs
+		if before.Version == 0 || !sameVersion(before, next) {
+			next.Version = nextVersion(before, tags)
+		}
+		next.tag(b.Definition.Tags)
+		if b.Definition.TagsOnly && before.Version > 0 {
+			t.Tagging = next.Tagging // of a version that the row does not have
+		} else {
+			*t = next
 		}
 		t.end(Ready, nil)
-		t.tag(b.Definition.Tags)
 	})
 	s.forget(m)
 	if err == nil {

@@ -41,6 +41,8 @@ type Definition struct {
 	// Instead names the template to use for an image of the Dockerfile whose registry does not answer.
 	Instead map[string]string `toml:"-" json:"instead,omitempty"`
 	Tags    []string          `toml:"-" json:"tags,omitempty"` // of the version that is built
+	// TagsOnly gives the version nothing but the tags: sandboxes that name no tag are made of the one before.
+	TagsOnly bool `toml:"-" json:"tags_only,omitempty"`
 
 	Require []string  `toml:"require" json:"require,omitempty"` // programs that must be there
 	Users   []Account `toml:"users" json:"users,omitempty"`
@@ -175,15 +177,23 @@ func absolute(p string) error {
 }
 
 // inputs returns the hash of everything that a template is made from. Another definition or
-// context has another hash.
-func (d Definition) inputs(context string) string { return digest(d, context) }
+// context has another hash, but for the tags, which name what is made.
+func (d Definition) inputs(context string) string {
+	d.Tags, d.TagsOnly = nil, false
+	return digest(d, context)
+}
+
+// sameRequest reports whether another build would give what b does, and the same tags.
+func (b Build) sameRequest(other Build) bool {
+	return digest(b.Definition, b.Context) == digest(other.Definition, other.Context)
+}
 
 // fileInputs returns the hash of what the root file system is made from. Templates with equal
 // ones can share a build.
 func (d Definition) fileInputs(context string, refresh bool) string {
 	d.Name, d.Description, d.Env, d.Workdir, d.User, d.StartCommand, d.Ready, d.Size, d.DiskMB = "", "", nil, "", "", nil,
 		nil, "", 0
-	d.Tags = nil
+	d.Tags, d.TagsOnly = nil, false
 	return digest(d, context, refresh)
 }
 

@@ -24,6 +24,8 @@ type Announcement struct {
 	Size   string // "" is the configured default
 	DiskMB int    // 0 is the configured default
 	Tags   []string
+	// TagsOnly gives the version nothing but the tags, see [Definition].
+	TagsOnly bool
 }
 
 // Draft is an announced build. Its IDs are those that the template and the build will have.
@@ -246,7 +248,7 @@ func (s *Service) BuildDraft(ctx context.Context, c Caller, templateID, buildID 
 	}
 	queued := ""
 	defer func() { s.drafts.became(c.OrgID, buildID, queued) }()
-	r.Name, r.Size, r.DiskMB, r.Tags, r.Dockerfile = d.Name, d.Size, d.DiskMB, d.Tags, "Dockerfile"
+	r.Name, r.Size, r.DiskMB, r.Dockerfile, r.Tags, r.TagsOnly = d.Name, d.Size, d.DiskMB, "Dockerfile", d.Tags, d.TagsOnly
 	// One at a time: a few bytes of an upload may become a whole context on the disk.
 	if err := s.assembling.enter(ctx, c.OrgID); err != nil {
 		return Template{}, err

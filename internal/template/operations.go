@@ -160,7 +160,6 @@ func buildInProgress(t Template) error {
 // matters.
 func (s *Service) renewOnce(ctx context.Context, t Template, b Build, secret *Credentials, id string) (Template,
 	error) {
-	inputs := b.Definition.inputs(b.Context)
 	if t.Queued() {
 		prior, err := s.store.GetBuild(ctx, t.ID, t.BuildID)
 		if fault.Is(err, fault.NotFound) {
@@ -169,10 +168,10 @@ func (s *Service) renewOnce(ctx context.Context, t Template, b Build, secret *Cr
 		if err != nil {
 			return Template{}, err
 		}
-		if prior.Definition.inputs(prior.Context) == inputs && secret == nil {
+		if prior.sameRequest(b) && secret == nil {
 			return t, nil // the waiting build is enough
 		}
-	} else if !b.Refresh && t.Status == Ready && t.Inputs == inputs {
+	} else if !b.Refresh && t.Status == Ready && t.Inputs == b.Definition.inputs(b.Context) {
 		return s.tagReady(ctx, t, b.Definition.Tags)
 	}
 	t, err := s.store.UpdateTemplate(ctx, t.ID, &b, func(t *Template) error {
@@ -204,7 +203,9 @@ func (s *Service) newBuild(ctx context.Context, t Template, r *Request, source i
 			return Build{}, nil, err
 		}
 		b.Refresh, b.Private = true, r != nil && r.Credentials != nil
-		b.Repairs, b.Definition.Tags = "", nil // the tags may name another version since
+		if b.Repairs = ""; !b.Definition.TagsOnly {
+			b.Definition.Tags = nil // they may name another version since
+		}
 		if !b.Private {
 			return b, nil, nil
 		}

@@ -145,8 +145,14 @@ func (s *Service) Ready(ctx context.Context, orgID, ref string) (sandbox.Templat
 	if tag != "" {
 		return s.tagged(ctx, t, tag)
 	}
+	return s.newest(ctx, t)
+}
+
+// newest returns the default version of a template.
+func (s *Service) newest(ctx context.Context, t Template) (sandbox.TemplateVersion, error) {
 	if !t.usable() {
-		if t, err = s.prepare(ctx, t); err != nil {
+		t, err := s.prepare(ctx, t)
+		if err != nil {
 			return sandbox.TemplateVersion{}, err
 		}
 		return sandbox.TemplateVersion{}, notReady(t)

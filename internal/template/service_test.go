@@ -154,6 +154,12 @@ func (m *memory) CopyTag(_ context.Context, id, from string, names []string, at 
 		return "", NoTag(m.rows[id].Name, from)
 	}
 	for _, name := range names {
+		if name == DefaultTag {
+			t := m.rows[id]
+			t.Promote(tag, at)
+			m.rows[id] = t
+			continue
+		}
 		tag.Name, tag.CreatedAt = name, at
 		m.putTagLocked(id, tag)
 	}

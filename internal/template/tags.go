@@ -22,6 +22,13 @@ type Tag struct {
 	Version   sandbox.TemplateVersion
 }
 
+const (
+	// DefaultTag names the version of a template that a reference without a tag means. No tag has the name.
+	DefaultTag = "default"
+	// LatestTag means the default version too, unless a template has a tag of the name.
+	LatestTag = "latest"
+)
+
 // MaxTags bounds the tags of a template. Each may keep an image on the disk.
 const MaxTags = 50
 
@@ -59,19 +66,50 @@ func (t Template) NewestTag(name string) Tag {
 	return Tag{Name: name, BuildID: t.ReadyBuild, CreatedAt: now(), Version: t.version()}
 }
 
+// nextVersion returns the number of a new version of a template: one that neither its row nor its tags
+// have.
+func nextVersion(t Template, tags []Tag) int {
+	last := t.Version
+	for _, tag := range tags {
+		last = max(last, tag.Version.Version)
+	}
+	return last + 1
+}
+
+// Find returns the tag that a reference names: by its name, or by the build of its version. It returns
+// false for a reference to the default version.
+func (t Template) Find(tags []Tag, name string) (tag Tag, found bool, err error) {
+	if name == "" || name == DefaultTag {
+		return Tag{}, false, nil
+	}
+	for _, same := range []func(Tag) bool{
+		func(tag Tag) bool { return tag.Name == name }, func(tag Tag) bool { return tag.BuildID == name }} {
+		if i := slices.IndexFunc(tags, same); i >= 0 {
+			return tags[i], true, nil
+		}
+	}
+	if name == LatestTag || name == t.ReadyBuild {
+		return Tag{}, false, nil
+	}
+	return Tag{}, false, NoTag(t.Name, name)
+}
+
 // tagged returns the version that a tag of a template names.
 func (s *Service) tagged(ctx context.Context, t Template, name string) (sandbox.TemplateVersion, error) {
 	tags, err := s.store.Tags(ctx, t.ID)
 	if err != nil {
 		return sandbox.TemplateVersion{}, fmt.Errorf("reading the tags of template %s: %w", t.Name, err)
 	}
-	i := slices.IndexFunc(tags, func(tag Tag) bool { return tag.Name == name })
-	if i < 0 {
-		return sandbox.TemplateVersion{}, NoTag(t.Name, name)
+	tag, found, err := t.Find(tags, name)
+	if err != nil {
+		return sandbox.TemplateVersion{}, err
 	}
-	v := tags[i].Version
+	if !found {
+		return s.newest(ctx, t)
+	}
+	v := tag.Version
 	v.Egress = t.Egress // the policy is the template's, whatever the version
-	if !tags[i].Gone {
+	if !tag.Gone {
 		return v, nil
 	}
 	// Its image may have come back, as the result of another build.
@@ -97,8 +135,9 @@ func (s *Service) own(ctx context.Context, c Caller, nameOrID string) (Template,
 	return t, err
 }
 
-// Tag gives tags to a version of a template: the one of the tag from, or the newest if from is "". It
-// returns the ID of the build that gave the version. Errors: Invalid in field "tags"; NotFound, code
+// Tag gives tags to a version of a template: the one that from names, see Find. It
+// returns the ID of the build that gave the version. [DefaultTag] makes it the default version.
+// Errors: Invalid in field "tags"; NotFound, code
 // "template_not_found"; Conflict, code "template_not_ready"; Exhausted, code "quota_exceeded"; Denied
 // for a built-in template.
 func (s *Service) Tag(ctx context.Context, c Caller, nameOrID, from string, names []string) (buildID string,
@@ -110,20 +149,47 @@ func (s *Service) Tag(ctx context.Context, c Caller, nameOrID, from string, name
 	if err != nil {
 		return "", err
 	}
-	if err := s.roomForTags(ctx, t, names); err != nil {
+	tags, err := s.store.Tags(ctx, t.ID)
+	if err != nil {
+		return "", fmt.Errorf("reading the tags of template %s: %w", t.Name, err)
+	}
+	source, found, err := t.Find(tags, from)
+	if err != nil {
 		return "", err
 	}
-	if from != "" {
-		return s.store.CopyTag(ctx, t.ID, from, names, now())
+	rest := slices.DeleteFunc(slices.Clone(names), func(name string) bool { return name == DefaultTag })
+	if err := roomFor(t, tags, rest); err != nil {
+		return "", err
+	}
+	if found {
+		if len(rest) < len(names) {
+			if _, err := s.tagged(ctx, t, source.Name); err != nil {
+				return "", err // its image is gone
+			}
+		}
+		return s.store.CopyTag(ctx, t.ID, source.Name, names, now())
 	}
 	t, err = s.store.UpdateTemplate(ctx, t.ID, nil, func(t *Template) error {
 		if !t.usable() {
 			return notReady(*t)
 		}
-		t.tag(names)
+		t.tag(rest)
 		return nil
 	})
 	return t.ReadyBuild, err
+}
+
+// Promote makes the version of a tag the default version. Its inputs are not known, so that the next
+// build of the same does not skip this version.
+func (t *Template) Promote(tag Tag, at time.Time) {
+	if t.Version == tag.Version.Version {
+		return
+	}
+	egress := t.Egress // the policy is the template's, whatever the version
+	t.Shape, t.Version = tag.Version.Shape.Clone(), tag.Version.Version
+	t.Egress = egress
+	t.ReadyBuild, t.Inputs, t.Source, t.ImageSize = tag.BuildID, "", "the tag "+tag.Name, 0
+	t.BuiltAt, t.UpdatedAt = at, at
 }
 
 // roomForTags refuses tags beyond those that a template may have.
@@ -132,6 +198,11 @@ func (s *Service) roomForTags(ctx context.Context, t Template, names []string) e
 	if err != nil {
 		return fmt.Errorf("reading the tags of template %s: %w", t.Name, err)
 	}
+	return roomFor(t, tags, names)
+}
+
+// roomFor is roomForTags for the tags that a template has.
+func roomFor(t Template, tags []Tag, names []string) error {
 	all := map[string]bool{}
 	for _, tag := range tags {
 		all[tag.Name] = true

@@ -80,7 +80,7 @@ func TestTagOfATagThatGoes(t *testing.T) {
 		}
 		h.store.meanwhile("UpdateTemplate", untag)
 		h.store.between["CopyTag"] = untag
-		_, err := h.Tag(t.Context(), me, "app", "v1", []string{"stable"})
+		_, err := h.Tag(t.Context(), me, "app", "v1", []string{"stable", DefaultTag})
 		wantCode(t, err, "template_not_found")
 		if tags := h.tagsOf(t, "app"); len(tags) != 0 {
 			t.Errorf("the tags are %v", tags)
@@ -115,6 +115,97 @@ func TestRequestBesideAnother(t *testing.T) {
 			t.Errorf("after another build is ready: %+v", got)
 		}
 		h.wantStatus(t, "app", Ready, 5)
+	})
+}
+
+// TestTagsOnly checks that a build for tags alone changes no default version, unless the template has
+// none, and that any version can become the default one.
+func TestTagsOnly(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := life(t, newMemory(), newBuilder())
+		made := 0 // each image differs from the one before
+		h.builder.made = func(d Definition) string { made++; return d.Image + strings.Repeat("'", made) }
+		tagged := func(image string, tags ...string) *Request {
+			r := of("app", image)
+			r.Tags, r.TagsOnly = tags, true
+			return &r
+		}
+		want := func(versions map[string]int) {
+			t.Helper()
+			for ref, version := range versions {
+				if v, err := h.Ready(t.Context(), me.OrgID, ref); err != nil || v.Version != version {
+					t.Errorf("%s is version %d of image %q, %v; want version %d", ref, v.Version, v.Image, err, version)
+				}
+			}
+		}
+		h.create(t, me, *tagged("a", "v1"))
+		h.wantBuilt(t, "app")
+		want(map[string]int{"app": 1, "app:v1": 1, "app:latest": 1})
+		first := h.get(t, "app")
+
+		// A request that waits is not enough for one with other tags.
+		release := h.builder.hold()
+		h.rebuild(t, "app", tagged("b", "v2"))
+		_, err := h.Rebuild(t.Context(), me, "app", tagged("b", "other"), nil)
+		wantCode(t, err, "build_in_progress")
+		release()
+		second := h.wantStatus(t, "app", Ready, 1)
+		want(map[string]int{"app": 1, "app:v1": 1, "app:v2": 2, "app:" + second.BuildID: 2})
+		if second.Image != first.Image || second.ReadyBuild != first.ReadyBuild || second.Inputs != first.Inputs {
+			t.Errorf("the default version changed: %+v, before %+v", second, first)
+		}
+		// The same again is built, and a tag of what is there is not.
+		h.rebuild(t, "app", tagged("a", "again"))
+		h.wantStatus(t, "app", Ready, 1)
+		want(map[string]int{"app": 1, "app:again": 1, "app:v2": 2})
+		// A rebuild repeats the newest build, with what it gave.
+		h.rebuild(t, "app", nil)
+		h.wantStatus(t, "app", Ready, 1)
+		want(map[string]int{"app": 1, "app:v2": 3})
+
+		promoted := func(ref string) {
+			t.Helper()
+			if _, err := h.Tag(t.Context(), me, "app", ref, []string{DefaultTag, "prod"}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		promoted("v2")
+		want(map[string]int{"app": 3, "app:v1": 1, "app:prod": 3})
+		if got := h.get(t, "app"); got.Egress.Mode != first.Egress.Mode || got.Status != Ready {
+			t.Errorf("the template is %+v", got)
+		}
+		h.rebuild(t, "app", new(of("", "c")))
+		h.wantStatus(t, "app", Ready, 4)
+		want(map[string]int{"app:v2": 3, "app:again": 1})
+
+		// The inputs of another version do not repair the default one.
+		h.rebuild(t, "app", tagged("d", "v5"))
+		h.wantStatus(t, "app", Ready, 4)
+		image := h.get(t, "app").Image
+		h.builder.lose(image)
+		h.Recheck(image)
+		synctest.Wait()
+		if got := h.wantStatus(t, "app", Failed, 4); got.BuildError == nil ||
+			!strings.Contains(got.BuildError.Message, "v5") {
+			t.Errorf("its image is gone, and it is %+v", got)
+		}
+		want(map[string]int{"app:v5": 5})
+		promoted("v5")
+		want(map[string]int{"app": 5})
+		h.builder.lose(h.get(t, "app").Image)
+		_, err = h.Tag(t.Context(), me, "app", "again", []string{DefaultTag})
+		if err != nil {
+			t.Error(err)
+		}
+		want(map[string]int{"app": 1})
+
+		// No reference means a tag whose build an older cay did not record.
+		h.store.mu.Lock()
+		h.store.putTagLocked(first.ID, Tag{Name: "old"})
+		h.store.mu.Unlock()
+		if build, err := h.Tag(t.Context(), me, "app", "", []string{"newest"}); err != nil || build != first.BuildID {
+			t.Errorf("the default version is of build %q, %v; want %q", build, err, first.BuildID)
+		}
 	})
 }
 

@@ -184,8 +184,8 @@ type Store interface {
 	// Tags returns the tags of a template, by name.
 	Tags(ctx context.Context, id string) ([]Tag, error)
 	// CopyTag gives tags to the version that the tag from names, made at a time, and returns the ID of
-	// that version's build. Without the tag from it gives NotFound, code "template_not_found"; for more
-	// than MaxTags tags [TooManyTags].
+	// that version's build. DefaultTag among them promotes the version instead. Without the tag from it
+	// gives NotFound, code "template_not_found"; for more than MaxTags tags [TooManyTags].
 	CopyTag(ctx context.Context, id, from string, names []string, at time.Time) (buildID string, err error)
 	// MarkTags records of the tags that name an image whether it is gone.
 	MarkTags(ctx context.Context, image string, gone bool) error

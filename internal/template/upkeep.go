@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/cayhq/cay/internal/fault"
@@ -60,7 +61,7 @@ func (s *Service) checkImage(ctx context.Context, image string) error {
 }
 
 // rebuildGone queues a build of a template whose image is gone. Until it is ready, creates from
-// the template find no image.
+// the template find no image. If the inputs that are kept gave another version, the template has failed.
 func (s *Service) rebuildGone(ctx context.Context, t Template, image string) error {
 	s.log.Warn("image of template is gone: building it again", "template", t.Name, "org", t.OrgID, "image", image)
 	b, err := s.store.GetBuild(ctx, t.ID, t.BuildID)
@@ -76,13 +77,19 @@ func (s *Service) rebuildGone(ctx context.Context, t Template, image string) err
 	case b.Repairs != image: // the image was made of other inputs, which a later, failed build replaced
 		b.Repairs = ""
 	}
-	b.Refresh, b.Private, b.Definition.Tags = false, false, nil
 	id, newest := newID("bld_"), t.BuildID
-	t, err = s.store.UpdateTemplate(ctx, t.ID, &b, func(t *Template) error {
+	next, change := &b, func(t *Template) { t.begin(id) }
+	if b.Definition.TagsOnly && t.Inputs != b.Definition.inputs(b.Context) {
+		why := &BuildError{ExitCode: -1, Message: "its image is gone, and the newest build, whose inputs are kept, gave " +
+			"another version, with the tags " + strings.Join(b.Definition.Tags, ", ") + ": build it again"}
+		next, change = nil, func(t *Template) { t.end(Failed, why) }
+	}
+	b.Refresh, b.Private, b.Definition.Tags, b.Definition.TagsOnly = false, false, nil, false
+	t, err = s.store.UpdateTemplate(ctx, t.ID, next, func(t *Template) error {
 		if t.Image != image || t.Queued() || t.BuildID != newest {
 			return errSettled
 		}
-		t.begin(id)
+		change(t)
 		return nil
 	})
 	if errors.Is(err, errSettled) {
@@ -92,6 +99,9 @@ func (s *Service) rebuildGone(ctx context.Context, t Template, image string) err
 		return fmt.Errorf("writing template %s: %w", t.ID, err)
 	}
 	s.changed(t.ID)
+	if next == nil {
+		return nil
+	}
 	s.enqueue(ctx, order{template: t.ID, org: t.OrgID, name: t.Name, build: id, key: s.key(t.OrgID, id, b)})
 	return nil
 }
