@@ -97,7 +97,11 @@ func (b *build) run(ctx context.Context,
 		return "", nil, err
 	}
 	id := identity.NewID()
-	progress := newProgress(b.conn)
+	progress := newProgress(b.conn, func(name string) int {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		return b.places[name].line
+	})
 	followed := make(chan struct{})
 	go func() {
 		defer close(followed)

@@ -17,6 +17,7 @@ import (
 // except for the names.
 type progress struct {
 	conn  *wire.Conn
+	line  func(name string) int // returns the line of a step in the Dockerfile, 0 if it is unknown
 	steps map[digest.Digest]*stepState
 	gone  bool // the client has left
 
@@ -34,8 +35,8 @@ type stepState struct {
 	began, ended bool
 }
 
-func newProgress(conn *wire.Conn) *progress {
-	return &progress{conn: conn, steps: map[digest.Digest]*stepState{}, names: map[string]string{}}
+func newProgress(conn *wire.Conn, line func(name string) int) *progress {
+	return &progress{conn: conn, line: line, steps: map[digest.Digest]*stepState{}, names: map[string]string{}}
 }
 
 func (p *progress) send(e wire.Event) {
@@ -120,7 +121,7 @@ func (p *progress) vertex(v *client.Vertex) {
 	e.Stage, e.Number, e.Total, e.Name = splitName(v.Name)
 	if !s.began {
 		s.began = true
-		e.Kind, e.Time = wire.Began, time.Now()
+		e.Kind, e.Time, e.Line = wire.Began, time.Now(), p.line(v.Name)
 		if v.Started != nil {
 			e.Time = *v.Started
 		}

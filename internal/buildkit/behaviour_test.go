@@ -478,7 +478,7 @@ func TestProgress(t *testing.T) {
 		}
 		switch e.Kind {
 		case Began:
-			got = append(got, fmt.Sprintf("began %s %d/%d %s", e.Stage, e.Number, e.Total, e.Name))
+			got = append(got, fmt.Sprintf("began line %d %s %d/%d %s", e.Line, e.Stage, e.Number, e.Total, e.Name))
 		case Log:
 			got = append(got, fmt.Sprintf("%s %q", e.Stream, e.Text))
 		case Ended:
@@ -492,8 +492,8 @@ func TestProgress(t *testing.T) {
 		t.Error("it succeeded")
 	}
 	text := strings.Join(got, "\n")
-	for _, want := range []string{"began  1/2 FROM base:latest\nended FROM base:latest failed=false\n" +
-		"began  2/2 RUN echo out; echo err >&2; exit 3\n", "stdout \"out\\n\"", "stderr \"err\\n\"",
+	for _, want := range []string{"began line 1  1/2 FROM base:latest\nended FROM base:latest failed=false\n" +
+		"began line 2  2/2 RUN echo out; echo err >&2; exit 3\n", "stdout \"out\\n\"", "stderr \"err\\n\"",
 		"\nended RUN echo out; echo err >&2; exit 3 failed=true"} {
 		if !strings.Contains(text, want) {
 			t.Errorf("no %q in\n%s", want, text)

@@ -436,6 +436,7 @@ type buildEntry struct {
 	Timestamp time.Time `json:"timestamp"`
 	Level     string    `json:"level"`
 	Message   string    `json:"message"`
+	Step      string    `json:"step,omitempty"`
 }
 
 type reasonBody struct {
@@ -491,13 +492,13 @@ var loads = regexp.MustCompile(`^step [0-9]+: load `)
 
 // buildEntryOf returns a line of a log, whose level follows from what it says.
 func buildEntryOf(l template.LogLine, failure *template.BuildError) buildEntry {
-	e := buildEntry{Timestamp: l.At.UTC(), Level: "info", Message: l.Text}
+	e := buildEntry{Timestamp: l.At.UTC(), Level: "info", Message: l.Text, Step: stepAt(l.Line)}
 	if number, step, ok := strings.Cut(l.Text, ": "); ok && l.Heading {
 		e.Message = number + ": " + steps.Shown(step)
 	}
 	switch {
 	case failure != nil && l.Step == 0 && slices.Contains(strings.Split(failure.Error(), "\n"), l.Text):
-		e.Level, e.Message = "error", plainLine(l.Text, *failure)
+		e.Level, e.Message, e.Step = "error", plainLine(l.Text, *failure), stepOf(*failure)
 	case strings.HasPrefix(l.Text, "warning: "):
 		e.Level = "warn"
 	case l.Heading && loads.MatchString(l.Text):
@@ -523,16 +524,39 @@ func reasonOf(e template.BuildError) *reasonBody {
 	lines := strings.Split(e.Error(), "\n")
 	lines[0] = plainLine(lines[0], e)
 	out := &reasonBody{Message: strings.Join(lines, "\n"), LogEntries: []buildEntry{}}
-	switch n := steps.Of(e.Line); {
-	case n > 0:
-		out.Step = strconv.Itoa(n)
+	if out.Step = stepOf(e); steps.Of(e.Line) > 0 {
 		out.Message = "step " + out.Step + ": " + out.Message
-	case n == 0 || strings.HasPrefix(e.Step, "FROM ") || strings.HasPrefix(e.Step, "pulling "):
-		out.Step = "base"
-	default:
-		out.Step = "finalize"
 	}
 	return out
+}
+
+// stepBase and stepFinalize stand for what comes before and after the steps of a template.
+const (
+	stepBase     = "base"
+	stepFinalize = "finalize"
+)
+
+// stepAt returns the step at a line of the Dockerfile as clients number it; "" if the line is unknown.
+func stepAt(line int) string {
+	switch n := steps.Of(line); {
+	case n > 0:
+		return strconv.Itoa(n)
+	case n == 0:
+		return stepBase
+	}
+	return ""
+}
+
+// stepOf returns the step that failed as clients number it.
+func stepOf(e template.BuildError) string {
+	step := stepAt(e.Line)
+	switch {
+	case step != "":
+		return step
+	case strings.HasPrefix(e.Step, "FROM ") || strings.HasPrefix(e.Step, "pulling "):
+		return stepBase
+	}
+	return stepFinalize
 }
 
 // deleteTemplate deletes a template, or the snapshot of that name. As in E2B, sandboxes of the template

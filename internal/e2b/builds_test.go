@@ -146,16 +146,18 @@ func TestBuildStatus(t *testing.T) {
 	}
 	var lines []template.LogLine
 	for i := range 250 {
-		lines = append(lines, template.LogLine{Seq: int64(2*i + 1), At: time.Now(), Step: 6, Text: fmt.Sprint("line ", i)})
+		lines = append(lines, template.LogLine{Seq: int64(2*i + 1), At: time.Now(), Step: 6, Line: 9,
+			Text: fmt.Sprint("line ", i)})
 	}
-	lines = append(lines, template.LogLine{Seq: 1001, At: time.Now(), Heading: true, Step: 1,
+	lines = append(lines, template.LogLine{Seq: 1000, At: time.Now(), Heading: true, Step: 1,
 		Text: "step 1: load build definition from Dockerfile"},
+		template.LogLine{Seq: 1001, At: time.Now(), Heading: true, Step: 2, Line: 1, Text: "step 2: FROM base"},
 		template.LogLine{Seq: 1002, At: time.Now(), Text: "warning: no registry answers"},
 		template.LogLine{Seq: 1003, At: time.Now(), Text: "RUN make: line 9: exit code 2"})
 	if err := b.db.ChangeTemplateLog(t.Context(), tpl, template.LogChange{Add: lines}); err != nil {
 		t.Fatal(err)
 	}
-	type entry struct{ Level, Message string }
+	type entry struct{ Level, Message, Step string }
 	read := func(offset int) (out struct {
 		Status     string
 		Logs       []string
@@ -202,9 +204,9 @@ func TestBuildStatus(t *testing.T) {
 				t.Fatalf("%d entries, %d lines", len(s.LogEntries), len(s.Logs))
 			}
 		}
-		end := []entry{{"debug", "step 1: load build definition from Dockerfile"}, {"warn",
-			"warning: no registry answers"}, {"error", "RUN make: exit code 2"}}
-		if diff := cmp.Diff(end, all[250:]); diff != "" || all[0] != (entry{"info", "line 0"}) {
+		end := []entry{{"debug", "step 1: load build definition from Dockerfile", ""}, {"info", "step 2: FROM base", "base"},
+			{"warn", "warning: no registry answers", ""}, {"error", "RUN make: exit code 2", "1"}}
+		if diff := cmp.Diff(end, all[250:]); diff != "" || all[0] != (entry{"info", "line 0", "1"}) {
 			t.Errorf("the entries begin with %v and end with (-want +got):\n%s", all[0], diff)
 		}
 	}
@@ -397,10 +399,10 @@ func TestBases(t *testing.T) {
 		`{"fromImage":"eu-docker.pkg.dev/a","fromImageRegistry":{"type":"gcp","serviceAccountJson":"{}"}}`: {
 			Ref: "eu-docker.pkg.dev/a", Account: true, Foreign: true,
 			Credentials: &template.Credentials{Registry: "eu-docker.pkg.dev", Username: "_json_key", Password: "{}"}},
-		`{"fromImage":"12.dkr.ecr.us-gov-west-1.amazonaws.com/a:1","fromImageRegistry":` + aws("k", "s", "us-gov-west-1") + `}`: {
-			Ref: "12.dkr.ecr.us-gov-west-1.amazonaws.com/a:1", Account: true, Foreign: true,
-			Credentials: &template.Credentials{Registry: "12.dkr.ecr.us-gov-west-1.amazonaws.com", Username: "k", Password: "s",
-				AWSRegion: "us-gov-west-1"}},
+		`{"fromImage":"12.dkr.ecr.us-west-1.amazonaws.com/a:1","fromImageRegistry":` + aws("k", "s", "us-west-1") + `}`: {
+			Ref: "12.dkr.ecr.us-west-1.amazonaws.com/a:1", Account: true, Foreign: true,
+			Credentials: &template.Credentials{Registry: "12.dkr.ecr.us-west-1.amazonaws.com", Username: "k",
+				Password: "s", AWSRegion: "us-west-1"}},
 	} {
 		var in buildBody
 		if err := json.Unmarshal([]byte(body), &in); err != nil {

@@ -215,7 +215,7 @@ func (s *steps) event(e buildkit.Event) {
 	case buildkit.Made:
 		s.made()
 	case buildkit.Began:
-		s.say(template.Progress{Step: e.Step, Name: e.Name})
+		s.say(template.Progress{Step: e.Step, Name: e.Name, Line: e.Line})
 	case buildkit.Log, buildkit.Note:
 		text := s.part[e.Step] + e.Text
 		if e.Kind == buildkit.Note {

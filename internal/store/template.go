@@ -450,8 +450,8 @@ func (db *DB) ChangeTemplateLog(ctx context.Context, id string, c template.LogCh
 		}
 		for _, l := range c.Add {
 			_, err := tx.ExecContext(ctx,
-				"INSERT INTO template_logs (template_id, seq, at, step, heading, line) VALUES ($1, $2, $3, $4, $5, $6)",
-				id, l.Seq, at(l.At), l.Step, l.Heading, l.Text)
+				"INSERT INTO template_logs (template_id, seq, at, step, heading, dockerfile_line, line) "+
+					"VALUES ($1, $2, $3, $4, $5, $6, $7)", id, l.Seq, at(l.At), l.Step, l.Heading, l.Line, l.Text)
 			if db.violates(err, true) {
 				return noTemplate(id)
 			}
@@ -482,7 +482,8 @@ func (db *DB) TemplateLogRest(ctx context.Context, id string, skip, limit int) (
 // logLines reads lines of a template's log; rest is the end of the query with two parameters.
 func (db *DB) logLines(ctx context.Context, id, rest string, from int64, limit int) ([]template.LogLine, error) {
 	rows, err := db.reader.QueryContext(ctx,
-		"SELECT seq, at, step, heading, line FROM template_logs WHERE template_id = $1 "+rest, id, from, limit)
+		"SELECT seq, at, step, heading, dockerfile_line, line FROM template_logs WHERE template_id = $1 "+rest,
+		id, from, limit)
 	if err != nil {
 		return nil, fmt.Errorf("reading the log of template %s: %w", id, err)
 	}
@@ -490,7 +491,7 @@ func (db *DB) logLines(ctx context.Context, id, rest string, from int64, limit i
 	var all []template.LogLine
 	for rows.Next() {
 		var l template.LogLine
-		if err := rows.Scan(&l.Seq, timeColumn{&l.At}, &l.Step, &l.Heading, &l.Text); err != nil {
+		if err := rows.Scan(&l.Seq, timeColumn{&l.At}, &l.Step, &l.Heading, &l.Line, &l.Text); err != nil {
 			return nil, fmt.Errorf("reading the log of template %s: %w", id, err)
 		}
 		all = append(all, l)

@@ -315,7 +315,7 @@ func templateImages(t *testing.T, st template.Store) {
 func templateLog(t *testing.T, st template.Store) {
 	line := func(seq int64, step int) template.LogLine {
 		return template.LogLine{Seq: seq, At: start.Add(time.Duration(10-seq) * time.Second), Step: step,
-			Heading: seq == 1, Text: fmt.Sprint("line ", seq)}
+			Heading: seq == 1, Line: 8 * step, Text: fmt.Sprint("line ", seq)}
 	}
 	change := func(id string, c template.LogChange) {
 		t.Helper()

@@ -729,7 +729,7 @@ func TestJournalIsBounded(t *testing.T) {
 		}, func(err error) { t.Error(err) })
 		j.say(Progress{Step: 1, Steps: 2, Name: "RUN quiet", Cached: true})
 		j.say(Progress{Step: 1, Text: "quiet"})
-		j.say(Progress{Step: 2, Steps: 2, Name: "RUN chatty"})
+		j.say(Progress{Step: 2, Steps: 2, Name: "RUN chatty", Line: 17})
 		const many = 200_000
 		for i := range many {
 			j.say(Progress{Step: 2, Text: fmt.Sprintf("line %d\n", i)})
@@ -742,6 +742,9 @@ func TestJournalIsBounded(t *testing.T) {
 		size, last := 0, int64(0)
 		lines := store.logs["t"]
 		for _, l := range lines {
+			if want := map[int]int{1: 0, 2: 17}[l.Step]; l.Line != want {
+				t.Fatalf("line %d of step %d is of line %d of the Dockerfile, want %d", l.Seq, l.Step, l.Line, want)
+			}
 			size += len(l.Text) + lineCost
 			if l.Seq <= last {
 				t.Fatalf("line %d comes after %d", l.Seq, last)

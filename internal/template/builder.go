@@ -47,6 +47,7 @@ type Progress struct {
 	Step   int    // number of the step, from 1; 0 is no particular one
 	Steps  int    // number of steps; 0 is unknown
 	Name   string // of the step that begins, such as "RUN npm ci"
+	Line   int    // of the Dockerfile, of the step that begins; 0 is unknown
 	Cached bool   // the step's result was in the cache
 	Text   string // a line
 }

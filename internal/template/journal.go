@@ -58,6 +58,7 @@ type stepLog struct {
 	lines   []lineSize
 	size    int64
 	dropped int64 // number of dropped lines
+	line    int   // of the Dockerfile; 0 is unknown
 }
 
 type lineSize struct{ seq, size int64 }
@@ -104,7 +105,7 @@ func (j *journal) say(p Progress) {
 	if p.Name != "" {
 		text := heading(p)
 		j.progress = text
-		j.addLocked(LogLine{Step: p.Step, Heading: true, Text: text})
+		j.addLocked(LogLine{Step: p.Step, Heading: true, Line: p.Line, Text: text})
 	}
 	if p.Text != "" {
 		for _, line := range strings.Split(strings.TrimSuffix(p.Text, "\n"), "\n") {
@@ -151,6 +152,9 @@ func (j *journal) addLocked(l LogLine) {
 	}
 	j.seq++
 	l.Seq, l.At = j.seq, now()
+	if step := j.steps[l.Step]; step != nil && !l.Heading {
+		l.Line = step.line
+	}
 	j.waiting.Add = append(j.waiting.Add, l)
 	j.countLocked(l)
 	if j.size > maxLog {
@@ -170,6 +174,9 @@ func (j *journal) countLocked(l LogLine) {
 	if step == nil {
 		step = &stepLog{}
 		j.steps[l.Step] = step
+	}
+	if l.Heading {
+		step.line = l.Line
 	}
 	size := int64(len(l.Text)) + lineCost
 	step.lines, step.size, j.size = append(step.lines, lineSize{l.Seq, size}), step.size+size, j.size+size
@@ -201,7 +208,8 @@ func (j *journal) dropLocked() {
 	if step.dropped > int64(n-keep) {
 		step.dropped-- // one of them was the last note
 	}
-	note := LogLine{Seq: to, At: now(), Step: most, Text: fmt.Sprintf("… %d lines left out …", step.dropped)}
+	note := LogLine{Seq: to, At: now(), Step: most, Line: step.line,
+		Text: fmt.Sprintf("… %d lines left out …", step.dropped)}
 	size := int64(len(note.Text)) + lineCost
 	rest := append([]lineSize{step.lines[0], {to, size}}, step.lines[n:]...)
 	step.lines, step.size, j.size = rest, step.size-freed+size, j.size-freed+size

@@ -127,6 +127,7 @@ type LogLine struct {
 	At      time.Time
 	Step    int  // the step that it belongs to; 0 is no particular one
 	Heading bool // the line is the heading of the step
+	Line    int  // of the Dockerfile, of the step; 0 is unknown
 	Text    string
 }
 

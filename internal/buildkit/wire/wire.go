@@ -131,6 +131,7 @@ type Event struct {
 	Kind     string        `json:"kind"`
 	Step     int           `json:"step,omitempty"`   // number in this build, from 1, in order of appearance; 0: none
 	Name     string        `json:"name,omitempty"`   // as written in the Dockerfile, such as "RUN make"
+	Line     int           `json:"line,omitempty"`   // of the Dockerfile, from 1, of one that has begun; 0 if unknown
 	Stage    string        `json:"stage,omitempty"`  // in the Dockerfile; "internal" if the step is not in it
 	Number   int           `json:"number,omitempty"` // in its stage, from 1; 0 if it has none
 	Total    int           `json:"total,omitempty"`  // number of steps of its stage

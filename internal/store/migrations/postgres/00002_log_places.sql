@@ -1,0 +1,3 @@
+-- +goose Up
+
+ALTER TABLE template_logs ADD COLUMN dockerfile_line BIGINT NOT NULL DEFAULT 0;
