@@ -26,7 +26,7 @@ type e2bSandbox struct {
 // e2bCreate makes a sandbox through E2B's API.
 func (s *server) e2bCreate(key string) e2bSandbox {
 	s.t.Helper()
-	status, body := s.e2bCall(key, "POST", "/v2/sandboxes", `{"templateID":"base","timeout":600}`)
+	status, body := s.e2bCall(key, "POST", "/v2/sandboxes", `{"templateID":"python","timeout":600}`)
 	if status != 201 {
 		s.t.Fatalf("create: %d %s", status, body)
 	}
@@ -136,7 +136,7 @@ func (s *server) noLeases() {
 func TestE2BTrouble(t *testing.T) {
 	s := newServer(t, "CAY_POOL_ENABLED=true")
 	s.start()
-	s.needTemplate("base")
+	s.needTemplate("python")
 	key := s.e2bKey()
 	t.Run("200 streams at once, and a kill under them", func(t *testing.T) { s.at(t).manyStreams(key) })
 	t.Run("who does not read", func(t *testing.T) { s.at(t).slowReader(key) })
@@ -310,7 +310,7 @@ func (s *server) networkE2B(key string) {
 	o := newOutside(s.t.(*testing.T))
 	o.listen(s.t.(*testing.T), 8080)
 	one, two := o.address+":8080", o.second+":8080"
-	status, body := s.e2bCall(key, "POST", "/v2/sandboxes", `{"templateID":"base","allow_internet_access":false}`)
+	status, body := s.e2bCall(key, "POST", "/v2/sandboxes", `{"templateID":"python","allow_internet_access":false}`)
 	if status != 201 {
 		s.t.Fatalf("create: %d %s", status, body)
 	}

@@ -78,7 +78,8 @@ func newServer(t testing.TB, env ...string) *server {
 	}
 	s := &server{t: t, binary: cayBinary(t), dataDir: filepath.Join(dir, "data"), process: &process{}}
 	// Pooled sandboxes would disturb most tests; the tests of the pool turn it on.
-	s.env = append(os.Environ(), "CAY_POOL_ENABLED=false")
+	// Each further template costs every server a copy of its image: base has 761 MB.
+	s.env = append(os.Environ(), "CAY_POOL_ENABLED=false", "CAY_TEMPLATES_PREPARE=python")
 	if os.Getenv("CAY_TEST_STORE") == "postgres" {
 		s.env = append(s.env, "CAY_STORE_URL="+newDatabase(t))
 	}

@@ -37,7 +37,7 @@ func TestIntegrations(t *testing.T) {
 		"python":       `{"code":"print(6*7)"}`,
 		"execute":      `{"command":"python3 -c 'print(6*7)'"}`,
 	})
-	s := newServer(t, "CAY_POOL_ENABLED=true", "CAY_TEMPLATES_PREPARE=base,node,code-interpreter",
+	s := newServer(t, "CAY_POOL_ENABLED=true", "CAY_TEMPLATES_PREPARE=python,base,code-interpreter",
 		"CAY_IMAGES_REGISTRY=false")
 	at, err := url.Parse(s.url)
 	if err != nil {
@@ -45,8 +45,8 @@ func TestIntegrations(t *testing.T) {
 	}
 	s.env = append(s.env, "CAY_PROXY_DOMAIN="+integrationsDomain+":"+at.Port())
 	s.start()
+	s.needTemplate("python")
 	s.needTemplate("base")
-	s.needTemplate("node")
 	page := readPage(t)
 	files := readAll(t, filepath.Join("e2b", integrationsDir, "*.mjs"))
 	maps.Copy(files, page.files)

@@ -21,8 +21,8 @@ const (
 	computeCold = "ComputeSDK's time to interactive (node -v), cold"
 )
 
-// computeTemplate is the built-in template with the program that ComputeSDK's benchmark runs.
-const computeTemplate = "node"
+// computeTemplate is the template of sandboxes for which ComputeSDK names none, as its benchmark does.
+const computeTemplate = "base"
 
 // computeDir has the packages of JavaScript, and the program that measures with them.
 const computeDir = "e2e/e2b/integrations"

@@ -1,4 +1,4 @@
-import { Sandbox, CommandExitError, TimeoutError, assert, test, withSandbox, until } from './lib.mjs'
+import { Sandbox, CommandExitError, TimeoutError, assert, test, withSandbox, until, newer } from './lib.mjs'
 
 withSandbox('foreground', { envs: { FROM: 'create' } }, async (sandbox) => {
   const r = await sandbox.commands.run('echo out; echo err >&2; echo $FROM $MORE; pwd; whoami', { envs: { MORE: 'call' }, cwd: '/tmp' })
@@ -95,3 +95,18 @@ test('kill in mid-stream', async () => {
   assert.ok(e instanceof TimeoutError, `${e.name}: ${e.message}`)
   assert.match(e.message, /killed|timeout|end of life/i)
 })
+
+// The template is the same for every version of the client.
+if (newer(2, 51)) {
+  withSandbox('the template base has what programs expect', async (sandbox) => {
+    const out = async (command) => (await sandbox.commands.run(command, { timeoutMs: 120_000 })).stdout
+    assert.match(await out('python --version && pip --version && python3 -m venv v && v/bin/pip --version'), /^Python 3.*\npip .*\npip .*\/user\/v\//)
+    // pip installs outside a venv too, and fails for want of a package alone.
+    assert.match(await out('pip install --no-index no-such-package 2>&1 || true'), /No matching distribution/)
+    assert.match(await out('node -p 6*7 && npm --version && npx --version'), /^42\n[0-9.]+\n[0-9.]+\n$/)
+    assert.equal(await out('printf \'#include <Python.h>\\n#include <cstdio>\\nint main() { puts(PY_MAJOR_VERSION == 3 ? "built" : "?"); }\' >a.cc && ' +
+      'printf \'a: a.cc\\n\\tg++ $$(python3-config --includes) -o a a.cc\\n\' >Makefile && make -s && ./a && gcc --version >/dev/null'), 'built\n')
+    assert.equal(await out('echo \'{"a": [1, 2]}\' | jq -c .a; rg -c include a.cc; sudo id -un; git --version >/dev/null; curl --version >/dev/null; ps -o comm= -p 1'),
+      '[1,2]\n2\nroot\ncay-agent\n')
+  })
+}

@@ -80,11 +80,12 @@ func checkUsers() Finding {
 	return Finding{Check: "user namespaces", OK: true, Detail: "can be made, with user ids of their own"}
 }
 
-// checkBootstrap checks for mmdebstrap, which makes the built-in templates from Debian's packages on machines that
-// reach no image registry.
+// checkBootstrap checks for mmdebstrap, which makes base and code-interpreter from Debian's packages, and the other
+// built-in templates on machines that reach no image registry.
 func checkBootstrap() Finding {
 	if _, err := exec.LookPath("mmdebstrap"); err != nil {
-		return Finding{Check: "mmdebstrap", Detail: "not installed: templates can only be made from image registries",
+		return Finding{Check: "mmdebstrap", Detail: "not installed: base and code-interpreter cannot be made, and other " +
+			"templates only from image registries",
 			Fix: "apt-get install mmdebstrap debian-archive-keyring"}
 	}
 	return Finding{Check: "mmdebstrap", OK: true, Detail: "installed"}

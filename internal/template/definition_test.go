@@ -18,11 +18,12 @@ func TestBuiltinDefinitions(t *testing.T) {
 	var names []string
 	for _, d := range ds {
 		names = append(names, d.Name)
-		alone := d.Name == "code-interpreter" // from Debian packages only, since its server was tested with them
+		kernels := d.Name == "code-interpreter"
+		alone := kernels || d.Name == "base" // from Debian packages only: no image is known that has all of it
 		if (d.Image == "") != alone || d.Debian == nil || len(d.Debian.Packages) == 0 {
 			t.Errorf("%s: needs an OCI image and Debian packages", d.Name)
 		}
-		if alone && (*d.StartCommand == "" || d.Ready == nil || d.Ready.HTTP == nil || d.Ready.HTTP.Port != 49999 ||
+		if kernels && (*d.StartCommand == "" || d.Ready == nil || d.Ready.HTTP == nil || d.Ready.HTTP.Port != 49999 ||
 			d.Ready.HTTP.Path != "/health") {
 			t.Errorf("%s starts with %q, ready as %+v", d.Name, *d.StartCommand, d.Ready)
 		}
@@ -38,7 +39,7 @@ func TestBuiltinDefinitions(t *testing.T) {
 			has[p] = true
 		}
 		want := append([]string{"bash", "python3", "curl", "git", "sudo", "tput", "ps"}, map[string][]string{
-			"python": {"python", "pip"}, "base": {"python"}, "node": {"node", "npm", "npx"}, "go": {"go", "gofmt"}, "code-interpreter": {"python", "pip"}}[d.Name]...)
+			"base": {"python", "pip", "node", "npm", "npx", "gcc", "g++", "make", "rg", "jq"}, "python": {"python", "pip"}, "node": {"node", "npm", "npx"}, "go": {"go", "gofmt"}, "code-interpreter": {"python", "pip"}}[d.Name]...)
 		for _, p := range want {
 			if !has[p] {
 				t.Errorf("%s: does not require %s", d.Name, p)

@@ -10,7 +10,7 @@ test('harness: a task in a template of its own', async (t) => {
   const task = mkdtempSync(join(tmpdir(), 'cay-harness-'))
   t.after(() => rmSync(task, { recursive: true }))
   mkdirSync(join(task, 'data'))
-  writeFileSync(join(task, 'Dockerfile'), 'FROM base\nWORKDIR /app\nCOPY data/numbers.txt ./\nRUN sort -n numbers.txt > sorted\n')
+  writeFileSync(join(task, 'Dockerfile'), 'FROM python\nWORKDIR /app\nCOPY data/numbers.txt ./\nRUN sort -n numbers.txt > sorted\n')
   writeFileSync(join(task, 'data/numbers.txt'), '7\n6\n')
 
   const name = 'terminal-bench__hello-world__1a2b3c4d'

@@ -52,7 +52,7 @@ test('mastra: template, commands, processes, stop and start', async () => {
 })
 
 test('mastra: a template of one\'s own', async () => {
-  const sandbox = await start(new E2BSandbox({ id: 'cay.own', template: Template().fromTemplate('base').runCmd('echo 42 > answer') }))
+  const sandbox = await start(new E2BSandbox({ id: 'cay.own', template: Template().fromTemplate('python').runCmd('echo 42 > answer') }))
   try {
     assert.equal((await sandbox.executeCommand('cat', ['answer'])).stdout, '42\n')
   } finally {

@@ -10,7 +10,7 @@ export async function timeToInteractive(sandboxes) {
   const times = []
   for (let i = 0; i < sandboxes; i++) {
     const start = performance.now()
-    const sandbox = await compute.sandbox.create({ templateId: 'node' })
+    const sandbox = await compute.sandbox.create()
     try {
       const result = await sandbox.runCommand('node -v')
       if (result.exitCode !== 0) throw new Error(`node -v: ${result.exitCode} ${result.stderr}`)
