@@ -143,23 +143,10 @@ func directoryID(dataDir string) (string, error) {
 // writeID writes the file of a server instance or of the id of a data directory, whole or not at all. Without the file
 // the next start would not find the sandboxes of this one, or its files in the bucket.
 func writeID(path, id string) error {
-	draft := path + ".new"
-	f, err := os.OpenFile(draft, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
-	if err != nil {
-		return fmt.Errorf("writing %s: %w", path, err)
+	if err := hostfile.ReplaceSynced(path, []byte(id+"\n"), 0o600); err != nil {
+		return fmt.Errorf("writing an id of the data directory: %w", err)
 	}
-	_, err = f.WriteString(id + "\n")
-	if err = errors.Join(err, f.Sync(), f.Close()); err == nil {
-		err = os.Rename(draft, path)
-	}
-	if err != nil {
-		return fmt.Errorf("writing %s: %w", path, errors.Join(err, os.Remove(draft)))
-	}
-	dir, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return fmt.Errorf("writing %s: %w", path, err)
-	}
-	return errors.Join(dir.Sync(), dir.Close())
+	return nil
 }
 
 // instanceOf returns the server instance of a data directory, "" if no server was ever started there. It needs no

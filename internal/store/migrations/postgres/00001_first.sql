@@ -99,6 +99,7 @@ CREATE TABLE template_logs (
     line        TEXT COLLATE "C" NOT NULL,
     step        BIGINT  NOT NULL,
     heading     BOOLEAN NOT NULL,
+    dockerfile_line BIGINT NOT NULL, -- at which the step of the line is, 0 is unknown
     PRIMARY KEY (template_id, seq)
 );
 
