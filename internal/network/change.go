@@ -40,6 +40,10 @@ type slotRules struct {
 	aside atomic.Pointer[entry]
 
 	opening opening
+
+	// since is the number of the installation of the table to which the slot was added, 0 if the slot is
+	// a predecessor's. It does not change once the slot is in Network.ruled.
+	since uint64
 }
 
 // rulesOf returns the rules of a slot that is in use.
@@ -131,6 +135,7 @@ func (n *Network) admit(s *Slot) error {
 		}, func() {
 			n.rulesMu.Lock()
 			defer n.rulesMu.Unlock()
+			r.since = n.installed.Load()
 			n.ruled[s.Index] = r
 			delete(n.counted.slots, string(slotKey(s)))
 		})

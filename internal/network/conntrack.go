@@ -11,9 +11,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The used part of linux/netfilter/nfnetlink_conntrack.h. The kernel is asked for the connections of
-// one address. vishvananda/netlink reads the whole table for each deletion, which sandboxes can fill:
-// then every slot that is given back, and every change of a policy, would read all entries.
+// The used part of linux/netfilter/nfnetlink_conntrack.h. The kernel selects the connections of one
+// address. vishvananda/netlink reads the whole table for each deletion, which sandboxes can fill:
+// then every slot that is given back, and every change of a policy, would read all entries. Also a
+// listing that finds nothing takes the kernel some milliseconds, since it locks every bucket of the
+// table, so listings are avoided.
 const (
 	conntrackSubsystem = 1
 	conntrackGet       = 1
@@ -43,18 +45,35 @@ const (
 // sent to the previous one.
 func forgetConnections(ctx context.Context, s *sockets, a netip.Addr) error {
 	for _, tuple := range []uint16{attrTupleOrig, attrTupleReply} {
-		if err := forget(ctx, s, a, tuple, func(connection) bool { return true }); err != nil {
-			return err
+		err := forgetAll(s, a, tuple)
+		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP) { // a kernel before 6.11
+			err = forget(ctx, s, a, tuple, func(connection) bool { return true })
+		}
+		if err != nil {
+			return fmt.Errorf("forgetting connections of %s: %w", a, err)
 		}
 	}
 	return nil
+}
+
+// forgetAll removes the connections that have the source address in the tuple of one direction, with
+// one request. Older kernels refuse it, since to them the tuple is incomplete.
+func forgetAll(s *sockets, a netip.Addr, tuple uint16) error {
+	request, err := encodeFilter(tuple, a)
+	if err != nil {
+		return err
+	}
+	m := conntrackMessage(conntrackDelete, netlink.Acknowledge, request)
+	m.Data[1] = familyCounts
+	_, err = s.execute(m)
+	return err
 }
 
 // cutConnections forgets the connections of a slot that its policy does not allow. Packets of the
 // other side then find no way in, and the rules check the sandbox's packets as those of new
 // connections.
 func cutConnections(ctx context.Context, by *sockets, s *Slot, r *compiled) error {
-	return forget(ctx, by, s.Addr, attrTupleOrig, func(c connection) bool {
+	err := forget(ctx, by, s.Addr, attrTupleOrig, func(c connection) bool {
 		// Only a redirected connection has the gateway at its other end.
 		if c.end.Addr() == s.Gateway {
 			direct := c.to == netip.AddrPortFrom(metadataAddr, metadataPort)
@@ -62,6 +81,10 @@ func cutConnections(ctx context.Context, by *sockets, s *Slot, r *compiled) erro
 		}
 		return !r.allows(c.protocol, c.end) || r.names && c.to.Port() == dnsPort
 	})
+	if err != nil {
+		return fmt.Errorf("cutting connections of %s: %w", s.Addr, err)
+	}
+	return nil
 }
 
 // forget removes the connections that have the source address in the tuple of one direction and
@@ -69,18 +92,18 @@ func cutConnections(ctx context.Context, by *sockets, s *Slot, r *compiled) erro
 func forget(ctx context.Context, s *sockets, a netip.Addr, tuple uint16, which func(connection) bool) error {
 	found, err := connectionsFrom(s, tuple, a)
 	if err != nil {
-		return fmt.Errorf("listing connections of %s: %w", a, err)
+		return fmt.Errorf("listing connections: %w", err)
 	}
 	for _, f := range found {
 		if !which(f) {
 			continue
 		}
 		if err := ctx.Err(); err != nil {
-			return fmt.Errorf("forgetting connections of %s: %w", a, err)
+			return err
 		}
 		_, err := s.execute(conntrackMessage(conntrackDelete, netlink.Acknowledge, f.id))
 		if err != nil && !errors.Is(err, unix.ENOENT) {
-			return fmt.Errorf("forgetting a connection of %s: %w", a, err)
+			return fmt.Errorf("deleting a connection: %w", err)
 		}
 	}
 	return nil
@@ -98,25 +121,7 @@ type connection struct {
 // connectionsFrom returns the connections that have the source address in the tuple of one
 // direction. The kernel filters; kernels before 5.8 do not, so this filters again.
 func connectionsFrom(s *sockets, tuple uint16, a netip.Addr) ([]connection, error) {
-	addr := a.As4()
-	e := netlink.NewAttributeEncoder()
-	e.Nested(tuple, func(e *netlink.AttributeEncoder) error {
-		e.Nested(attrTupleIP, func(e *netlink.AttributeEncoder) error {
-			e.Bytes(attrIPv4Source, addr[:])
-			return nil
-		})
-		return nil
-	})
-	e.Nested(attrFilter, func(e *netlink.AttributeEncoder) error {
-		orig, reply := uint32(filterSource), uint32(0)
-		if tuple == attrTupleReply {
-			orig, reply = reply, orig
-		}
-		e.Uint32(attrFilterOrig, orig)
-		e.Uint32(attrFilterReply, reply)
-		return nil
-	})
-	request, err := e.Encode()
+	request, err := encodeFilter(tuple, a)
 	if err != nil {
 		return nil, err
 	}
@@ -135,6 +140,30 @@ func connectionsFrom(s *sockets, tuple uint16, a netip.Addr) ([]connection, erro
 		}
 	}
 	return out, nil
+}
+
+// encodeFilter encodes the attributes that select the connections with the source address in the
+// tuple of one direction.
+func encodeFilter(tuple uint16, a netip.Addr) ([]byte, error) {
+	addr := a.As4()
+	e := netlink.NewAttributeEncoder()
+	e.Nested(tuple, func(e *netlink.AttributeEncoder) error {
+		e.Nested(attrTupleIP, func(e *netlink.AttributeEncoder) error {
+			e.Bytes(attrIPv4Source, addr[:])
+			return nil
+		})
+		return nil
+	})
+	e.Nested(attrFilter, func(e *netlink.AttributeEncoder) error {
+		orig, reply := uint32(filterSource), uint32(0)
+		if tuple == attrTupleReply {
+			orig, reply = reply, orig
+		}
+		e.Uint32(attrFilterOrig, orig)
+		e.Uint32(attrFilterReply, reply)
+		return nil
+	})
+	return e.Encode()
 }
 
 // parseConnection parses one entry. Its source is that of the given tuple.
@@ -216,8 +245,13 @@ func (f *flow) parse(d *netlink.AttributeDecoder) error {
 	return nil
 }
 
-// headerLength is the length of struct nfgenmsg: family, version, resource.
-const headerLength = 4
+const (
+	// headerLength is the length of struct nfgenmsg: family, version, resource.
+	headerLength = 4
+	// familyCounts is the version in it with which a deletion of many connections is restricted to those
+	// of the family. With version 0 the kernel ignores the family and refuses the filter.
+	familyCounts = 1
+)
 
 func conntrackMessage(kind uint16, flags netlink.HeaderFlags, attributes []byte) netlink.Message {
 	header := make([]byte, headerLength)

@@ -2,6 +2,8 @@ package network
 
 import (
 	"cmp"
+	"errors"
+	"fmt"
 	"math/bits"
 	"os"
 	"path/filepath"
@@ -13,6 +15,7 @@ import (
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
+	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -132,6 +135,61 @@ func trackable() int {
 
 func (f flows) sets() []*nftables.Set {
 	return []*nftables.Set{f.rate, f.open, f.total, f.questions, f.fragments}
+}
+
+// openedNone reports whether the slot has opened no connection that is still tracked. It returns
+// false if that is not known. A connection is counted before its first packet leaves, and the kernel
+// removes a slot's element only when none of the connections that it counts is tracked any more. A
+// table that was installed anew has counted none of the connections from before.
+func (n *Network) openedNone(s *Slot) bool {
+	n.installing.RLock()
+	defer n.installing.RUnlock()
+	r, err := n.rulesOf(s)
+	if err != nil || n.installed.Load() != r.since {
+		return false
+	}
+	counted, err := n.rules.has(n.rules.flows.open, s)
+	if err != nil || counted {
+		return false
+	}
+	// The table has all slots, unless it has just been removed.
+	known, err := n.rules.has(n.rules.slots, s)
+	return err == nil && known
+}
+
+// has reports whether a set keyed by link and address has the slot's element. The library reads only
+// whole sets.
+func (t *table) has(set *nftables.Set, s *Slot) (bool, error) {
+	e := netlink.NewAttributeEncoder()
+	e.String(unix.NFTA_SET_ELEM_LIST_TABLE, t.table.Name)
+	e.String(unix.NFTA_SET_ELEM_LIST_SET, set.Name)
+	e.Nested(unix.NFTA_SET_ELEM_LIST_ELEMENTS, func(e *netlink.AttributeEncoder) error {
+		e.Nested(unix.NFTA_LIST_ELEM, func(e *netlink.AttributeEncoder) error {
+			e.Nested(unix.NFTA_SET_ELEM_KEY, func(e *netlink.AttributeEncoder) error {
+				e.Bytes(unix.NFTA_DATA_VALUE, slotKey(s))
+				return nil
+			})
+			return nil
+		})
+		return nil
+	})
+	request, err := e.Encode()
+	if err != nil {
+		return false, err
+	}
+	header := make([]byte, headerLength)
+	header[0] = unix.NFPROTO_INET
+	_, err = t.sockets.execute(netlink.Message{
+		Header: netlink.Header{Type: unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETSETELEM, Flags: netlink.Request},
+		Data:   append(header, request...),
+	})
+	if errors.Is(err, unix.ENOENT) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("reading nftables set %s: %w", set.Name, err)
+	}
+	return true, nil
 }
 
 // serial lets one function run at a time.

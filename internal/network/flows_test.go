@@ -1,6 +1,7 @@
 package network
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -8,6 +9,7 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // scatter sends a packet to each of count ports of an address.
@@ -166,4 +168,100 @@ func TestFlowTimes(t *testing.T) {
 		}
 		return nil
 	})
+}
+
+// TestOpenedNone checks that a slot without connections is known as one, and that a slot whose
+// connections this table has not counted is not.
+func TestOpenedNone(t *testing.T) {
+	c := newConfig()
+	c.Services = Services{Metadata: 5301}
+	n := open(t, c)
+	s, other := acquire(t, n), acquire(t, n)
+	scatter(t, other, deniedAddr, 3)
+	serveTCP(t, s.Namespace, agentPort)
+	agent, err := n.Dial(t.Context(), s, agentPort)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer agent.Close()
+	udpRoundTrip(t, other)
+	for slot, want := range map[*Slot]bool{s: true, other: false} {
+		if got := n.openedNone(slot); got != want {
+			t.Errorf("%s opened no connection: %v, want %v", slot.Link, got, want)
+		}
+	}
+	// Connections that are over count no more: the kernel looks every second.
+	if err := forgetConnections(t.Context(), &n.rules.sockets, other.Addr); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() error {
+		if !n.openedNone(other) {
+			return errors.New("the kernel still counts connections")
+		}
+		return nil
+	})
+	udpRoundTrip(t, other)
+	n.checking.Lock() // so that the table is not repaired
+	runNFT(t, "delete table inet cay-"+c.Instance)
+	if n.openedNone(s) {
+		t.Error("without the table it is known that a slot has no connections")
+	}
+	n.checking.Unlock()
+	eventually(t, func() error {
+		if n.Repairs() == 0 {
+			return errors.New("the table was not repaired")
+		}
+		return nil
+	})
+	if n.openedNone(s) || n.openedNone(other) {
+		t.Error("a new table knows connections from before")
+	}
+	setPolicy(t, n, other, Policy{})
+	if got := connections(t, other.Addr); got != 0 {
+		t.Errorf("%d connections are tracked that the table before has counted and no policy allows", got)
+	}
+}
+
+// TestForgetConnections checks that all connections of an address are forgotten in both ways that
+// kernels have, and no others.
+func TestForgetConnections(t *testing.T) {
+	n := open(t, newConfig())
+	s, other := acquire(t, n), acquire(t, n)
+	serveTCP(t, s.Namespace, agentPort)
+	serveTCP(t, other.Namespace, agentPort)
+	udpRoundTrip(t, other)
+	if c, err := n.Dial(t.Context(), other, agentPort); err != nil {
+		t.Fatal(err)
+	} else {
+		defer c.Close()
+	}
+	others := connections(t, other.Addr)
+	for way, f := range map[string]func(tuple uint16) error{
+		"at once": func(tuple uint16) error { return forgetAll(&n.rules.sockets, s.Addr, tuple) },
+		"one by one": func(tuple uint16) error {
+			return forget(t.Context(), &n.rules.sockets, s.Addr, tuple, func(connection) bool { return true })
+		},
+	} {
+		udpRoundTrip(t, s)
+		scatter(t, s, farAddr, 10)
+		agent, err := n.Dial(t.Context(), s, agentPort)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer agent.Close()
+		err = f(attrTupleOrig)
+		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP) {
+			t.Logf("this kernel does not forget connections %s", way)
+			continue
+		}
+		if got := connections(t, s.Addr); err != nil || got != 1 {
+			t.Errorf("%s: %d connections are tracked, %v; want the agent's", way, got, err)
+		}
+		if err := f(attrTupleReply); err != nil || connections(t, s.Addr) != 0 {
+			t.Errorf("%s: %d connections are tracked, %v", way, connections(t, s.Addr), err)
+		}
+	}
+	if got := connections(t, other.Addr); got != others || others != 2 {
+		t.Errorf("%d of %d connections of another slot are left, want 2", got, others)
+	}
 }

@@ -127,7 +127,7 @@ type Network struct {
 	// taken with mu held.
 
 	// installing is held for writing while the table is installed or compared as a whole, and for
-	// reading while one transaction of a slot is sent.
+	// reading while one transaction of a slot is sent or a decision rests on the table as it is.
 	installing sync.RWMutex
 	installed  atomic.Uint64 // counts installations
 	long       sync.Mutex    // held for each transaction of changes that need many

@@ -314,7 +314,7 @@ func (n *Network) SetPolicy(ctx context.Context, s *Slot, p Policy) error {
 	if err != nil {
 		return err
 	}
-	if old.policy == nil && old.fresh {
+	if old.policy == nil && old.fresh || n.openedNone(s) {
 		return nil
 	}
 	return cutConnections(ctx, &n.rules.sockets, s, next.policy)

@@ -127,11 +127,17 @@ func (s *sockets) execute(m netlink.Message) ([]netlink.Message, error) {
 		s.other = c
 	}
 	answers, err := s.other.Execute(m)
-	if err != nil && !errors.Is(err, unix.ENOENT) {
+	if err != nil && !refusedByKernel(err) {
 		_ = s.other.Close() // no error matters, since the socket only sent requests
 		s.other = nil
 	}
 	return answers, err
+}
+
+// refusedByKernel reports whether an error is the kernel's whole answer to a request, so that nothing
+// is left in the socket.
+func refusedByKernel(err error) bool {
+	return errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP)
 }
 
 func (s *sockets) close() error {
