@@ -45,8 +45,9 @@ type Change struct {
 
 	// Quota, if not nil, is checked as in Insert before the row is touched, as if the sandbox were
 	// new: a wake takes the vCPUs and the memory that the suspend gave back. A change over quota is
-	// Exhausted, code "quota_exceeded".
+	// Exhausted, code "quota_exceeded". OrgID must be the row's then.
 	Quota *Quota
+	OrgID string
 
 	// These fields are written with the transition; nil leaves a field unchanged.
 	NewRun         *string

@@ -114,7 +114,7 @@ func (s *Service) wake(ctx context.Context, c Caller, sbx Sandbox, timeout time.
 	}
 	run, token := newSecret(10), newSecret(32)
 	claim := Change{ID: sbx.ID, From: []State{Suspended}, Run: sbx.Run, To: Waking, At: time.Now().UTC(),
-		Quota: &c.Quota, NewRun: &run, Token: &token}
+		Quota: &c.Quota, OrgID: sbx.OrgID, NewRun: &run, Token: &token}
 	if sbx.Mode == Ephemeral && timeout > 0 {
 		claim.Timeout = &timeout
 	}

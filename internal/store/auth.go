@@ -120,9 +120,13 @@ func (db *DB) ListOrgs(ctx context.Context, limit int, after string) ([]auth.Org
 // PutKey implements [auth.Store]. It returns NotFound if the organization does not exist.
 func (db *DB) PutKey(ctx context.Context, k auth.Key, limit int) error {
 	defer db.took("put_key", time.Now())
-	err := db.record(ctx, func(tx *sql.Tx, out *outbox) error {
+	org := ""
+	if limit > 0 {
+		org = k.OrgID
+	}
+	err := db.recordCounted(ctx, org, func(tx *sql.Tx, out *outbox) error {
 		if limit > 0 {
-			if err := db.lockOrg(ctx, tx, k.OrgID); err != nil {
+			if err := db.lockOrg(ctx, tx, org); err != nil {
 				return err
 			}
 			if err := makeRoom(ctx, tx, k, limit); err != nil {

@@ -34,6 +34,11 @@ func (db *DB) record(ctx context.Context, f func(tx *sql.Tx, out *outbox) error)
 	return err
 }
 
+// recordCounted runs f as record does, in the turn of an organization whose rows f counts; "" is none.
+func (db *DB) recordCounted(ctx context.Context, org string, f func(tx *sql.Tx, out *outbox) error) error {
+	return db.inTurn(ctx, org, func() error { return db.record(ctx, f) })
+}
+
 // woken calls the function set by OnEvents.
 func (db *DB) woken(orgs []string) {
 	if wake := db.wake.Load(); wake != nil {

@@ -96,7 +96,7 @@ func (db *DB) Claim(ctx context.Context, s sandbox.Sandbox, q sandbox.Quota,
 	if s.State != sandbox.Running {
 		return prior, false, fmt.Errorf("claiming sandbox %s in state %q", s.ID, s.State)
 	}
-	err = db.record(ctx, func(tx *sql.Tx, out *outbox) error {
+	err = db.recordCounted(ctx, counts(s, q, once), func(tx *sql.Tx, out *outbox) error {
 		if prior, found, err = db.admitLocked(ctx, tx, s, q, once); err != nil || found {
 			return err
 		}

@@ -19,6 +19,7 @@ import (
 	"github.com/cayhq/cay/internal/event"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/sandbox"
+	"github.com/cayhq/cay/internal/template"
 )
 
 // TestPostgresRetries counts the tries of a transaction that the database ends each time.
@@ -82,6 +83,136 @@ func TestPostgresDeadlock(t *testing.T) {
 		if all, _, err := db.Events(ctx, id, 10, ""); err != nil || len(all) != 3 {
 			t.Errorf("%d events, %v; want the creation and two notes", len(all), err)
 		}
+	}
+}
+
+// TestPostgresMarkTagsDeadlock makes the marking of tags and another transaction wait for each other, so that the
+// database ends the marking, and checks that it succeeds all the same.
+func TestPostgresMarkTagsDeadlock(t *testing.T) {
+	address := newDatabase(t, true)
+	db, other := openURL(t, address+"&deadlock_timeout=300ms"), openURL(t, address+"&deadlock_timeout=10s")
+	ctx := t.Context()
+	for i, name := range []string{"a", "b"} {
+		tpl := aTemplate("org_a", name, i)
+		put(t, db, tpl)
+		update(t, db, tpl.ID, func(now *template.Template) {
+			now.Tagging = []template.Tag{{Name: name, BuildID: "bld", CreatedAt: start,
+				Version: sandbox.TemplateVersion{ID: tpl.ID, Name: name, Version: 1, Shape: sandbox.Shape{Image: "i"}}}}
+		})
+	}
+	var marked chan error
+	err := other.write(ctx, func(tx *sql.Tx) error {
+		lock := func(tag string) error {
+			_, err := tx.ExecContext(ctx, "SELECT 1 FROM template_tags WHERE tag = $1 FOR UPDATE", tag)
+			return err
+		}
+		if err := lock("b"); err != nil {
+			return err
+		}
+		if marked == nil {
+			marked = make(chan error, 1)
+			go func() { marked <- db.MarkTags(ctx, "i", true) }()
+		}
+		waitsForLock(t, other)
+		return lock("a")
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	if err := <-marked; err != nil {
+		t.Errorf("marking the tags: %v", err)
+	}
+	if mine, _ := db.Load(); mine.Retries == 0 {
+		t.Error("the database ended no transaction")
+	}
+}
+
+// waitsForLock returns when a transaction waits for a lock of another one.
+func waitsForLock(t *testing.T, db *DB) {
+	t.Helper()
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) { // a poll with a deadline
+		var waiting int
+		if err := db.reader.QueryRowContext(t.Context(), "SELECT COUNT(*) FROM pg_locks WHERE NOT granted").
+			Scan(&waiting); err != nil {
+			t.Fatal(err)
+		}
+		if waiting > 0 {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("no transaction waits")
+		}
+	}
+}
+
+// TestPostgresFloodOfOneOrganization lets another server hold the lock of an organization while the organization makes
+// more calls than there are connections. Calls of other organizations must not wait.
+func TestPostgresFloodOfOneOrganization(t *testing.T) {
+	address := newDatabase(t, true)
+	db, other := openURL(t, address), openURL(t, address)
+	ctx := t.Context()
+	release := make(chan struct{})
+	var holds, flood sync.WaitGroup
+	locked := make(chan struct{})
+	holds.Go(func() {
+		err := other.write(ctx, func(tx *sql.Tx) error {
+			err := other.lockOrg(ctx, tx, "org_a")
+			close(locked)
+			<-release
+			return err
+		})
+		if err != nil {
+			t.Error(err)
+		}
+	})
+	<-locked
+	var began atomic.Int64
+	asleep := mustInsert(t, db, small("org_a", 0))
+	mustMove(t, db, asleep.ID, sandbox.Creating, sandbox.Suspended, start)
+	quota := sandbox.Quota{Sandboxes: 100}
+	for i := range 2 * poolOfTests {
+		flood.Go(func() {
+			began.Add(1)
+			if _, _, err := db.Insert(ctx, small("org_a", i+1), quota, sandbox.Once{}); err != nil {
+				t.Errorf("a call of the flood: %v", err)
+			}
+		})
+		flood.Go(func() {
+			began.Add(1)
+			snapshot := sandbox.Snapshot{ID: sandbox.NewSnapshotID(), Name: fmt.Sprint(i), OrgID: "org_a", CreatedAt: start}
+			if err := db.AddSnapshot(ctx, snapshot, 100); err != nil {
+				t.Errorf("a call of the flood: %v", err)
+			}
+		})
+	}
+	gaveUp, giveUp := context.WithCancel(ctx)
+	flood.Go(func() {
+		began.Add(1)
+		_, err := db.Transition(gaveUp, sandbox.Change{ID: asleep.ID, From: []sandbox.State{sandbox.Suspended},
+			To: sandbox.Waking, At: start, Quota: &quota, OrgID: "org_a"})
+		if !errors.Is(err, context.Canceled) {
+			t.Errorf("a call that was given up: %v", err)
+		}
+	})
+	waitsForLock(t, other)
+	for i := 0; i < 100 || began.Load() < 4*poolOfTests+1; i++ {
+		soon, cancel := context.WithTimeout(ctx, 10*time.Second)
+		if _, _, err := db.Insert(soon, small("org_b", i), sandbox.Quota{Sandboxes: 10_000}, sandbox.Once{}); err != nil {
+			t.Errorf("another organization's create: %v", err)
+		}
+		cancel()
+		if t.Failed() {
+			break
+		}
+	}
+	giveUp()
+	close(release)
+	flood.Wait()
+	holds.Wait()
+	db.turns.mu.Lock()
+	defer db.turns.mu.Unlock()
+	if len(db.orgs) != 0 {
+		t.Errorf("turns are left of calls that are over: %v", db.orgs)
 	}
 }
 

@@ -26,7 +26,11 @@ func (db *DB) Purge(ctx context.Context, over, now time.Time, most int) (int, er
 	defer db.took("purge", time.Now())
 	var p params
 	oldest := db.now(&p, now) + " - " + p.add(onceFor.Microseconds())
-	if _, err := db.writer.ExecContext(ctx, "DELETE FROM idempotency WHERE created_at <= "+oldest, p...); err != nil {
+	err := db.write(ctx, func(tx *sql.Tx) error {
+		_, err := tx.ExecContext(ctx, "DELETE FROM idempotency WHERE created_at <= "+oldest, p...)
+		return err
+	})
+	if err != nil {
 		return 0, fmt.Errorf("dropping old idempotency keys: %w", err)
 	}
 	gone, err := db.purge(ctx, purgeOld, at(over))

@@ -91,7 +91,7 @@ func (db *DB) Insert(ctx context.Context, s sandbox.Sandbox, q sandbox.Quota,
 	if s.State != sandbox.Creating {
 		return prior, false, fmt.Errorf("inserting sandbox %s in state %q", s.ID, s.State)
 	}
-	err = db.record(ctx, func(tx *sql.Tx, out *outbox) error {
+	err = db.recordCounted(ctx, counts(s, q, once), func(tx *sql.Tx, out *outbox) error {
 		if prior, found, err = db.admitLocked(ctx, tx, s, q, once); err != nil || found {
 			return err
 		}
@@ -103,12 +103,21 @@ func (db *DB) Insert(ctx context.Context, s sandbox.Sandbox, q sandbox.Quota,
 	return prior, found, nil
 }
 
+// counts returns the organization of s if an admission of s counts the organization's rows or needs a
+// key that is new there, and else "".
+func counts(s sandbox.Sandbox, quota sandbox.Quota, once sandbox.Once) string {
+	if once.Key != "" || quota != (sandbox.Quota{}) {
+		return s.OrgID
+	}
+	return ""
+}
+
 // admitLocked admits s in a transaction. Other transactions that admit sandboxes of the organization wait until tx has
 // ended, so that what tx has counted stays true.
 func (db *DB) admitLocked(ctx context.Context, tx *sql.Tx, s sandbox.Sandbox, quota sandbox.Quota,
 	once sandbox.Once) (prior sandbox.Sandbox, found bool, err error) {
-	if once.Key != "" || quota != (sandbox.Quota{}) {
-		if err := db.lockOrg(ctx, tx, s.OrgID); err != nil {
+	if org := counts(s, quota, once); org != "" {
+		if err := db.lockOrg(ctx, tx, org); err != nil {
 			return prior, false, err
 		}
 	}
@@ -315,7 +324,11 @@ func states(p *params, all []sandbox.State) string {
 // Transition implements [sandbox.Store].
 func (db *DB) Transition(ctx context.Context, c sandbox.Change) (after sandbox.Sandbox, err error) {
 	defer db.took("transition", time.Now())
-	err = db.record(ctx, func(tx *sql.Tx, out *outbox) error {
+	org := ""
+	if c.Quota != nil {
+		org = c.OrgID
+	}
+	err = db.recordCounted(ctx, org, func(tx *sql.Tx, out *outbox) error {
 		before, err := db.lockSandbox(ctx, tx, c.ID)
 		if err != nil {
 			return err
@@ -331,7 +344,10 @@ func (db *DB) Transition(ctx context.Context, c sandbox.Change) (after sandbox.S
 			return fault.New(fault.Conflict, fault.CodeSandboxState, "the sandbox was started again in the meantime")
 		}
 		if c.Quota != nil {
-			if err := db.lockOrg(ctx, tx, before.OrgID); err != nil {
+			if before.OrgID != org {
+				return fmt.Errorf("the sandbox belongs to organization %s, not %q", before.OrgID, org)
+			}
+			if err := db.lockOrg(ctx, tx, org); err != nil {
 				return err
 			}
 			if err := checkQuota(ctx, tx, before, *c.Quota); err != nil {

@@ -260,7 +260,7 @@ func sandboxQuotaWake(t *testing.T, st sandbox.Store) {
 	wake := func(q sandbox.Quota) (sandbox.Sandbox, error) {
 		run := "run2"
 		return st.Transition(t.Context(), sandbox.Change{ID: asleep.ID, From: []sandbox.State{sandbox.Suspended},
-			To: sandbox.Waking, At: start, Quota: &q, NewRun: &run})
+			To: sandbox.Waking, At: start, Quota: &q, OrgID: "org_a", NewRun: &run})
 	}
 	for _, q := range []sandbox.Quota{{Sandboxes: 1}, {VCPUs: 1}, {MemoryMB: 1023}} {
 		got, err := wake(q)
@@ -298,7 +298,7 @@ func sandboxQuotaWakeRace(t *testing.T, st sandbox.Store) {
 	for _, id := range ids {
 		wg.Go(func() {
 			_, err := st.Transition(t.Context(), sandbox.Change{ID: id, From: []sandbox.State{sandbox.Suspended},
-				To: sandbox.Waking, At: start, Quota: &sandbox.Quota{VCPUs: 7}})
+				To: sandbox.Waking, At: start, Quota: &sandbox.Quota{VCPUs: 7}, OrgID: "org_a"})
 			mu.Lock()
 			defer mu.Unlock()
 			switch {

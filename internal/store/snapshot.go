@@ -58,7 +58,7 @@ func (db *DB) snapshots(ctx context.Context, query string, args ...any) ([]sandb
 // AddSnapshot implements [sandbox.Store].
 func (db *DB) AddSnapshot(ctx context.Context, s sandbox.Snapshot, most int) error {
 	defer db.took("add_snapshot", time.Now())
-	err := db.write(ctx, func(tx *sql.Tx) error {
+	err := db.recordCounted(ctx, s.OrgID, func(tx *sql.Tx, _ *outbox) error {
 		if err := db.lockOrg(ctx, tx, s.OrgID); err != nil {
 			return err
 		}

@@ -54,13 +54,15 @@ type DB struct {
 	observe atomic.Pointer[func(call string, took time.Duration)]
 	// session is nil before StartSession. It is read without a lock, since each write reads it.
 	session atomic.Pointer[Session]
+	turns
 
 	dialect
 }
 
 // dialect does what each kind of database does in its own way.
 type dialect interface {
-	// write runs f in a transaction. What f reads is still true when f writes, if f has locked it. After
+	// write runs f in a transaction. A statement that may write several rows needs it too, since two such
+	// transactions can wait for each other. What f reads is still true when f writes, if f has locked it. After
 	// an error of the database that passes by itself, write may run f again in a new transaction.
 	write(ctx context.Context, f func(tx *sql.Tx) error) error
 	// violates reports whether err is the violation of a key: of a foreign key if foreign is true,
@@ -70,7 +72,8 @@ type dialect interface {
 	// has ended.
 	forUpdate() string
 	// lockOrg waits until no other transaction has locked the organization, and locks it until tx has
-	// ended. A transaction that also locks the row of a sandbox locks that row first.
+	// ended. A transaction that also locks the row of a sandbox locks that row first. It begins in the
+	// organization's turn, so that of this process at most one waits here with its connection.
 	lockOrg(ctx context.Context, tx *sql.Tx, org string) error
 	// lockNoted locks the sandboxes of events in one order, so that transactions that note events of
 	// several sandboxes do not wait for each other.

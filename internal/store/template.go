@@ -32,9 +32,13 @@ func noTemplate(nameOrID string) error {
 // InsertTemplate implements [template.Store].
 func (db *DB) InsertTemplate(ctx context.Context, t template.Template, b *template.Build, limit int) error {
 	defer db.took("insert_template", time.Now())
-	err := db.record(ctx, func(tx *sql.Tx, out *outbox) error {
+	org := ""
+	if limit > 0 {
+		org = t.OrgID
+	}
+	err := db.recordCounted(ctx, org, func(tx *sql.Tx, out *outbox) error {
 		if limit > 0 {
-			if err := db.lockOrg(ctx, tx, t.OrgID); err != nil {
+			if err := db.lockOrg(ctx, tx, org); err != nil {
 				return err
 			}
 			var n int
@@ -245,7 +249,10 @@ func (db *DB) CopyTag(ctx context.Context, id, from string, names []string, when
 // MarkTags implements [template.Store].
 func (db *DB) MarkTags(ctx context.Context, image string, gone bool) error {
 	defer db.took("mark_tags", time.Now())
-	_, err := db.writer.ExecContext(ctx, "UPDATE template_tags SET gone = $1 WHERE image = $2", gone, image)
+	err := db.write(ctx, func(tx *sql.Tx) error {
+		_, err := tx.ExecContext(ctx, "UPDATE template_tags SET gone = $1 WHERE image = $2", gone, image)
+		return err
+	})
 	if err != nil {
 		return fmt.Errorf("marking the tags of image %s: %w", image, err)
 	}
