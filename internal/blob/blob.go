@@ -52,6 +52,8 @@ type Store struct {
 	now     func() time.Time
 	remote  Remote // nil: none; constant after [Store.UseRemote]
 
+	// mu is also held while a file gets or loses its name, so that what was found out about a file is true of the file
+	// that is removed.
 	mu sync.Mutex
 	// +checklocks:mu
 	held map[string]int // callers that read a file, by hash
@@ -96,8 +98,17 @@ func (s *Store) Put(ctx context.Context, r io.Reader, limit int64) (hash string,
 	return hash, size, s.place(f, hash)
 }
 
-// place renames a synced file to its hash.
+// place renames a synced file to its hash, and syncs the directory.
 func (s *Store) place(f *os.File, hash string) error {
+	if err := s.rename(f, hash); err != nil {
+		return err
+	}
+	return hostfile.SyncDir(s.dir)
+}
+
+func (s *Store) rename(f *os.File, hash string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	// An existing file has the same content; replacing it renews its time for Collect.
 	if err := os.Rename(f.Name(), s.path(hash)); err != nil {
 		return fmt.Errorf("naming file: %w", err)
@@ -105,7 +116,7 @@ func (s *Store) place(f *os.File, hash string) error {
 	if err := os.Remove(s.evicted(hash)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("removing mark of eviction: %w", err)
 	}
-	return hostfile.SyncDir(s.dir)
+	return nil
 }
 
 // fill copies r to w in pieces and checks the free space before each.
@@ -245,7 +256,12 @@ func (s *Store) Collect(keep, keepHere []string) (removed []string, freed int64,
 // returns its size in bytes.
 func (s *Store) remove(hash, path string) (size int64, gone bool, err error) {
 	s.mu.Lock()
-	defer s.mu.Unlock() // held, so that Path does not return it meanwhile
+	defer s.mu.Unlock()
+	return s.removeLocked(hash, path)
+}
+
+// +checklocks:s.mu
+func (s *Store) removeLocked(hash, path string) (size int64, gone bool, err error) {
 	info, err := os.Stat(s.path(path))
 	if errors.Is(err, fs.ErrNotExist) || err == nil && s.now().Sub(info.ModTime()) < Grace || s.held[hash] > 0 {
 		return 0, false, nil

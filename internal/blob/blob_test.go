@@ -143,6 +143,49 @@ func TestMissingPath(t *testing.T) {
 	}
 }
 
+// TestPutDuringRemoval stores a file again while Collect removes an old one with the same content, and while Evict
+// does. The file must be there afterwards.
+func TestPutDuringRemoval(t *testing.T) {
+	s := open(t, 0)
+	const content = "stored again"
+	hash := put(t, s, content)
+	for what, remove := range map[string]func() error{
+		"Collect": func() error { _, _, err := s.Collect(nil, nil); return err },
+		"Evict":   func() error { _, err := s.Evict(hash); return err },
+	} {
+		old := time.Now().Add(-2 * Grace)
+		if err := os.Chtimes(s.path(hash), old, old); err != nil {
+			t.Fatal(err)
+		}
+		stored := make(chan error, 1)
+		var once sync.Once
+		s.now = func() time.Time { // is called when the file was found to be old
+			once.Do(func() {
+				go func() {
+					_, _, err := s.Put(context.Background(), strings.NewReader(content), 100)
+					stored <- err
+				}()
+				select {
+				case err := <-stored:
+					stored <- err
+				case <-time.After(200 * time.Millisecond): // the Put waits, as it should
+				}
+			})
+			return time.Now()
+		}
+		if err := remove(); err != nil {
+			t.Errorf("%s: %v", what, err)
+		}
+		if err := <-stored; err != nil {
+			t.Errorf("%s: %v", what, err)
+		}
+		if _, err := os.Stat(s.path(hash)); err != nil {
+			t.Errorf("%s removed what was stored meanwhile: %v", what, err)
+			put(t, s, content)
+		}
+	}
+}
+
 func TestCollect(t *testing.T) {
 	s := open(t, 0)
 	now := time.Now()

@@ -76,6 +76,8 @@ func (s *Store) Evict(hash string) (bool, error) {
 	if !name.MatchString(hash) {
 		return false, nil
 	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	info, err := os.Stat(s.path(hash))
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, nil
@@ -90,7 +92,7 @@ func (s *Store) Evict(hash string) (bool, error) {
 	if err := errors.Join(mark.Truncate(info.Size()), mark.Close()); err != nil {
 		return false, fmt.Errorf("marking an evicted file: %w", err)
 	}
-	_, gone, err := s.remove(hash, hash)
+	_, gone, err := s.removeLocked(hash, hash)
 	if gone {
 		return true, err
 	}
