@@ -297,3 +297,40 @@ func TestCreateReadsTheTemplateOnce(t *testing.T) {
 		t.Errorf("neither a template nor a snapshot: %d %s", r.status, r.body)
 	}
 }
+
+// slowGet calls after when it has read a row, once.
+type slowGet struct {
+	Sandboxes
+	after func()
+}
+
+func (s *slowGet) Get(ctx context.Context, orgID string, id sandbox.ID) (sandbox.Sandbox, error) {
+	sb, err := s.Sandboxes.Get(ctx, orgID, id)
+	if f := s.after; f != nil {
+		s.after = nil
+		f()
+	}
+	return sb, err
+}
+
+// TestRebootEndsNoOthersUse lets a client connect to a paused sandbox after another one, which is to reboot it, has
+// found it paused. The sandbox must go on for the first client.
+func TestRebootEndsNoOthersUse(t *testing.T) {
+	h := newHarness(t)
+	id, _ := h.create(`{"templateID":"base","timeout":600}`)
+	path := "/v2/sandboxes/" + id + "/connect"
+	h.control("POST", "/sandboxes/"+id+"/pause", ``)
+	run := ""
+	h.surface.Sandboxes = &slowGet{h.surface.Sandboxes, func() {
+		if r := h.control("POST", path, `{"timeout":60}`); r.status != 201 {
+			t.Errorf("the first client: %d %s", r.status, r.body)
+		}
+		run = h.row(id).Run
+	}}
+	if r := h.control("POST", path, `{"memory":false}`); r.status != 201 {
+		t.Errorf("the reboot: %d %s", r.status, r.body)
+	}
+	if sb := h.row(id); sb.State != sandbox.Running || sb.Run != run || run == "" {
+		t.Errorf("it is %s in run %q, and the first client uses run %q", sb.State, sb.Run, run)
+	}
+}

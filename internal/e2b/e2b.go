@@ -47,6 +47,7 @@ type Sandboxes interface {
 	SetEgress(ctx context.Context, orgID string, id sandbox.ID, e sandbox.Egress) (sandbox.Sandbox, error)
 	SetSurface(ctx context.Context, orgID string, id sandbox.ID, surface string) (sandbox.Sandbox, error)
 	Pause(ctx context.Context, orgID string, id sandbox.ID, keep sandbox.Kept) (sandbox.Sandbox, error)
+	DropMemory(ctx context.Context, c sandbox.Caller, id sandbox.ID) (sandbox.Sandbox, error)
 	WakeFor(ctx context.Context, c sandbox.Caller, id sandbox.ID, timeout time.Duration) (sandbox.Sandbox, error)
 	Attach(ctx context.Context, id sandbox.ID) (*sandbox.Lease, error)
 	Connect(ctx context.Context, c sandbox.Caller, id sandbox.ID) (*sandbox.Lease, error)

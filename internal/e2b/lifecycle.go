@@ -1,8 +1,6 @@
 package e2b
 
 import (
-	"context"
-	"errors"
 	"net/http"
 	"time"
 
@@ -177,8 +175,8 @@ func (s *Surface) wake(r *http.Request, timeout time.Duration, memory bool) (sb 
 	}
 	paused = stateOf(before) == statePaused
 	if paused && !memory && before.Kept == sandbox.KeepAll {
-		if err := s.dropMemory(r, id, timeout); err != nil {
-			return sb, false, err
+		if _, err := s.Sandboxes.DropMemory(r.Context(), caller(r), id); err != nil {
+			return sb, false, ended(err, id)
 		}
 	}
 	if sb, err = s.Sandboxes.WakeFor(r.Context(), caller(r), id, timeout); err != nil {
@@ -193,22 +191,4 @@ func (s *Surface) wake(r *http.Request, timeout time.Duration, memory bool) (sb 
 	}
 	s.Samples.Follow(id, orgOf(r))
 	return sb, paused, nil
-}
-
-// dropMemory makes a sandbox that is paused with its memory one that is paused with its files alone. Only
-// the sandbox's own kernel can read the files, so it is woken for that. If that fails, the
-// sandbox is paused with its memory again.
-func (s *Surface) dropMemory(r *http.Request, id sandbox.ID, timeout time.Duration) error {
-	if _, err := s.Sandboxes.WakeFor(r.Context(), caller(r), id, timeout); err != nil {
-		return ended(err, id)
-	}
-	_, err := s.Sandboxes.Pause(r.Context(), orgOf(r), id, sandbox.KeepFiles)
-	if err == nil {
-		return nil
-	}
-	// It was paused, and must not run because a request failed, or its caller has gone.
-	if _, again := s.Sandboxes.Pause(context.WithoutCancel(r.Context()), orgOf(r), id, sandbox.KeepAll); again != nil {
-		err = errors.Join(err, again)
-	}
-	return ended(err, id)
 }

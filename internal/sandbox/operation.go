@@ -18,6 +18,7 @@ const (
 	opDestroy    opKind = "destroy"
 	opSuspend    opKind = "suspend"
 	opWake       opKind = "wake"
+	opDropMemory opKind = "drop_memory"
 	opCheckpoint opKind = "checkpoint"
 	opEgress     opKind = "egress"
 	opSnapshot   opKind = "snapshot"
@@ -28,7 +29,9 @@ const (
 )
 
 // foreground reports whether a caller waits for a sandbox to run.
-func (k opKind) foreground() bool { return k == opCreate || k == opClaim || k == opWake }
+func (k opKind) foreground() bool {
+	return k == opCreate || k == opClaim || k == opWake || k == opDropMemory
+}
 
 // rule says in which states an operation may be asked for, in which it acts, and what states it
 // leads to. Operations that make a sandbox, end it or settle it have no rule: they begin with no row,
@@ -56,6 +59,8 @@ var rules = map[opKind]rule{
 		failed: []State{Running, Suspended, Destroyed}, shared: true},
 	opWake: {asked: []State{Creating, Running, Suspending, Suspended, Waking}, acts: []State{Running, Suspended},
 		claim: Waking, done: Running, failed: []State{Suspended}, shared: true},
+	opDropMemory: {asked: []State{Running, Suspending, Suspended, Waking}, acts: []State{Running, Suspended},
+		claim: Waking, failed: []State{Suspended}},
 	opCheckpoint: {asked: []State{Running, Suspending}, acts: []State{Running},
 		failed: []State{Running, Suspended, Destroyed}, shared: true},
 	opEgress: {asked: []State{Creating, Running, Suspending, Suspended, Waking}, acts: []State{Running, Suspended},

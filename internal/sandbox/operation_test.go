@@ -30,6 +30,10 @@ var asks = map[string]func(f *fixture, id sandbox.ID) error{
 		_, err := f.Checkpoint(context.Background(), org, id)
 		return err
 	},
+	"drop_memory": func(f *fixture, id sandbox.ID) error {
+		_, err := f.DropMemory(context.Background(), f.caller(), id)
+		return err
+	},
 	"egress": func(f *fixture, id sandbox.ID) error {
 		_, err := f.SetEgress(context.Background(), org, id, sandbox.Egress{Mode: sandbox.DenyAll})
 		return err

@@ -255,6 +255,9 @@ func (s *Service) rest(ctx context.Context, row Sandbox, observed *Observed, a A
 	}
 	c := Change{ID: row.ID, From: []State{row.State}, Run: row.Run, To: Suspended, At: time.Now().UTC(),
 		Reason: why.reason, Detail: why.detail, Error: why.hinders, ExpiresAt: new(time.Time)}
+	if row.State == Waking && observed != nil && observed.Checkpoint != nil { // dropMemory may have made a new one
+		c.SuspendedAt, c.Kept = &observed.Checkpoint.At, &observed.Checkpoint.Kept
+	}
 	if row.State != Waking { // its instance was in use
 		c.SuspendedAt, c.Kept, c.LastActivityAt = &observed.Checkpoint.At, &observed.Checkpoint.Kept, last
 		at := observed.Checkpoint.At.UTC().Format(time.RFC3339)

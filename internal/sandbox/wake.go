@@ -108,17 +108,7 @@ func (s *Service) wake(ctx context.Context, c Caller, sbx Sandbox, timeout time.
 	if sbx.State == Running {
 		return sbx, nil
 	}
-	// Errors that concern only this caller leave the row unchanged.
-	if err := s.pool.room(ctx, sbx.Size); err != nil {
-		return Sandbox{}, err
-	}
-	run, token := newSecret(10), newSecret(32)
-	claim := Change{ID: sbx.ID, From: []State{Suspended}, Run: sbx.Run, To: Waking, At: time.Now().UTC(),
-		Quota: &c.Quota, OrgID: sbx.OrgID, NewRun: &run, Token: &token}
-	if sbx.Mode == Ephemeral && timeout > 0 {
-		claim.Timeout = &timeout
-	}
-	claimed, err := s.transition(ctx, claim)
+	claimed, err := s.claimWake(ctx, c, sbx, timeout)
 	if err != nil {
 		return Sandbox{}, err
 	}
@@ -129,11 +119,31 @@ func (s *Service) wake(ctx context.Context, c Caller, sbx Sandbox, timeout time.
 	return woken, nil
 }
 
-// restore wakes a claimed sandbox and makes it usable.
-func (s *Service) restore(ctx context.Context, sbx Sandbox) (Sandbox, error) {
+// claimWake takes a suspended sandbox to waking, with a new run, if there is room for it; the caller
+// holds the operation.
+func (s *Service) claimWake(ctx context.Context, c Caller, sbx Sandbox, timeout time.Duration) (Sandbox, error) {
+	// Errors that concern only this caller leave the row unchanged.
+	if err := s.pool.room(ctx, sbx.Size); err != nil {
+		return Sandbox{}, err
+	}
+	run, token := newSecret(10), newSecret(32)
+	claim := Change{ID: sbx.ID, From: []State{Suspended}, Run: sbx.Run, To: Waking, At: time.Now().UTC(),
+		Quota: &c.Quota, OrgID: sbx.OrgID, NewRun: &run, Token: &token}
+	if sbx.Mode == Ephemeral && timeout > 0 {
+		claim.Timeout = &timeout
+	}
+	return s.transition(ctx, claim)
+}
+
+func (s *Service) wakeOnMachine(ctx context.Context, sbx Sandbox) error {
 	ctx, cancel := context.WithTimeout(ctx, checkpointTimeout)
 	defer cancel()
-	if err := s.node.Wake(ctx, sbx.restored(sbx.Kept)); err != nil {
+	return s.node.Wake(ctx, sbx.restored(sbx.Kept))
+}
+
+// restore wakes a claimed sandbox and makes it usable.
+func (s *Service) restore(ctx context.Context, sbx Sandbox) (Sandbox, error) {
+	if err := s.wakeOnMachine(ctx, sbx); err != nil {
 		return Sandbox{}, err
 	}
 	now := time.Now().UTC()
