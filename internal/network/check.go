@@ -364,7 +364,7 @@ func (t *table) rulesOf(c *nftables.Conn, name string, line ...any) (string, err
 // generation returns the number of the current state of all rules in the host's network
 // namespace. Every transaction of any process increments it.
 func (s *sockets) generation() (uint32, error) {
-	answers, err := s.execute(netlink.Message{
+	answers, err := s.short.execute(netlink.Message{
 		Header: netlink.Header{Type: unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETGEN, Flags: netlink.Request},
 		Data:   make([]byte, headerLength),
 	})

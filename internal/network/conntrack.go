@@ -65,7 +65,7 @@ func forgetAll(s *sockets, a netip.Addr, tuple uint16) error {
 	}
 	m := conntrackMessage(conntrackDelete, netlink.Acknowledge, request)
 	m.Data[1] = familyCounts
-	_, err = s.execute(m)
+	_, err = s.tracked.execute(m)
 	return err
 }
 
@@ -101,7 +101,7 @@ func forget(ctx context.Context, s *sockets, a netip.Addr, tuple uint16, which f
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		_, err := s.execute(conntrackMessage(conntrackDelete, netlink.Acknowledge, f.id))
+		_, err := s.tracked.execute(conntrackMessage(conntrackDelete, netlink.Acknowledge, f.id))
 		if err != nil && !errors.Is(err, unix.ENOENT) {
 			return fmt.Errorf("deleting a connection: %w", err)
 		}
@@ -125,7 +125,7 @@ func connectionsFrom(s *sockets, tuple uint16, a netip.Addr) ([]connection, erro
 	if err != nil {
 		return nil, err
 	}
-	messages, err := s.execute(conntrackMessage(conntrackGet, netlink.Dump, request))
+	messages, err := s.tracked.execute(conntrackMessage(conntrackGet, netlink.Dump, request))
 	if err != nil {
 		return nil, err
 	}

@@ -129,11 +129,16 @@ func (n *Network) Counters(s *Slot) (Counters, error) {
 	if _, err := n.rulesOf(s); err != nil {
 		return Counters{}, err
 	}
-	now, err := n.rules.count()
+	allowed, _, err := n.rules.element(n.rules.allowed, s)
 	if err != nil {
 		return Counters{}, err
 	}
-	return now.slots[string(slotKey(s))], nil
+	denied, _, err := n.rules.element(n.rules.denied, s)
+	if err != nil {
+		return Counters{}, err
+	}
+	a, d := tallyOf(allowed), tallyOf(denied)
+	return Counters{a.packets, a.bytes, d.packets, d.bytes}, nil
 }
 
 // Totals returns the sums over all slots, past ones included. Excess counts the denied packets

@@ -65,6 +65,25 @@ func TestChangesOfOneSlotDelayNoOther(t *testing.T) {
 	})
 }
 
+// TestCountingWaitsForNoListing checks that the counters of a slot are read while the rules of all slots, or tracked
+// connections, are listed.
+func TestCountingWaitsForNoListing(t *testing.T) {
+	n := open(t, newConfig())
+	s := acquire(t, n)
+	udpRoundTrip(t, s)
+	sockets := &n.rules.sockets
+	sockets.lists.mu.Lock()
+	defer sockets.lists.mu.Unlock()
+	sockets.tracked.mu.Lock()
+	defer sockets.tracked.mu.Unlock()
+	within(t, "counting", func() error {
+		if c, err := n.Counters(s); err != nil || c.AllowedPackets == 0 || c.AllowedBytes == 0 || c.DeniedPackets != 0 {
+			return fmt.Errorf("counted %+v, %w", c, err)
+		}
+		return nil
+	})
+}
+
 // sent returns the number of successful transactions.
 func sent(n *Network) uint32 {
 	n.rules.sockets.changes.mu.Lock()

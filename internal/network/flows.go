@@ -2,8 +2,6 @@ package network
 
 import (
 	"cmp"
-	"errors"
-	"fmt"
 	"math/bits"
 	"os"
 	"path/filepath"
@@ -15,7 +13,6 @@ import (
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
-	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -148,48 +145,13 @@ func (n *Network) openedNone(s *Slot) bool {
 	if err != nil || n.installed.Load() != r.since {
 		return false
 	}
-	counted, err := n.rules.has(n.rules.flows.open, s)
+	_, counted, err := n.rules.element(n.rules.flows.open, s)
 	if err != nil || counted {
 		return false
 	}
 	// The table has all slots, unless it has just been removed.
-	known, err := n.rules.has(n.rules.slots, s)
+	_, known, err := n.rules.element(n.rules.slots, s)
 	return err == nil && known
-}
-
-// has reports whether a set keyed by link and address has the slot's element. The library reads only
-// whole sets.
-func (t *table) has(set *nftables.Set, s *Slot) (bool, error) {
-	e := netlink.NewAttributeEncoder()
-	e.String(unix.NFTA_SET_ELEM_LIST_TABLE, t.table.Name)
-	e.String(unix.NFTA_SET_ELEM_LIST_SET, set.Name)
-	e.Nested(unix.NFTA_SET_ELEM_LIST_ELEMENTS, func(e *netlink.AttributeEncoder) error {
-		e.Nested(unix.NFTA_LIST_ELEM, func(e *netlink.AttributeEncoder) error {
-			e.Nested(unix.NFTA_SET_ELEM_KEY, func(e *netlink.AttributeEncoder) error {
-				e.Bytes(unix.NFTA_DATA_VALUE, slotKey(s))
-				return nil
-			})
-			return nil
-		})
-		return nil
-	})
-	request, err := e.Encode()
-	if err != nil {
-		return false, err
-	}
-	header := make([]byte, headerLength)
-	header[0] = unix.NFPROTO_INET
-	_, err = t.sockets.execute(netlink.Message{
-		Header: netlink.Header{Type: unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETSETELEM, Flags: netlink.Request},
-		Data:   append(header, request...),
-	})
-	if errors.Is(err, unix.ENOENT) {
-		return false, nil
-	}
-	if err != nil {
-		return false, fmt.Errorf("reading nftables set %s: %w", set.Name, err)
-	}
-	return true, nil
 }
 
 // serial lets one function run at a time.

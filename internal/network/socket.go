@@ -24,10 +24,15 @@ const socketBuffer = 256 << 20
 type sockets struct {
 	changes rulesSocket // transactions
 	lists   rulesSocket // listings of rules and elements
+	tracked plainSocket // connection tracking; a listing takes milliseconds
+	short   plainSocket // requests that take microseconds
+}
 
-	otherMu sync.Mutex
-	// +checklocks:otherMu
-	other *netlink.Conn
+// plainSocket is a socket to netfilter that serves one request at a time.
+type plainSocket struct {
+	mu sync.Mutex
+	// +checklocks:mu
+	conn *netlink.Conn
 }
 
 // rulesSocket is a socket to nftables that serves one request at a time.
@@ -115,23 +120,34 @@ func (s *sockets) foreign() (uint32, error) {
 	return generation - s.changes.sent, err
 }
 
-// execute sends a request to another part of netfilter.
-func (s *sockets) execute(m netlink.Message) ([]netlink.Message, error) {
-	s.otherMu.Lock()
-	defer s.otherMu.Unlock()
-	if s.other == nil {
+// execute sends a request and returns the kernel's answers.
+func (s *plainSocket) execute(m netlink.Message) ([]netlink.Message, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.conn == nil {
 		c, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
 		if err != nil {
 			return nil, fmt.Errorf("opening netfilter: %w", err)
 		}
-		s.other = c
+		s.conn = c
 	}
-	answers, err := s.other.Execute(m)
+	answers, err := s.conn.Execute(m)
 	if err != nil && !refusedByKernel(err) {
-		_ = s.other.Close() // no error matters, since the socket only sent requests
-		s.other = nil
+		_ = s.conn.Close() // no error matters, since the socket only sent requests
+		s.conn = nil
 	}
 	return answers, err
+}
+
+func (s *plainSocket) close() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.conn == nil {
+		return nil
+	}
+	err := s.conn.Close()
+	s.conn = nil
+	return err
 }
 
 // refusedByKernel reports whether an error is the kernel's whole answer to a request, so that nothing
@@ -141,12 +157,5 @@ func refusedByKernel(err error) bool {
 }
 
 func (s *sockets) close() error {
-	errs := []error{s.changes.close(), s.lists.close()}
-	s.otherMu.Lock()
-	defer s.otherMu.Unlock()
-	if s.other != nil {
-		errs = append(errs, s.other.Close())
-	}
-	s.other = nil
-	return errors.Join(errs...)
+	return errors.Join(s.changes.close(), s.lists.close(), s.tracked.close(), s.short.close())
 }
