@@ -138,6 +138,19 @@ func Find(dir string, v Version) (Programs, error) {
 // the versions in keep and this build's cay-buildkit. Nothing may unpack meanwhile. It returns
 // the names that it removed; after an error it goes on, and returns all errors joined.
 func Collect(dir string, keep []Version) (removed []string, err error) {
+	removed, err = Unneeded(dir, keep)
+	if err != nil {
+		return nil, err
+	}
+	var errs []error
+	for _, name := range removed {
+		errs = append(errs, os.RemoveAll(filepath.Join(dir, name)))
+	}
+	return removed, errors.Join(errs...)
+}
+
+// Unneeded returns the names of what Collect would remove.
+func Unneeded(dir string, keep []Version) (names []string, err error) {
 	named := map[string]bool{buildkitHash(): true}
 	for _, v := range keep {
 		named[v.Agent], named[v.Runsc] = true, true
@@ -146,14 +159,12 @@ func Collect(dir string, keep []Version) (removed []string, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("listing programs: %w", err)
 	}
-	var errs []error
 	for _, e := range entries {
 		if name := e.Name(); !named[name] && (e.IsDir() || strings.HasPrefix(name, unpacking)) {
-			errs = append(errs, os.RemoveAll(filepath.Join(dir, name)))
-			removed = append(removed, name)
+			names = append(names, name)
 		}
 	}
-	return removed, errors.Join(errs...)
+	return names, nil
 }
 
 // packed returns a compressed program and the prefix of its hash that names it.

@@ -310,10 +310,10 @@ func (n *Node) Busy(ctx context.Context, id sandbox.ID) (bool, error) {
 // collect removes the programs of earlier versions that no sandbox and no checkpoint needs any
 // more.
 func (n *Node) collect() error {
-	if entries, err := os.ReadDir(n.cfg.ProgramsDir); err == nil && len(entries) <= 2 {
+	keep := []embedded.Version{n.cfg.Programs.Version}
+	if others, err := embedded.Unneeded(n.cfg.ProgramsDir, keep); err == nil && len(others) == 0 {
 		return nil // only this version is there: the checkpoints need not be read
 	}
-	keep := []embedded.Version{n.cfg.Programs.Version}
 	n.mu.Lock()
 	for _, b := range n.instances {
 		keep = append(keep, b.record.Programs)
