@@ -97,6 +97,7 @@ generate: ## update the generated files
 bench: build ## measure, and print a table and JSON
 	@scripts/needs.sh run
 	$(GO) run ./e2e/bench $(BENCH)
+	$(GO) test -run "^$$" -bench Transfer -benchtime 3x ./internal/objects
 
 # OLD is a cay of an older commit, built in a worktree of its own.
 .PHONY: bench-pair

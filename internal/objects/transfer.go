@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"io/fs"
 	"os"
@@ -82,13 +83,42 @@ func (t *Transfer) Upload(ctx context.Context, key string, f io.ReaderAt, size i
 	if there || err != nil {
 		return err
 	}
-	if size <= partSize(size) {
-		err = t.uploadWhole(ctx, key, io.NewSectionReader(f, 0, size), sum)
-	} else {
-		err = t.uploadParts(ctx, key, f, size, sum)
+	return t.settled(ctx, key, size, t.upload(ctx, key, f, size, make([]Sum, pieces(size)), &sum))
+}
+
+// UploadPieces makes an object of a file whose SHA-256 is not known, and returns the SHA-256 of each of its pieces, for
+// [Transfer.DownloadPieces]. Otherwise it behaves like [Transfer.Upload].
+func (t *Transfer) UploadPieces(ctx context.Context, key string, f io.ReaderAt, size int64) ([]Sum, error) {
+	sums := make([]Sum, pieces(size))
+	there, err := t.has(ctx, key, size)
+	if !there && err == nil {
+		err = t.settled(ctx, key, size, t.upload(ctx, key, f, size, sums, nil))
 	}
+	buf := make([]byte, bufferSize)
+	for i := range sums { // those of an object that another upload made are missing
+		if err == nil && sums[i] == (Sum{}) {
+			sums[i], err = sumOf(ctx, pieceOf(f, size, i), buf)
+		}
+	}
+	return sums, err
+}
+
+// pieces returns the number of pieces of a file. An empty file has one.
+func pieces(size int64) int64 {
+	step := partSize(size)
+	return max(1, (size+step-1)/step)
+}
+
+// pieceOf returns a piece of a file.
+func pieceOf(f io.ReaderAt, size int64, i int) *io.SectionReader {
+	off := int64(i) * partSize(size)
+	return io.NewSectionReader(f, off, min(partSize(size), size-off))
+}
+
+// settled returns the error of an upload, nil if the object is there all the same: another upload made it and ended this
+// one, or the answer that this one had made it was lost.
+func (t *Transfer) settled(ctx context.Context, key string, size int64, err error) error {
 	if errors.Is(err, ErrCondition) || errors.Is(err, fs.ErrNotExist) {
-		// Another upload made the object and ended this one, or the answer that this one had made it was lost.
 		if there, lookErr := t.has(ctx, key, size); there || lookErr != nil {
 			return lookErr
 		}
@@ -111,16 +141,23 @@ func (t *Transfer) has(ctx context.Context, key string, size int64) (bool, error
 	return err == nil, err
 }
 
-// uploadWhole uploads a file in one request.
-func (t *Transfer) uploadWhole(ctx context.Context, key string, body *io.SectionReader, sum Sum) error {
-	if got, err := sumOf(ctx, body, make([]byte, bufferSize)); err != nil || got != sum {
+// upload uploads a file, in parts if it has several pieces, and sets their sums. It makes no object if the file does not
+// have the SHA-256 whole, which may be nil.
+func (t *Transfer) upload(ctx context.Context, key string, f io.ReaderAt, size int64, sums []Sum, whole *Sum) error {
+	if len(sums) > 1 {
+		return t.uploadParts(ctx, key, f, size, sums, whole)
+	}
+	body := pieceOf(f, size, 0)
+	var err error
+	sums[0], err = sumOf(ctx, body, make([]byte, bufferSize))
+	if err != nil || whole != nil && sums[0] != *whole {
 		return wrongSum(key, err)
 	}
 	if err := t.up.acquire(ctx); err != nil {
 		return err
 	}
 	defer t.up.release()
-	_, err := t.bucket.Put(ctx, key, body, sum, Condition{Absent: true})
+	_, err = t.bucket.Put(ctx, key, body, sums[0], Condition{Absent: true})
 	return err
 }
 
@@ -132,62 +169,76 @@ func wrongSum(key string, err error) error {
 	return fmt.Errorf("object %s: %w", key, ErrDamaged)
 }
 
-// sumOf returns the SHA-256 of what r has, and rewinds it. Further writers get the same bytes.
-func sumOf(ctx context.Context, r *io.SectionReader, buf []byte, more ...io.Writer) (Sum, error) {
+// sumOf returns the SHA-256 of what r has, and rewinds it.
+func sumOf(ctx context.Context, r *io.SectionReader, buf []byte) (Sum, error) {
 	hash := sha256.New()
-	_, err := io.CopyBuffer(io.MultiWriter(append(more, hash)...), onlyReader{ctx, r}, buf)
+	_, err := io.CopyBuffer(struct{ io.Writer }{hash}, onlyReader{ctx, r}, buf)
 	if err == nil {
 		_, err = r.Seek(0, io.SeekStart)
 	}
 	return Sum(hash.Sum(nil)), err
 }
 
-// uploadParts uploads a file in parts. One goroutine sums them, the others send those that have not arrived.
-func (t *Transfer) uploadParts(ctx context.Context, key string, f io.ReaderAt, size int64, sum Sum) error {
+// uploadParts uploads a file in parts. Several goroutines sum a part and send it unless it has arrived, one part after
+// the other, so that some sum while others wait for the server. Another one compares the sum of the whole file.
+func (t *Transfer) uploadParts(ctx context.Context, key string, f io.ReaderAt, size int64, sums []Sum,
+	whole *Sum) error {
 	id, arrived, err := t.resume(ctx, key)
 	if err != nil {
 		return err
 	}
-	step := partSize(size)
-	parts := make([]Part, (size+step-1)/step)
-	whole, buf := sha256.New(), make([]byte, bufferSize)
+	parts := make([]Part, len(sums))
+	var next atomic.Int64 // the first part that no goroutine has taken
+	damaged := false
 	g, sending := errgroup.WithContext(ctx)
-	g.SetLimit(perFile)
-	for i := range parts {
-		off := int64(i) * step
-		body := io.NewSectionReader(f, off, min(step, size-off))
-		partSum, err := sumOf(sending, body, buf, whole)
-		if err != nil {
-			if sendErr := g.Wait(); sendErr != nil {
-				return sendErr // which ended the reading
-			}
-			return wrongSum(key, err)
-		}
-		if old := arrived[i+1]; old.Sum == partSum && old.Size == body.Size() {
-			parts[i] = old
-			continue
-		}
+	if whole != nil {
 		g.Go(func() error {
-			if err := t.up.acquire(sending); err != nil {
-				return err
+			got, err := sumOf(sending, io.NewSectionReader(f, 0, size), make([]byte, bufferSize))
+			if damaged = err == nil && got != *whole; damaged || err != nil {
+				return wrongSum(key, err)
 			}
-			defer t.up.release()
-			var err error
-			parts[i], err = t.bucket.PutPart(sending, key, id, i+1, body, partSum)
-			return err
+			return nil
 		})
 	}
-	if err := g.Wait(); err != nil {
-		return err
+	for range min(perFile, len(parts)) {
+		g.Go(func() (err error) {
+			buf := make([]byte, bufferSize)
+			for i := int(next.Add(1)) - 1; i < len(parts); i = int(next.Add(1)) - 1 {
+				body := pieceOf(f, size, i)
+				if sums[i], err = sumOf(sending, body, buf); err != nil {
+					return wrongSum(key, err)
+				}
+				if old := arrived[i+1]; old.Sum == sums[i] && old.Size == body.Size() {
+					parts[i] = old
+				} else if parts[i], err = t.sendPart(sending, key, id, i+1, body, sums[i]); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
 	}
-	if Sum(whole.Sum(nil)) != sum {
-		return errors.Join(wrongSum(key, nil), t.bucket.Abort(ctx, key, id))
+	err = g.Wait()
+	if damaged {
+		return errors.Join(err, t.bucket.Abort(ctx, key, id))
+	}
+	if err != nil {
+		return err
 	}
 	_, err = t.bucket.Complete(ctx, key, id, parts, Condition{Absent: true})
 	if errors.Is(err, ErrCondition) {
 		_ = t.bucket.Abort(ctx, key, id) // the object is there; UploadKept ends what stays
 	}
 	return err
+}
+
+// sendPart sends a part when a request may be made.
+func (t *Transfer) sendPart(ctx context.Context, key, id string, number int, body *io.SectionReader, sum Sum) (Part,
+	error) {
+	if err := t.up.acquire(ctx); err != nil {
+		return Part{}, err
+	}
+	defer t.up.release()
+	return t.bucket.PutPart(ctx, key, id, number, body, sum)
 }
 
 // resume returns an upload of a key with the parts that arrived, by their numbers. It begins one if there is none.
@@ -227,33 +278,21 @@ func (t *Transfer) Download(ctx context.Context, key string, f *os.File, sum Sum
 	if size = info.Size; size < 0 || size > most {
 		return 0, fmt.Errorf("object %s has %d bytes, more than %d: %w", key, size, most, ErrDamaged)
 	}
-	if err := t.promise(f, size, minFree); err != nil {
-		return 0, fmt.Errorf("making room for object %s: %w", key, err)
-	}
-	var left atomic.Int64 // of the promise
-	left.Store(size)
-	defer func() { t.fulfil(left.Load()) }()
-	if err := f.Truncate(size); err != nil {
-		return 0, fmt.Errorf("making room for object %s: %w", key, err)
-	}
-	step := int64(minPart)
-	arrived := make([]chan struct{}, (size+step-1)/step)
+	arrived := make([]chan struct{}, (size+minPart-1)/minPart)
 	for i := range arrived {
 		arrived[i] = make(chan struct{})
 	}
-	g, receiving := errgroup.WithContext(ctx)
-	g.SetLimit(perFile + 1)
-	g.Go(func() error { // sums the pieces in their order, while later ones arrive
+	readBack := func(ctx context.Context) error { // sums the pieces in their order, while later ones arrive
 		hash, buf := sha256.New(), make([]byte, bufferSize)
 		for i := range arrived {
 			select {
 			case <-arrived[i]:
-			case <-receiving.Done():
-				return context.Cause(receiving)
+			case <-ctx.Done():
+				return context.Cause(ctx)
 			}
-			off := int64(i) * step
-			piece := io.NewSectionReader(f, off, min(step, size-off))
-			if _, err := io.CopyBuffer(hash, onlyReader{receiving, piece}, buf); err != nil {
+			off := int64(i) * minPart
+			piece := io.NewSectionReader(f, off, min(minPart, size-off))
+			if _, err := io.CopyBuffer(hash, onlyReader{ctx, piece}, buf); err != nil {
 				return fmt.Errorf("reading back object %s: %w", key, err)
 			}
 		}
@@ -261,8 +300,62 @@ func (t *Transfer) Download(ctx context.Context, key string, f *os.File, sum Sum
 			return fmt.Errorf("object %s: %w", key, ErrDamaged)
 		}
 		return nil
+	}
+	return size, t.download(ctx, key, f, size, minPart, minFree, readBack, func(ctx context.Context, i int, off,
+		n int64) error {
+		if err := t.piece(ctx, key, f, off, n, nil); err != nil {
+			return err
+		}
+		close(arrived[i])
+		return nil
 	})
-	for i := range arrived {
+}
+
+// DownloadPieces writes the object of a key to an empty file. An object without size bytes or whose pieces do not have the
+// sums gives [ErrDamaged]. Otherwise it behaves like [Transfer.Download], but sums each piece as it arrives.
+func (t *Transfer) DownloadPieces(ctx context.Context, key string, f *os.File, size int64, sums []Sum,
+	minFree int64) error {
+	if size < 0 || int64(len(sums)) != pieces(size) {
+		return fmt.Errorf("object %s: %d sums of %d bytes: %w", key, len(sums), size, ErrDamaged)
+	}
+	if there, err := t.has(ctx, key, size); err != nil {
+		return err
+	} else if !there {
+		return notExist(key)
+	}
+	return t.download(ctx, key, f, size, partSize(size), minFree, nil, func(ctx context.Context, i int, off,
+		n int64) error {
+		hash := sha256.New()
+		if err := t.piece(ctx, key, f, off, n, hash); err != nil {
+			return err
+		}
+		if Sum(hash.Sum(nil)) != sums[i] {
+			return fmt.Errorf("piece %d of object %s: %w", i, key, ErrDamaged)
+		}
+		return nil
+	})
+}
+
+// download makes room for a file and calls get with each of its pieces of step bytes, several at a time. beside runs meanwhile,
+// if it is not nil.
+func (t *Transfer) download(ctx context.Context, key string, f *os.File, size, step, minFree int64,
+	beside func(context.Context) error, get func(ctx context.Context, i int, off, n int64) error) error {
+	if err := t.promise(f, size, minFree); err != nil {
+		return fmt.Errorf("making room for object %s: %w", key, err)
+	}
+	var left atomic.Int64 // of the promise
+	left.Store(size)
+	defer func() { t.fulfil(left.Load()) }()
+	if err := f.Truncate(size); err != nil {
+		return fmt.Errorf("making room for object %s: %w", key, err)
+	}
+	g, receiving := errgroup.WithContext(ctx)
+	g.SetLimit(perFile)
+	if beside != nil {
+		g.SetLimit(perFile + 1)
+		g.Go(func() error { return beside(receiving) })
+	}
+	for i := range int((size + step - 1) / step) {
 		g.Go(func() error {
 			if err := t.down.acquire(receiving); err != nil {
 				return err
@@ -270,16 +363,15 @@ func (t *Transfer) Download(ctx context.Context, key string, f *os.File, sum Sum
 			defer t.down.release()
 			off := int64(i) * step
 			n := min(step, size-off)
-			if err := t.piece(receiving, key, f, off, n); err != nil {
+			if err := get(receiving, i, off, n); err != nil {
 				return err
 			}
 			t.fulfil(n)
 			left.Add(-n)
-			close(arrived[i])
 			return nil
 		})
 	}
-	return size, g.Wait()
+	return g.Wait()
 }
 
 // promise reserves size bytes of a file's disk until [Transfer.fulfil]. It returns [unix.ENOSPC] if they are not free
@@ -306,11 +398,11 @@ func (t *Transfer) fulfil(n int64) {
 }
 
 // piece writes n bytes of an object from off on to the same place of a file. If the connection breaks, it continues
-// behind what arrived.
-func (t *Transfer) piece(ctx context.Context, key string, f *os.File, off, n int64) error {
+// behind what arrived. What arrives is written to sum, unless that is nil.
+func (t *Transfer) piece(ctx context.Context, key string, f *os.File, off, n int64, sum hash.Hash) error {
 	buf := make([]byte, bufferSize)
 	for try := 1; ; try++ {
-		got, err := t.copyPiece(ctx, key, f, off, n, buf)
+		got, err := t.copyPiece(ctx, key, f, off, n, sum, buf)
 		off, n = off+got, n-got
 		if err == nil || try == pieceTries || ctx.Err() != nil || errors.Is(err, fs.ErrNotExist) {
 			return err
@@ -324,8 +416,8 @@ func (t *Transfer) piece(ctx context.Context, key string, f *os.File, off, n int
 }
 
 // copyPiece copies with one request and returns the number of bytes that arrived.
-func (t *Transfer) copyPiece(ctx context.Context, key string, f *os.File, off, n int64, buf []byte) (got int64,
-	err error) {
+func (t *Transfer) copyPiece(ctx context.Context, key string, f *os.File, off, n int64, sum hash.Hash,
+	buf []byte) (got int64, err error) {
 	r, err := t.bucket.Get(ctx, key, off, n)
 	if err != nil {
 		return 0, err
@@ -338,6 +430,9 @@ func (t *Transfer) copyPiece(ctx context.Context, key string, f *os.File, off, n
 			if _, err := f.WriteAt(buf[:k], off+got); err != nil {
 				return got, fmt.Errorf("writing object %s: %w", key, err)
 			}
+		}
+		if sum != nil {
+			sum.Write(buf[:k]) // while the processor's cache has it
 		}
 		got += int64(k)
 		if err != nil {

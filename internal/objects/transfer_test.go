@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -119,6 +120,54 @@ func TestTransfer(t *testing.T) {
 	})
 }
 
+// TestTransferPieces moves files whose sum is not known before.
+func TestTransferPieces(t *testing.T) {
+	eachBucket(t, func(t *testing.T, b Bucket) {
+		transfer := NewTransfer(b)
+		for _, size := range []int64{0, 100, minPart, 2*minPart + 12345} {
+			f, sum := testFile(t, size)
+			key := "pieces/" + sum.String()
+			sums, err := transfer.UploadPieces(t.Context(), key, f, size)
+			if err != nil || int64(len(sums)) != pieces(size) {
+				t.Fatalf("uploading %d bytes: %d sums, %v", size, len(sums), err)
+			}
+			again, err := transfer.UploadPieces(t.Context(), key, f, size)
+			if err != nil || !slices.Equal(again, sums) {
+				t.Errorf("the second upload of %d bytes has the sums %v, %v; want %v", size, again, err, sums)
+			}
+			got := emptyFile(t)
+			if err := transfer.DownloadPieces(t.Context(), key, got, size, sums, 0); err != nil {
+				t.Fatalf("downloading %d bytes: %v", size, err)
+			}
+			if back, err := sumOf(t.Context(), io.NewSectionReader(got, 0, size+1), make([]byte, 1<<20)); err != nil ||
+				back != sum {
+				t.Errorf("%d bytes came back with the sum %s, %v; want %s", size, back, err, sum)
+			}
+			wrong := slices.Clone(sums)
+			wrong[len(wrong)-1][0]++
+			for name, damage := range map[string]struct {
+				size int64
+				sums []Sum
+			}{"another sum": {size, wrong}, "another size": {size + 1, sums}, "no sums": {size, nil}, "no size": {-1, sums}} {
+				if size == 0 && name == "another sum" {
+					continue // nothing is there that could have another sum
+				}
+				err := transfer.DownloadPieces(t.Context(), key, emptyFile(t), damage.size, damage.sums, 0)
+				if !errors.Is(err, ErrDamaged) {
+					t.Errorf("%d bytes with %s: %v", size, name, err)
+				}
+			}
+			if left := promisedBy(transfer); left != 0 {
+				t.Errorf("%d bytes are still promised", left)
+			}
+		}
+		err := transfer.DownloadPieces(t.Context(), "pieces/none", emptyFile(t), 1, make([]Sum, 1), 0)
+		if !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("an object that does not exist: %v", err)
+		}
+	})
+}
+
 // TestTransferResumes breaks an upload and continues it, as another process would.
 func TestTransferResumes(t *testing.T) {
 	eachBucket(t, func(t *testing.T, b Bucket) {
@@ -142,7 +191,8 @@ func TestTransferResumes(t *testing.T) {
 		if err := NewTransfer(c).Upload(t.Context(), "resumes/a", f, size, sum); err != nil {
 			t.Fatal(err)
 		}
-		if again := int(c.parts.Load()); again != 5-len(arrived) {
+		// A server may still take a part whose request was given up.
+		if again := int(c.parts.Load()); again > 5-len(arrived) {
 			t.Errorf("%d parts had arrived, and %d were uploaded after that; want 5 in all", len(arrived), again)
 		}
 		if _, err := NewTransfer(b).Download(t.Context(), "resumes/a", emptyFile(t), sum, size, 0); err != nil {
