@@ -73,8 +73,10 @@ var mayImport = map[string]struct {
 		"it knows the settings of a server, whose defaults are the rooms' own, and opens no room"},
 	"internal/imagebuild": {[]string{"buildkit", "fault", "image", "template"},
 		"an adapter: it implements template's interface with the technology rooms that make images, which know neither it nor each other"},
-	"internal/daemon": {[]string{"api", "auth", "blob", "budget", "buildkit", "cgroup", "config", "e2b", "egressproxy",
-		"embedded", "event", "fault", "hostfile", "httpserver", "image", "imagebuild", "network", "node", "objects", "portproxy", "sampler", "sandbox", "store",
+	"internal/archive": {[]string{"fault", "objects", "sandbox"},
+		"an adapter: it copies checkpoints to a bucket, and keeps the core's rows of the copies"},
+	"internal/daemon": {[]string{"api", "archive", "auth", "blob", "budget", "buildkit", "cgroup", "config", "e2b",
+		"egressproxy", "embedded", "event", "fault", "hostfile", "httpserver", "image", "imagebuild", "network", "node", "objects", "portproxy", "sampler", "sandbox", "store",
 		"template"}, "all wiring is here, and the adapters between rooms that do not know each other"},
 	"internal/cli": {[]string{"config", "daemon"}, "the verbs use sdk/go; those that run a server or look at this machine use daemon"},
 

@@ -29,7 +29,7 @@ func (s *server) becomes(what string, is func() bool) {
 }
 
 // only returns the one file that a pattern matches, or "".
-func only(t *testing.T, pattern ...string) string {
+func only(t testing.TB, pattern ...string) string {
 	t.Helper()
 	found, err := filepath.Glob(filepath.Join(pattern...))
 	if err != nil {
@@ -79,6 +79,7 @@ func TestFilesInBucket(t *testing.T) {
 		return s.metric(`cay_files_waiting{kind="contexts"}`) == 0 && s.metric(`cay_files_waiting{kind="images"}`) == 0
 	})
 	s.bucketIsFine(settings)
+	s.checkpointsInBucket(s3, objects)
 
 	image := only(t, s.dataDir, "images", "*.erofs")
 	lose := func(files ...string) {
@@ -137,6 +138,71 @@ func TestFilesInBucket(t *testing.T) {
 	}
 }
 
+// checkpointsInBucket suspends a sandbox and saves a snapshot, with the bucket and without it, and sees their copies
+// arrive, also after a restart of the server.
+func (s *server) checkpointsInBucket(s3 *caytest.S3, objects string) {
+	s.t.Helper()
+	_, body := s.call("POST", "/v1/sandboxes", object{"template": "mine", "mode": "persistent", "recovery_interval": "0"})
+	id := text(body, "id")
+	durable := func(path string) string {
+		s.t.Helper()
+		code, body := s.call("GET", path, nil)
+		if code != 200 {
+			s.t.Fatalf("%s: %d %s", path, code, body)
+		}
+		return text(body, "durable")
+	}
+	call := func(path string, body any) []byte {
+		s.t.Helper()
+		code, answer := s.call("POST", path, body)
+		if code/100 != 2 {
+			s.t.Fatalf("%s: %d %s", path, code, answer)
+		}
+		return answer
+	}
+	sandbox := "/v1/sandboxes/" + id
+	if got := durable(sandbox); got != "" {
+		s.t.Errorf("a running sandbox is durable: %q", got)
+	}
+	call(sandbox+"/suspend", object{})
+	snapshot := "/v1/snapshots/" + text(call(sandbox+"/snapshots", object{}), "id")
+	for _, path := range []string{sandbox, snapshot} {
+		s.becomes(path+" is in the bucket", func() bool { return durable(path) == "cluster" })
+	}
+	for _, kind := range []string{"checkpoints/*/0/*/seal.json", "programs/*"} {
+		if got, err := filepath.Glob(filepath.Join(objects, kind)); err != nil || len(got) != 2 {
+			s.t.Errorf("%s: %q, %v", kind, got, err)
+		}
+	}
+
+	s3.Stop()
+	call(sandbox+"/wake", object{})
+	if got := text(call(sandbox+"/suspend", object{}), "durable"); got != "node" {
+		s.t.Errorf("suspended without the bucket: durable is %q", got)
+	}
+	if got := s.metric(`cay_files_waiting{kind="checkpoints"}`); got != 1 {
+		s.t.Errorf("%d checkpoints wait for the bucket, want 1", got)
+	}
+	s.stop(syscall.SIGKILL)
+	s.start()
+	s.becomes("the snapshot is known to be in the bucket", func() bool { return durable(snapshot) == "cluster" })
+	if got := durable(sandbox); got != "node" {
+		s.t.Errorf("after a restart without the bucket the sandbox is durable: %q", got)
+	}
+	s3.Start(s.t)
+	for _, path := range []string{sandbox, snapshot} {
+		s.becomes(path+" is in the bucket after the restart", func() bool { return durable(path) == "cluster" })
+	}
+	if got, err := filepath.Glob(filepath.Join(objects, "checkpoints", id, "0", "*", "seal.json")); len(got) != 2 {
+		s.t.Errorf("the copies of the sandbox are %q, %v; want two", got, err)
+	}
+	call(sandbox+"/wake", object{})
+	s.destroy(id)
+	if code, body := s.call("DELETE", snapshot, nil); code != 204 {
+		s.t.Errorf("deleting the snapshot: %d %s", code, body)
+	}
+}
+
 // bucketIsFine has the doctor check the bucket, with the right and with wrong credentials.
 func (s *server) bucketIsFine(settings []string) {
 	s.t.Helper()
@@ -157,7 +223,8 @@ func (s *server) bucketIsFine(settings []string) {
 		for _, f := range answer.Findings {
 			got[f.Check] = f.OK
 		}
-		want := map[string]bool{"bucket": fine, "conditional writes": fine, "bucket's clock": fine}
+		want := map[string]bool{"bucket": fine, "conditional writes": fine, "checksums": fine,
+			"bucket's clock": fine}
 		for check, ok := range want {
 			if was, is := got[check]; !is || was != ok {
 				s.t.Errorf("doctor with %q: %s: %s", key, check, out)

@@ -15,6 +15,24 @@ import (
 	openapi_types "github.com/oapi-codegen/runtime/types"
 )
 
+// Defines values for Durable.
+const (
+	DurableCluster Durable = "cluster"
+	DurableNode    Durable = "node"
+)
+
+// Valid indicates whether the value is a known member of the Durable enum.
+func (e Durable) Valid() bool {
+	switch e {
+	case DurableCluster:
+		return true
+	case DurableNode:
+		return true
+	default:
+		return false
+	}
+}
+
 // Defines values for EgressMode.
 const (
 	EgressModeAllowAll EgressMode = "allow_all"
@@ -708,6 +726,11 @@ type DebianSource struct {
 	// Example: bookworm
 	Suite *string `json:"suite,omitempty"`
 }
+
+// Durable Where the saved state is: on the machine alone (`node`), whose loss loses it, or in the server's bucket too
+// (`cluster`). It becomes `cluster` when the upload in the background is done; without a bucket it stays `node`.
+// Absent while a sandbox runs.
+type Durable string
 
 // Egress What a sandbox may reach on the network. Under `deny_all` it may reach addresses and names that `allow_cidrs` or
 // `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Under every policy, a
@@ -1592,6 +1615,11 @@ type Sandbox struct {
 	// DiskMB The space that the sandbox may write, in MiB.
 	DiskMB int `json:"disk_mb"`
 
+	// Durable Where the saved state is: on the machine alone (`node`), whose loss loses it, or in the server's bucket too
+	// (`cluster`). It becomes `cluster` when the upload in the background is done; without a bucket it stays `node`.
+	// Absent while a sandbox runs.
+	Durable *Durable `json:"durable,omitempty"`
+
 	// Egress What a sandbox may reach on the network. Under `deny_all` it may reach addresses and names that `allow_cidrs` or
 	// `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Under every policy, a
 	// sandbox never reaches the machine that it runs on, other sandboxes, 169.254.0.0/16 (except cay's own metadata
@@ -1744,6 +1772,11 @@ type Snapshot struct {
 
 	// DiskMB The space that these sandboxes may write, in MiB.
 	DiskMB int `json:"disk_mb"`
+
+	// Durable Where the saved state is: on the machine alone (`node`), whose loss loses it, or in the server's bucket too
+	// (`cluster`). It becomes `cluster` when the upload in the background is done; without a bucket it stays `node`.
+	// Absent while a sandbox runs.
+	Durable *Durable `json:"durable,omitempty"`
 
 	// Egress What a sandbox may reach on the network. Under `deny_all` it may reach addresses and names that `allow_cidrs` or
 	// `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Under every policy, a

@@ -106,8 +106,8 @@ type Agent interface {
 	Processes
 }
 
-// Config configures the API. All fields but Ready, Names, Stopping, Hijacked and Budget are
-// required.
+// Config configures the API. All fields but Ready, Stored, Names, Stopping, Hijacked and
+// Budget are required.
 type Config struct {
 	Sandboxes Sandboxes
 	Templates Templates
@@ -121,6 +121,9 @@ type Config struct {
 	// Ready reports why no sandbox can be created; a nil Ready, or a nil error, means that sandboxes
 	// can be created. Callers are shown the text of a fault; any other error is only logged.
 	Ready func() error
+	// Stored reports whether the bucket has the checkpoint of a sandbox or snapshot that was made at that time. A nil
+	// Stored means that there is no bucket.
+	Stored func(id string, made time.Time) bool
 	// Metrics answers /metrics; Registry takes the metrics of this package.
 	Metrics  http.Handler
 	Registry prometheus.Registerer

@@ -137,7 +137,8 @@ func clientSleep(t *testing.T, ctx context.Context, c *cay.Client, fatal func(er
 	awake, err := c.Wake(ctx, sbx.ID)
 	fatal(err)
 	if awake.Status != cay.SandboxStatusRunning || awake.SuspendedAt != nil || awake.MemoryKept != nil ||
-		asleep.MemoryKept == nil || !*asleep.MemoryKept {
+		awake.Durable != nil || asleep.MemoryKept == nil || !*asleep.MemoryKept || asleep.Durable == nil ||
+		*asleep.Durable != cay.DurableNode {
 		t.Errorf("woken: %+v", awake)
 	}
 	files, err := c.SuspendFiles(ctx, sbx.ID)

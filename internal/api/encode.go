@@ -51,6 +51,24 @@ func orEmpty(m map[string]string) map[string]string {
 	return m
 }
 
+// durable tells where the checkpoint of a sandbox or snapshot is that was made at that time.
+func (s *server) durable(id string, made time.Time) *Durable {
+	if s.Stored != nil && s.Stored(id, made) {
+		return new(DurableCluster)
+	}
+	return new(DurableNode)
+}
+
+// sandboxOf encodes a sandbox.
+func (s *server) sandboxOf(b sandbox.Sandbox) Sandbox {
+	out := sandboxOf(b)
+	if !b.SuspendedAt.IsZero() {
+		out.Durable = s.durable(string(b.ID), b.SuspendedAt)
+	}
+	return out
+}
+
+// sandboxOf encodes a sandbox apart from where its checkpoint is.
 func sandboxOf(b sandbox.Sandbox) Sandbox {
 	out := Sandbox{
 		ID:              string(b.ID),
@@ -231,12 +249,13 @@ func keyOf(k auth.Key) APIKey {
 	}
 }
 
-func snapshotOf(s sandbox.Snapshot) Snapshot {
+func (s *server) snapshotOf(snap sandbox.Snapshot) Snapshot {
 	return Snapshot{
-		ID: string(s.ID), Name: optional(s.Name), SandboxID: string(s.SandboxID),
-		Template: s.Template, TemplateID: s.TemplateID, TemplateVersion: s.TemplateVersion,
-		Size: s.Size.Name, VCPUs: s.Size.VCPUs, MemoryMB: s.Size.MemoryMB, DiskMB: s.DiskMB, Env: orEmpty(s.Env),
-		Egress: egressOf(s.Egress), Memory: s.Kept == sandbox.KeepAll, SizeBytes: s.Bytes, CreatedAt: s.CreatedAt.UTC(),
+		ID: string(snap.ID), Name: optional(snap.Name), SandboxID: string(snap.SandboxID),
+		Template: snap.Template, TemplateID: snap.TemplateID, TemplateVersion: snap.TemplateVersion,
+		Size: snap.Size.Name, VCPUs: snap.Size.VCPUs, MemoryMB: snap.Size.MemoryMB, DiskMB: snap.DiskMB, Env: orEmpty(snap.Env),
+		Egress: egressOf(snap.Egress), Memory: snap.Kept == sandbox.KeepAll, SizeBytes: snap.Bytes, CreatedAt: snap.CreatedAt.UTC(),
+		Durable: s.durable(string(snap.ID), snap.CreatedAt),
 	}
 }
 

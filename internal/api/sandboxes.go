@@ -38,7 +38,7 @@ func (s *server) CreateSandbox(w http.ResponseWriter, r *http.Request, params Cr
 		return
 	}
 	w.Header().Set("Location", "/v1/sandboxes/"+string(sbx.ID))
-	s.answer(w, r, http.StatusCreated, sandboxOf(sbx))
+	s.answer(w, r, http.StatusCreated, s.sandboxOf(sbx))
 }
 
 // callerOf returns the caller of a request as the core represents it.
@@ -138,7 +138,7 @@ func (s *server) ListSandboxes(w http.ResponseWriter, r *http.Request, params Li
 	answerList(s, w, r, "sandboxes", limit, cursor, func(limit int, cursor string) ([]sandbox.Sandbox, string, error) {
 		f.Limit, f.Cursor = limit, cursor
 		return s.Sandboxes.List(r.Context(), f)
-	}, sandboxOf)
+	}, s.sandboxOf)
 }
 
 // statesOf returns the states of the given statuses, or without any the states of all statuses but
@@ -170,7 +170,7 @@ func (s *server) GetSandbox(w http.ResponseWriter, r *http.Request, id SandboxID
 		s.fail(w, r, err)
 		return
 	}
-	out := sandboxOf(sbx)
+	out := s.sandboxOf(sbx)
 	out.Network = networkOf(traffic)
 	s.answer(w, r, http.StatusOK, out)
 }
@@ -180,7 +180,7 @@ func (s *server) answerSandbox(w http.ResponseWriter, r *http.Request, sbx sandb
 		s.fail(w, r, err)
 		return
 	}
-	s.answer(w, r, http.StatusOK, sandboxOf(sbx))
+	s.answer(w, r, http.StatusOK, s.sandboxOf(sbx))
 }
 
 // DestroySandbox answers DELETE /v1/sandboxes/{id}.
@@ -265,7 +265,7 @@ func (s *server) SetEgress(w http.ResponseWriter, r *http.Request, id SandboxID)
 		s.fail(w, r, egressError(err))
 		return
 	}
-	s.answer(w, r, http.StatusOK, sandboxOf(sbx))
+	s.answer(w, r, http.StatusOK, s.sandboxOf(sbx))
 }
 
 // egressError adapts an error to a call whose whole body is the policy: it removes the prefix

@@ -27,7 +27,7 @@ func (s *server) CreateSnapshot(w http.ResponseWriter, r *http.Request, id Sandb
 		return
 	}
 	w.Header().Set("Location", "/v1/snapshots/"+string(snap.ID))
-	s.answer(w, r, http.StatusCreated, snapshotOf(snap))
+	s.answer(w, r, http.StatusCreated, s.snapshotOf(snap))
 }
 
 // ListSnapshots answers GET /v1/snapshots.
@@ -54,7 +54,7 @@ func (s *server) ListSnapshots(w http.ResponseWriter, r *http.Request, params Li
 	answerList(s, w, r, "snapshots", limit, cursor, func(limit int, cursor string) ([]sandbox.Snapshot, string, error) {
 		f.Limit, f.Cursor = limit, cursor
 		return s.Sandboxes.ListSnapshots(r.Context(), f)
-	}, snapshotOf)
+	}, s.snapshotOf)
 }
 
 // GetSnapshot answers GET /v1/snapshots/{snapshot}.
@@ -64,7 +64,7 @@ func (s *server) GetSnapshot(w http.ResponseWriter, r *http.Request, ref Snapsho
 		s.fail(w, r, err)
 		return
 	}
-	s.answer(w, r, http.StatusOK, snapshotOf(snap))
+	s.answer(w, r, http.StatusOK, s.snapshotOf(snap))
 }
 
 // DeleteSnapshot answers DELETE /v1/snapshots/{snapshot}.

@@ -70,6 +70,20 @@ type Opened struct {
 	want  []file
 }
 
+// OpenAll opens all files of the checkpoint and its manifest. They can be read to their end even if the checkpoint is
+// removed meanwhile. A missing file gives Internal, code "checkpoint_damaged".
+func (c *Checkpoint) OpenAll() ([]*os.File, error) {
+	o, err := c.Open(func(string) bool { return true })
+	if err != nil {
+		return nil, err
+	}
+	f, err := os.Open(filepath.Join(c.Dir, manifestFile))
+	if err != nil {
+		return nil, errors.Join(damaged("%s cannot be read", manifestFile).Because(err), o.Close())
+	}
+	return append(o.files, f), nil
+}
+
 // Verify compares the files with their sums, as [Checkpoint.Verify] does. Call it once.
 func (o *Opened) Verify(ctx context.Context) error {
 	for i, f := range o.files {

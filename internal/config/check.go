@@ -111,6 +111,7 @@ func (c *Config) checkNumbers() error {
 		{"events.max_followers", c.Events.MaxFollowers, 0},
 		{"files.images_mb", c.Files.ImagesMB, 0},
 		{"files.contexts_mb", c.Files.ContextsMB, 0},
+		{"files.checkpoints_mb", c.Files.CheckpointsMB, 0},
 	} {
 		if rule.got < rule.from {
 			return fmt.Errorf("%s: must be at least %d, not %d", rule.key, rule.from, rule.got)

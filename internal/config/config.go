@@ -204,7 +204,7 @@ func Default() Config {
 		Proxy:  Proxy{Scheme: "https"},
 		E2B:    E2B{Enabled: true},
 		Events: Events{Keep: Duration(30 * 24 * time.Hour), MaxPerOrg: 1_000_000, MaxFollowers: 32},
-		Files:  Files{ImagesMB: 50 << 10, ContextsMB: 10 << 10},
+		Files:  Files{ImagesMB: 50 << 10, ContextsMB: 10 << 10, CheckpointsMB: 100 << 10},
 	}
 }
 

@@ -10,8 +10,8 @@ import (
 	"github.com/cayhq/cay/internal/objects"
 )
 
-// Files sets the bucket that has copies of images and build contexts, and the space that their files take here. Without
-// a URL there is none.
+// Files sets the bucket that has copies of images, build contexts and checkpoints, and the space that images and
+// contexts take here. Without a URL there is none.
 type Files struct {
 	URL             string `toml:"url"`
 	AccessKey       string `toml:"access_key"`
@@ -20,6 +20,7 @@ type Files struct {
 	CredentialsFile string `toml:"credentials_file"`
 	ImagesMB        int    `toml:"images_mb"`
 	ContextsMB      int    `toml:"contexts_mb"`
+	CheckpointsMB   int    `toml:"checkpoints_mb"`
 }
 
 // Secret is a text that is not printed.

@@ -190,7 +190,7 @@ func (s *server) openHost(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("opening the directory of build contexts: %w", err)
 	}
-	if err := s.openFiles(); err != nil {
+	if err := s.openFiles(ctx); err != nil {
 		return err
 	}
 	if err := s.openBuilds(programsDir, programs); err != nil {
@@ -201,8 +201,8 @@ func (s *server) openHost(ctx context.Context) error {
 		Instance: s.instance, Dir: filepath.Join(cfg.DataDir, "sandboxes"), RunDir: stateDir(RunDir, s.instance),
 		Platform: cfg.Sandbox.Platform, Programs: programs, ProgramsDir: programsDir,
 		Checkpoints: filepath.Join(cfg.DataDir, "checkpoints"), Nameservers: nameservers(cfg.Network.Nameservers),
-		PolicyChanged: s.egress.Recheck,
-		MaxSandboxes:  cfg.Capacity.MaxSandboxes, MinHostMemory: int64(cfg.Capacity.MinFreeMemoryMB) << 20,
+		PolicyChanged: s.egress.Recheck, Saved: s.saved,
+		MaxSandboxes: cfg.Capacity.MaxSandboxes, MinHostMemory: int64(cfg.Capacity.MinFreeMemoryMB) << 20,
 		MinDisk: int64(cfg.Capacity.MinFreeDiskMB) << 20, MaxPIDs: cfg.Sandbox.MaxPIDs,
 		FirstUID: uint32(cfg.Sandbox.FirstUID), AnswerTimeout: time.Duration(cfg.Sandbox.AnswerTimeout),
 	}, s.slots, rootFS, s.log)

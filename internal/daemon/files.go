@@ -2,18 +2,27 @@ package daemon
 
 import (
 	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
 	"fmt"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/cayhq/cay/internal/archive"
 	"github.com/cayhq/cay/internal/config"
 	"github.com/cayhq/cay/internal/objects"
 )
+
+// settingSeals names the setting with the key of the MACs of checkpoints in a bucket, in hexadecimal.
+const settingSeals = "checkpoints_key"
 
 // files has the copies of this server's files in a bucket.
 type files struct {
 	store            *objects.Store
 	images, contexts *objects.Mirror
+	checkpoints      *archive.Archive
 }
 
 // openBucket opens the bucket of the settings.
@@ -31,7 +40,7 @@ func openBucket(cfg config.Files) (objects.Bucket, error) {
 
 // openFiles lets images and contexts have copies in the bucket of the settings, if there is one. It makes no request to
 // an S3 server.
-func (s *server) openFiles() (err error) {
+func (s *server) openFiles(ctx context.Context) (err error) {
 	cfg := s.cfg.Files
 	if cfg.URL == "" {
 		return nil
@@ -46,15 +55,75 @@ func (s *server) openFiles() (err error) {
 	}
 	f := &files{store: objects.NewStore(bucket, owner, s.log.With("room", "objects"))}
 	minFree := int64(s.cfg.Capacity.MinFreeDiskMB) << 20
-	f.images = f.store.Mirror(objects.MirrorConfig{Prefix: "images/", Local: s.images,
+	f.images = f.store.Mirror(objects.MirrorConfig{Prefix: "images/", Local: s.images, Alone: s.db.Alone,
 		MaxLocal: int64(cfg.ImagesMB) << 20, MaxUnneeded: int64(cfg.ImagesMB) << 20, MaxFile: maxImageFile, MinFree: minFree})
-	f.contexts = f.store.Mirror(objects.MirrorConfig{Prefix: "contexts/", Local: s.contexts,
+	f.contexts = f.store.Mirror(objects.MirrorConfig{Prefix: "contexts/", Local: s.contexts, Alone: s.db.Alone,
 		MaxLocal: int64(cfg.ContextsMB) << 20, MaxUnneeded: int64(cfg.ContextsMB) << 20, MaxFile: int64(s.cfg.Build.ContextsMB) << 20, MinFree: minFree})
 	s.images.UseRemote(f.images, func(digest string) bool { return s.node.UsesImage(digest) })
 	s.contexts.UseRemote(f.contexts)
+	if f.checkpoints, err = s.openArchive(ctx, bucket, f.store); err != nil {
+		return err
+	}
+	f.store.OnClaim(f.checkpoints.Run)
 	s.files = f
 	s.observeFiles()
 	return nil
+}
+
+// openArchive opens what copies checkpoints.
+func (s *server) openArchive(ctx context.Context, bucket objects.Bucket, of *objects.Store) (*archive.Archive, error) {
+	text, err := s.setting(ctx, settingSeals, func() string {
+		var key [32]byte
+		rand.Read(key[:])
+		return hex.EncodeToString(key[:])
+	})
+	if err != nil {
+		return nil, err
+	}
+	key, err := hex.DecodeString(text)
+	if err != nil || len(key) < sha256.Size {
+		return nil, fmt.Errorf("the setting %s of the records is no key", settingSeals)
+	}
+	// Another server may have taken the bucket since it was claimed; its records decide then what is needed.
+	alone := func(ctx context.Context, name string, f func(context.Context) error) error {
+		return s.db.Alone(ctx, name, func(ctx context.Context) error {
+			if err := of.Owned(ctx); err != nil {
+				return err
+			}
+			return f(ctx)
+		})
+	}
+	return archive.New(archive.Config{Bucket: bucket, Transfer: of.Transfer(), Node: s.session.Holder.Node, Records: s.db,
+		Source: savedCheckpoints{s}, Key: key, MaxUnneeded: int64(s.cfg.Files.CheckpointsMB) << 20, Alone: alone,
+		Log: s.log.With("room", "archive")}), nil
+}
+
+// savedCheckpoints gives the archive the checkpoints of the node, which is opened later.
+type savedCheckpoints struct{ server *server }
+
+// SavedNames implements [archive.Source].
+func (c savedCheckpoints) SavedNames() ([]string, error) { return c.server.node.SavedNames() }
+
+// OpenSaved implements [archive.Source].
+func (c savedCheckpoints) OpenSaved(name string) (*archive.Local, error) {
+	saved, err := c.server.node.OpenSaved(name)
+	if err != nil {
+		return nil, err
+	}
+	return &archive.Local{MadeAt: saved.MadeAt, CPUClass: saved.CPUClass, Agent: saved.Programs.Agent,
+		Runsc: saved.Programs.Runsc, Files: saved.Files}, nil
+}
+
+// saved has a new checkpoint copied, if there is a bucket.
+func (s *server) saved(name string, bytes int64) {
+	if s.files != nil {
+		s.files.checkpoints.Offer(name, bytes)
+	}
+}
+
+// stored reports whether a bucket has the checkpoint of a sandbox or snapshot that was made at that time.
+func (s *server) stored(name string, made time.Time) bool {
+	return s.files != nil && s.files.checkpoints.Stored(name, made)
 }
 
 // maxImageFile bounds an image that is fetched, in bytes: the files that the largest image may have, and as much again
@@ -63,6 +132,7 @@ const maxImageFile = 128 << 30
 
 // runFiles copies files until ctx ends.
 func (s *server) runFiles(ctx context.Context) {
+	s.files.checkpoints.Load(ctx)
 	if err := s.files.store.Run(ctx); err != nil {
 		s.log.Error("files.url names a bucket that another server uses, with other records or a copy: no file is copied",
 			"error", err)
@@ -104,14 +174,19 @@ func (m fileMetrics) Collect(c chan<- prometheus.Metric) {
 	}
 	c <- prometheus.MustNewConstMetric(filesReachable, prometheus.GaugeValue, claimed)
 	for _, kind := range []struct {
-		name   string
-		mirror *objects.Mirror
-	}{{"images", m.server.files.images}, {"contexts", m.server.files.contexts}} {
-		n := kind.mirror.Counts()
+		name    string
+		fetched bool // whether it is ever
+		counts  objects.Counts
+	}{{"images", true, m.server.files.images.Counts()}, {"contexts", true, m.server.files.contexts.Counts()},
+		{"checkpoints", false, m.server.files.checkpoints.Counts()}} {
+		n := kind.counts
 		c <- prometheus.MustNewConstMetric(filesWaiting, prometheus.GaugeValue, float64(n.Waiting), kind.name)
 		c <- prometheus.MustNewConstMetric(filesBytes, prometheus.GaugeValue, float64(n.WaitingBytes), kind.name)
 		c <- prometheus.MustNewConstMetric(filesLag, prometheus.GaugeValue, n.Lag.Seconds(), kind.name)
 		c <- prometheus.MustNewConstMetric(filesMoved, prometheus.CounterValue, float64(n.Uploaded), kind.name, "up")
+		if !kind.fetched {
+			continue
+		}
 		c <- prometheus.MustNewConstMetric(filesMoved, prometheus.CounterValue, float64(n.Fetched), kind.name, "down")
 		c <- prometheus.MustNewConstMetric(filesUses, prometheus.CounterValue, float64(n.Fetches), kind.name, "miss")
 	}

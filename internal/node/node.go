@@ -68,6 +68,10 @@ type Config struct {
 	// this Node.
 	PolicyChanged func(addr netip.Addr)
 
+	// Saved, if not nil, is called with the name of a new checkpoint, which is the ID of its sandbox or snapshot, and its
+	// size. It must not wait.
+	Saved func(name string, bytes int64)
+
 	MaxSandboxes int // at this number Room refuses another
 	// MinHostMemory and MinDisk are the bytes that must stay free for the machine itself. Room refuses
 	// a sandbox when less is free.
@@ -98,6 +102,7 @@ type Node struct {
 	watches sync.WaitGroup
 
 	checkpoints *checkpoint.Store
+	cpuClass    string // of this machine
 	contention  contention
 	startSlots  *startSlots
 	verifying   sync.Mutex // held while pages are verified, which keeps the disk busy: one at a time
@@ -148,6 +153,9 @@ func Open(cfg Config, slots *network.Network, images Images, log *slog.Logger) (
 	n.agents.Patience = cmp.Or(cfg.AnswerTimeout, agentapi.DefaultPatience)
 	var interrupted []string
 	if n.checkpoints, interrupted, err = checkpoint.Open(cfg.Checkpoints, cfg.MinDisk); err != nil {
+		return nil, err
+	}
+	if n.cpuClass, err = cpuClass(); err != nil {
 		return nil, err
 	}
 	if err := n.unlimitProcesses(); err != nil {

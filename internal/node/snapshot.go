@@ -28,6 +28,7 @@ func (n *Node) SnapshotCheckpoint(_ context.Context, id sandbox.ID, to sandbox.S
 		return sandbox.Checkpoint{}, fault.New(fault.Conflict, fault.CodeSandboxNotRunning,
 			"sandbox %s has no recovery point on this machine", id)
 	}
+	n.saved(string(to), c.Size)
 	return sandbox.Checkpoint{At: c.At, Size: c.Size, Run: was.Run, Kept: was.Kept}, n.passed("copy")
 }
 

@@ -29,6 +29,8 @@ type about struct {
 	Nameservers []string `json:"nameservers"`
 	// Kept says what the checkpoint holds. A checkpoint of a server that did not record it holds everything.
 	Kept sandbox.Kept `json:"kept,omitempty"`
+	// CPUClass names the class of the machine's processors. A checkpoint of a server that did not record it has none.
+	CPUClass string `json:"cpu_class,omitempty"`
 }
 
 // Suspend implements sandbox.Node. The sandbox is paused from before it is saved until it is ended
@@ -158,10 +160,11 @@ func (n *Node) commit(w written, name string) (sandbox.Checkpoint, error) {
 	}
 	l := w.instance.record
 	l.Shape = l.Shape.Public() // a restore gets the rest from its spec
-	c, err := w.draft.CommitAs(name, w.at, about{l, n.cfg.Nameservers, w.kept})
+	c, err := w.draft.CommitAs(name, w.at, about{l, n.cfg.Nameservers, w.kept, n.cpuClass})
 	if err != nil {
 		return sandbox.Checkpoint{}, err
 	}
+	n.saved(name, c.Size)
 	return sandbox.Checkpoint{At: c.At, Size: c.Size, Run: w.instance.record.Run, Kept: w.kept}, n.passed("commit")
 }
 

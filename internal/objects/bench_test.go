@@ -15,10 +15,10 @@ import (
 	"github.com/cayhq/cay/internal/caytest"
 )
 
-// BenchmarkTransfer moves a file of 1 GiB, with -short of 256 MiB, to an S3 server on this machine and back: as a file whose
-// sum is known before, such as an image, and as one whose is not, such as a checkpoint's. In turn, a plain client sends
-// and reads the same file in one request, and compares nothing. The metric ratio is the speed of the transfer divided by
-// the plain client's.
+// BenchmarkTransfer moves a file of 1 GiB, with -short of 256 MiB, to an S3 server on this machine and back: as a file
+// whose sum is known before, such as an image, and as one whose is not, such as a checkpoint's. In turn, a plain
+// client sends and reads the same file in one request, and compares nothing. The metric ratio is the speed of the
+// transfer divided by the plain client's.
 func BenchmarkTransfer(b *testing.B) {
 	size := int64(1 << 30)
 	if testing.Short() {

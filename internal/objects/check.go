@@ -43,7 +43,30 @@ func Check(ctx context.Context, b Bucket) []Finding {
 	} else if err := checkConditions(ctx, b, key); err != nil {
 		conditions.OK, conditions.Detail = false, err.Error()
 	}
-	return []Finding{rights, conditions, checkClock(ctx, b)}
+	sums := Finding{Name: "checksums", OK: true, Detail: "the server refuses content that changed on the way",
+		Fix: "use an S3 server that compares X-Amz-Content-Sha256 and X-Amz-Checksum-Sha256, and https"}
+	if !rights.OK {
+		sums.OK, sums.Detail = false, conditions.Detail
+	} else if err := checkSums(ctx, b, key); err != nil {
+		sums.OK, sums.Detail = false, err.Error()
+	}
+	return []Finding{rights, conditions, sums, checkClock(ctx, b)}
+}
+
+// checkSums writes content with the sum of other content, after some with its own.
+func checkSums(ctx context.Context, b Bucket, key string) (err error) {
+	defer func() { err = errors.Join(err, b.Delete(ctx, key)) }()
+	if _, err := Write(ctx, b, key, []byte("4"), Condition{}); err != nil {
+		return err
+	}
+	_, err = b.Put(ctx, key, section([]byte("4")), sha256.Sum256([]byte("5")), Condition{})
+	if errors.Is(err, ErrDamaged) {
+		return nil
+	}
+	if err == nil {
+		err = errors.New("the server wrote it")
+	}
+	return fmt.Errorf("content with the checksum of other content: %w", err)
 }
 
 func checkRights(ctx context.Context, b Bucket, key string) (err error) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"strings"
 	"time"
@@ -21,14 +22,15 @@ func (m *Mirror) collect(ctx context.Context) {
 		warn(err)
 		return
 	}
-	for _, step := range []func(context.Context) error{m.removeUnneeded, m.abortOld, m.evict} {
-		warn(step(ctx))
-	}
+	warn(m.cfg.Alone(ctx, m.cfg.Prefix, func(ctx context.Context) error {
+		return errors.Join(m.removeUnneeded(ctx), m.cfg.Transfer.abortOld(ctx, m.cfg.Prefix, m.cfg.Now))
+	}))
+	warn(m.evict(ctx))
 }
 
 // unneeded describes an object that is not needed.
 type unneeded struct {
-	name  string
+	key   string
 	size  int64         // bytes
 	since time.Time     // when that was first seen
 	age   time.Duration // since it was written
@@ -41,53 +43,62 @@ func (m *Mirror) removeUnneeded(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	for _, o := range expired(all, m.cfg.MaxUnneeded, m.cfg.Now()) {
+		name := strings.TrimPrefix(o.key, m.cfg.Prefix)
+		if !m.claimRemoval(name) {
+			continue
+		}
+		err := m.cfg.Transfer.remove(ctx, o, m.cfg.Log)
+		m.removed(name, err == nil)
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// expired returns the objects that were not needed for [Grace], and of those that take more than most bytes, if most is
+// not 0, also those that were not needed for leastGrace. It changes the order of all.
+func expired(all []unneeded, most int64, now time.Time) (over []unneeded) {
 	slices.SortFunc(all, func(a, b unneeded) int { return b.since.Compare(a.since) })
 	var kept int64
 	for _, o := range all {
 		grace := Grace
-		if kept += o.size; m.cfg.MaxUnneeded > 0 && kept > m.cfg.MaxUnneeded {
+		if kept += o.size; most > 0 && kept > most {
 			grace = leastGrace
 		}
-		if o.age < grace || m.cfg.Now().Sub(o.since) < grace || !m.claimRemoval(o.name) {
-			continue
+		if o.age >= grace && now.Sub(o.since) >= grace {
+			kept -= o.size
+			over = append(over, o)
 		}
-		err := m.cfg.Transfer.bucket.Delete(ctx, m.key(o.name))
-		m.removed(o.name, err == nil)
-		if err != nil {
-			return err
-		}
-		kept -= o.size
-		m.cfg.Log.Info("removed an object that nothing needs", "object", m.key(o.name), "bytes", o.size)
 	}
+	return over
+}
+
+// remove removes an object that is not needed.
+func (t *Transfer) remove(ctx context.Context, o unneeded, log *slog.Logger) error {
+	if err := t.bucket.Delete(ctx, o.key); err != nil {
+		return err
+	}
+	log.Info("removed an object that nothing needs", "object", o.key, "bytes", o.size)
 	return nil
 }
 
 // listUnneeded returns the objects that are not needed, and remembers since when.
 func (m *Mirror) listUnneeded(ctx context.Context) (all []unneeded, err error) {
-	skew, err := m.cfg.Transfer.bucket.Skew(ctx)
+	found := map[string]time.Time{}
+	err = m.cfg.Transfer.each(ctx, m.cfg.Prefix, m.cfg.Now, func(o Info, age time.Duration) {
+		name := strings.TrimPrefix(o.Key, m.cfg.Prefix)
+		if _, err := ParseSum(name); err != nil {
+			return // not of this mirror
+		}
+		if since, is := m.unneededSince(name); is {
+			found[name] = since
+			all = append(all, unneeded{o.Key, o.Size, since, age})
+		}
+	})
 	if err != nil {
 		return nil, err
-	}
-	found := map[string]time.Time{}
-	for after, seen := "", 0; seen < maxObjects; {
-		page, err := m.cfg.Transfer.bucket.List(ctx, m.cfg.Prefix, after, 1000)
-		if err != nil {
-			return nil, err
-		}
-		for _, o := range page {
-			name, ours := strings.CutPrefix(o.Key, m.cfg.Prefix)
-			if _, err := ParseSum(name); err != nil || !ours {
-				continue // not of this mirror
-			}
-			if since, is := m.unneededSince(name); is {
-				found[name] = since
-				all = append(all, unneeded{name, o.Size, since, m.cfg.Now().Add(skew).Sub(o.Modified)})
-			}
-		}
-		if len(page) < 1000 {
-			break
-		}
-		after, seen = page[len(page)-1].Key, seen+len(page)
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -95,12 +106,37 @@ func (m *Mirror) listUnneeded(ctx context.Context) (all []unneeded, err error) {
 	return all, nil
 }
 
+// each calls f with the objects of a prefix and the time since they were written. It looks at maxObjects at the most.
+func (t *Transfer) each(ctx context.Context, prefix string, now func() time.Time, f func(o Info,
+	age time.Duration)) error {
+	skew, err := t.bucket.Skew(ctx)
+	if err != nil {
+		return err
+	}
+	for after, seen := "", 0; seen < maxObjects; {
+		page, err := t.bucket.List(ctx, prefix, after, 1000)
+		if err != nil {
+			return err
+		}
+		for _, o := range page {
+			if strings.HasPrefix(o.Key, prefix) {
+				f(o, now().Add(skew).Sub(o.Modified))
+			}
+		}
+		if len(page) < 1000 {
+			return nil
+		}
+		after, seen = page[len(page)-1].Key, seen+len(page)
+	}
+	return nil
+}
+
 // unneededSince reports whether an object is not needed, and since when that is known. Then it is not taken for stored
 // any more, so that a later Offer asks the bucket.
 func (m *Mirror) unneededSince(name string) (time.Time, bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.needed[name] || m.waiting[name] != nil {
+	if m.needed[name] || m.queue.Waits(name) {
 		return time.Time{}, false
 	}
 	delete(m.stored, name)
@@ -115,40 +151,38 @@ func (m *Mirror) unneededSince(name string) (time.Time, bool) {
 func (m *Mirror) claimRemoval(name string) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.needed[name] || m.waiting[name] != nil {
+	if m.needed[name] || !m.queue.Hold(name) {
 		return false
 	}
 	delete(m.stored, name)
-	m.removing = name
 	return true
 }
 
 // removed ends the removal of an object.
 func (m *Mirror) removed(name string, done bool) {
 	m.mu.Lock()
-	m.removing = ""
+	defer m.mu.Unlock()
 	if done {
 		delete(m.unneeded, name)
 	}
-	m.mu.Unlock()
-	m.stir()
+	m.queue.Release(name)
 }
 
-// abortOld removes uploads that are not complete a week after they were begun.
-func (m *Mirror) abortOld(ctx context.Context) error {
-	skew, err := m.cfg.Transfer.bucket.Skew(ctx)
+// abortOld removes the uploads of a prefix that are not complete a week after they were begun.
+func (t *Transfer) abortOld(ctx context.Context, prefix string, now func() time.Time) error {
+	skew, err := t.bucket.Skew(ctx)
 	if err != nil {
 		return err
 	}
-	uploads, err := m.cfg.Transfer.bucket.Uploads(ctx, m.cfg.Prefix)
+	uploads, err := t.bucket.Uploads(ctx, prefix)
 	if err != nil {
 		return err
 	}
 	for _, u := range uploads {
-		if m.cfg.Now().Add(skew).Sub(u.Begun) < UploadKept {
+		if now().Add(skew).Sub(u.Begun) < UploadKept {
 			continue
 		}
-		if err := m.cfg.Transfer.bucket.Abort(ctx, u.Key, u.ID); err != nil {
+		if err := t.bucket.Abort(ctx, u.Key, u.ID); err != nil {
 			return err
 		}
 	}
@@ -206,5 +240,4 @@ func (m *Mirror) missing(name string) {
 		m.offerLocked(name)
 	}
 	m.mu.Unlock()
-	m.stir()
 }

@@ -3,6 +3,7 @@ package objects
 import (
 	"context"
 	"errors"
+	"io"
 	"io/fs"
 	"net/http"
 	"net/http/httptest"
@@ -131,5 +132,29 @@ func TestMirrorCollectsFromSurplus(t *testing.T) {
 	}
 	if read(t, dir, other) == "" {
 		t.Error("an object of another program was removed")
+	}
+}
+
+// careless is a bucket that writes whatever arrives.
+type careless struct{ Bucket }
+
+func (c careless) Put(ctx context.Context, key string, body *io.SectionReader, _ Sum, when Condition) (string, error) {
+	sum, err := sumOf(ctx, body, make([]byte, bufferSize))
+	if err != nil {
+		return "", err
+	}
+	return c.Bucket.Put(ctx, key, body, sum, when)
+}
+
+// TestCheckFindsMissingSums has the doctor check a bucket that compares no checksums.
+func TestCheckFindsMissingSums(t *testing.T) {
+	dir, err := OpenDir(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range Check(t.Context(), careless{dir}) {
+		if f.OK != (f.Name != "checksums") {
+			t.Errorf("%s: %t, %s", f.Name, f.OK, f.Detail)
+		}
 	}
 }

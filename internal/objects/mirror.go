@@ -26,15 +26,9 @@ const (
 	// UploadKept is the time after which an upload that was begun and not completed is removed. With a shorter one, a
 	// large file over a slow line starts again from its beginning.
 	UploadKept = 7 * 24 * time.Hour
-	// firstRetry and lastRetry bound the pause between two tries of an upload, which doubles. A longer last one delays
-	// uploads after the bucket is back; a shorter one asks a bucket that is down more often.
-	firstRetry = time.Second
-	lastRetry  = time.Minute
 	// maxObjects bounds the objects that one collection looks at, so that a listing without end ends. With more, some
 	// unneeded ones stay.
 	maxObjects = 1_000_000
-	// uploaders is the number of files of a mirror that are uploaded at once.
-	uploaders = 2
 )
 
 // Local is a directory of files that never change and are named by their SHA-256 in hexadecimal.
@@ -66,6 +60,8 @@ type MirrorConfig struct {
 	// Owned returns an error if the bucket may have another owner; then a collection removes nothing. nil is for a
 	// bucket that no other can have.
 	Owned func(ctx context.Context) error
+	// Alone calls f, unless another process does so under the name. Objects are removed in it. nil calls f always.
+	Alone func(ctx context.Context, name string, f func(context.Context) error) error
 	Log   *slog.Logger
 	// Now replaces the clock in tests; nil is time.Now.
 	Now func() time.Time
@@ -73,13 +69,12 @@ type MirrorConfig struct {
 
 // Mirror keeps copies of local files in a bucket. [Mirror.Run] does the work in the background.
 type Mirror struct {
-	cfg  MirrorConfig
-	wake chan struct{} // has room for one
-	turn chan struct{} // has one token while a collection runs
+	cfg   MirrorConfig
+	queue *Queue        // of the files to upload
+	wake  chan struct{} // has room for one
+	turn  chan struct{} // has one token while a collection runs
 
-	mu sync.Mutex
-	// +checklocks:mu
-	waiting map[string]*waiting // files to upload, by name
+	mu sync.Mutex // taken before the queue's
 	// +checklocks:mu
 	stored map[string]bool // needed files that the bucket has
 	// +checklocks:mu
@@ -89,21 +84,9 @@ type Mirror struct {
 	// +checklocks:mu
 	unneeded map[string]time.Time // since when, by name of the object
 	// +checklocks:mu
-	removing string // the object that is being removed; its file is not uploaded meanwhile
-	// +checklocks:mu
 	damaged map[string]bool // objects that an upload of their file replaces
 
 	uploaded, fetched, fetches atomic.Int64
-}
-
-// waiting describes a file that is to be uploaded.
-type waiting struct {
-	name  string
-	since time.Time
-	size  int64
-	tries int
-	next  time.Time // of the next try
-	busy  bool
 }
 
 // NewMirror returns a Mirror.
@@ -114,8 +97,11 @@ func NewMirror(cfg MirrorConfig) *Mirror {
 	if cfg.Owned == nil {
 		cfg.Owned = func(context.Context) error { return nil }
 	}
-	return &Mirror{cfg: cfg, wake: make(chan struct{}, 1), turn: make(chan struct{}, 1),
-		waiting: map[string]*waiting{}, stored: map[string]bool{},
+	if cfg.Alone == nil {
+		cfg.Alone = func(ctx context.Context, _ string, f func(context.Context) error) error { return f(ctx) }
+	}
+	return &Mirror{cfg: cfg, queue: NewQueue(cfg.Prefix, cfg.Log, cfg.Now), wake: make(chan struct{}, 1),
+		turn: make(chan struct{}, 1), stored: map[string]bool{},
 		unneeded: map[string]time.Time{}, damaged: map[string]bool{}}
 }
 
@@ -133,22 +119,21 @@ func (m *Mirror) Offer(name string) {
 	m.mu.Lock()
 	m.offerLocked(name)
 	m.mu.Unlock()
-	m.stir()
 }
 
 // +checklocks:m.mu
 func (m *Mirror) offerLocked(name string) {
-	if m.stored[name] || m.waiting[name] != nil {
+	if m.stored[name] || m.queue.Waits(name) {
 		return
 	}
-	w := &waiting{name: name, since: m.cfg.Now()}
+	var size int64
 	if f, err := m.cfg.Local.OpenFile(name); err == nil { // else the upload finds out
 		if info, err := f.Stat(); err == nil {
-			w.size = info.Size()
+			size = info.Size()
 		}
 		_ = f.Close() // it was only read
 	}
-	m.waiting[name] = w
+	m.queue.Add(name, size)
 }
 
 // Keep sets the names of all files that are needed. Those that the bucket lacks are uploaded, objects with other names
@@ -176,7 +161,7 @@ func (m *Mirror) Keep(names []string) {
 func (m *Mirror) Run(ctx context.Context) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
-	slots := make(chan struct{}, uploaders)
+	wg.Go(func() { m.queue.Run(ctx, m.upload) })
 	for ctx.Err() == nil {
 		if m.beginCollection() {
 			wg.Go(func() {
@@ -184,23 +169,8 @@ func (m *Mirror) Run(ctx context.Context) {
 				<-m.turn
 			})
 		}
-		w, next := m.take(len(slots) < uploaders)
-		if w != nil {
-			slots <- struct{}{}
-			wg.Go(func() {
-				m.upload(ctx, w)
-				<-slots
-				m.stir()
-			})
-			continue
-		}
-		var retry <-chan time.Time
-		if !next.IsZero() {
-			retry = time.After(next.Sub(m.cfg.Now()))
-		}
 		select {
 		case <-m.wake:
-		case <-retry:
 		case <-ctx.Done():
 		}
 	}
@@ -222,58 +192,26 @@ func (m *Mirror) beginCollection() bool {
 	}
 }
 
-// take returns the file to upload next, the newest first, or else the time of the next try; zero if there is none.
-func (m *Mirror) take(free bool) (*waiting, time.Time) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if !free {
-		return nil, time.Time{}
-	}
-	var best *waiting
-	var next time.Time
-	for _, w := range m.waiting {
-		switch {
-		case w.busy, w.name == m.removing:
-		case w.next.After(m.cfg.Now()):
-			if next.IsZero() || w.next.Before(next) {
-				next = w.next
-			}
-		case best == nil || w.since.After(best.since):
-			best = w
-		}
-	}
-	if best != nil {
-		best.busy = true
-	}
-	return best, next
-}
-
-// upload uploads a file, or sets the time of the next try.
-func (m *Mirror) upload(ctx context.Context, w *waiting) {
-	sent, err := m.send(ctx, w.name)
+// upload uploads a file. It returns an error if it is to be tried again.
+func (m *Mirror) upload(ctx context.Context, name string) error {
+	sent, err := m.send(ctx, name)
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	wrongSize := errors.Is(err, errWrongSize)
 	if wrongSize {
-		m.damaged[w.name] = true // the next try replaces it
+		m.damaged[name] = true // the next try replaces it
 	}
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		delete(m.waiting, w.name) // no longer needed, or evicted, since the bucket has it
-	case errors.Is(err, ErrDamaged) && !wrongSize:
-		delete(m.waiting, w.name) // it is found and moved away at its next use
-		m.cfg.Log.Error("cannot upload a file, which is damaged", "file", m.key(w.name), "error", err)
+		return nil // no longer needed, or evicted, since the bucket has it
+	case errors.Is(err, ErrDamaged) && !wrongSize: // it is found and moved away at its next use
+		m.cfg.Log.Error("cannot upload a file, which is damaged", "file", m.key(name), "error", err)
+		return nil
 	case err == nil:
-		delete(m.waiting, w.name)
-		m.stored[w.name] = true
+		m.stored[name] = true
 		m.uploaded.Add(sent)
-	default:
-		w.busy, w.size, w.tries = false, max(sent, w.size), w.tries+1
-		w.next = m.cfg.Now().Add(min(lastRetry, firstRetry<<min(w.tries-1, 10)))
-		if w.tries == 1 && ctx.Err() == nil {
-			m.cfg.Log.Warn("cannot upload a file, and will try again", "file", m.key(w.name), "error", err)
-		}
 	}
+	return err
 }
 
 // send uploads a file and returns the number of bytes, 0 if the bucket has it. A local file that is missing gives
@@ -373,13 +311,7 @@ type Counts struct {
 // Counts returns what the mirror has done and has still to do.
 func (m *Mirror) Counts() Counts {
 	c := Counts{Uploaded: m.uploaded.Load(), Fetched: m.fetched.Load(), Fetches: m.fetches.Load()}
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	for _, w := range m.waiting {
-		c.Waiting++
-		c.WaitingBytes += w.size
-		c.Lag = max(c.Lag, m.cfg.Now().Sub(w.since))
-	}
+	c.Waiting, c.WaitingBytes, c.Lag = m.queue.Counts()
 	return c
 }
 

@@ -108,7 +108,17 @@ func (w *world) pass(d time.Duration) {
 	w.mu.Lock()
 	w.now = w.now.Add(d)
 	w.mu.Unlock()
-	w.stir()
+	w.queue.Stir()
+}
+
+// tries returns how often the upload of a waiting file failed.
+func (w *world) tries(name string) int {
+	w.queue.mu.Lock()
+	defer w.queue.mu.Unlock()
+	if file := w.queue.waiting[name]; file != nil {
+		return file.tries
+	}
+	return 0
 }
 
 // keep calls Keep and waits for the end of its collection.
@@ -193,11 +203,7 @@ func TestMirrorOutlivesOutage(t *testing.T) {
 	if c := w.Counts(); c.Waiting != 1 || c.WaitingBytes != int64(len("second")) {
 		t.Errorf("the counts are %+v", c)
 	}
-	eventually(t, "a try failed", func() bool {
-		w.Mirror.mu.Lock()
-		defer w.Mirror.mu.Unlock()
-		return w.waiting[second].tries > 0
-	})
+	eventually(t, "a try failed", func() bool { return w.tries(second) > 0 })
 	if _, err := w.fetch(t, first); !errors.Is(err, ErrUnreachable) || errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("a fetch without the server: %v", err)
 	}
@@ -221,11 +227,7 @@ func TestMirrorRetries(t *testing.T) {
 	w := newWorld(t, openS3(t, s3, ""), t.TempDir(), 0)
 	name := w.shelf.put(t, "text", time.Now())
 	w.Offer(name)
-	eventually(t, "a try failed", func() bool {
-		w.Mirror.mu.Lock()
-		defer w.Mirror.mu.Unlock()
-		return w.waiting[name].tries > 0
-	})
+	eventually(t, "a try failed", func() bool { return w.tries(name) > 0 })
 	w.pass(time.Hour)
 	if c := w.Counts(); c.Lag < time.Hour {
 		t.Errorf("it waits for %s, want an hour", c.Lag)
@@ -322,9 +324,9 @@ func TestMirrorPausesOnWrongSize(t *testing.T) {
 		w.Offer(name)
 		for try := 1; try <= 3; try++ {
 			eventually(t, "a try failed and the next one waits", func() bool {
-				w.Mirror.mu.Lock()
-				defer w.Mirror.mu.Unlock()
-				file := w.waiting[name]
+				w.queue.mu.Lock()
+				defer w.queue.mu.Unlock()
+				file := w.queue.waiting[name]
 				return file != nil && file.tries == try && !file.busy && file.next.After(w.clock())
 			})
 			w.pass(lastRetry)

@@ -41,6 +41,15 @@ type Sum [sha256.Size]byte
 // String returns the sum in hexadecimal.
 func (s Sum) String() string { return hex.EncodeToString(s[:]) }
 
+// MarshalText implements [encoding.TextMarshaler].
+func (s Sum) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
+
+// UnmarshalText implements [encoding.TextUnmarshaler].
+func (s *Sum) UnmarshalText(text []byte) (err error) {
+	*s, err = ParseSum(string(text))
+	return err
+}
+
 // ParseSum returns the sum with a text of 64 lower-case hexadecimal digits.
 func ParseSum(text string) (s Sum, err error) {
 	if len(text) != 2*len(s) || strings.ToLower(text) != text {

@@ -137,9 +137,9 @@ const (
 	checksumUnused                // it knows no checksums, or refuses bodies that are not in the signature
 )
 
-// send makes a request with a body, which do makes with the options. It returns the checksum of the answer. A server sums
-// the body once for the signature and once more for the checksum; one that compares the checksum is spared the first,
-// which else takes a tenth of the time of an upload to a server that is no faster than this machine.
+// send makes a request with a body, which do makes with the options; do returns the checksum of the answer. A server
+// sums the body once for the signature and once more for the checksum. One that compares the checksum is spared the
+// first, which would take a tenth of the time of an upload to a server that is no faster than this machine.
 func (s *S3) send(body *io.SectionReader, sum Sum, do func(options func(*s3.Options)) (*string, error)) error {
 	if s.checksums.Load() == checksumCompared {
 		_, err := do(signed(unsigned))

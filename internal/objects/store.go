@@ -86,12 +86,12 @@ func Open(l Location, c Credentials) (Bucket, error) {
 	return OpenS3(l, c)
 }
 
-// Store has the mirrors of a bucket.
+// Store has the mirrors of a bucket, and what else works with it.
 type Store struct {
 	transfer *Transfer
 	owner    Owner
 	log      *slog.Logger
-	mirrors  []*Mirror
+	runs     []func(context.Context)
 	claimed  atomic.Bool
 }
 
@@ -102,14 +102,14 @@ func NewStore(b Bucket, owner Owner, log *slog.Logger) *Store {
 
 // Mirror adds a mirror with the configuration, before Run.
 func (s *Store) Mirror(cfg MirrorConfig) *Mirror {
-	cfg.Transfer, cfg.Log, cfg.Owned = s.transfer, s.log, s.owned
+	cfg.Transfer, cfg.Log, cfg.Owned = s.transfer, s.log, s.Owned
 	m := NewMirror(cfg)
-	s.mirrors = append(s.mirrors, m)
+	s.OnClaim(m.Run)
 	return m
 }
 
-// owned returns an error unless the bucket is still the owner's.
-func (s *Store) owned(ctx context.Context) error {
+// Owned returns an error unless the bucket is still the owner's.
+func (s *Store) Owned(ctx context.Context) error {
 	found, _, err := s.owner.find(ctx, s.transfer.bucket)
 	if err == nil && found != s.owner {
 		err = fmt.Errorf("%w: its %s names no data directory", ErrForeign, ownerKey) // an earlier version has claimed it
@@ -119,6 +119,12 @@ func (s *Store) owned(ctx context.Context) error {
 	}
 	return err
 }
+
+// OnClaim has Run call f, which returns when its context ends, once the bucket is the owner's. Call it before Run.
+func (s *Store) OnClaim(f func(context.Context)) { s.runs = append(s.runs, f) }
+
+// Transfer returns what moves the files of all mirrors.
+func (s *Store) Transfer() *Transfer { return s.transfer }
 
 // Claimed reports whether the bucket was reached and is the owner's.
 func (s *Store) Claimed() bool { return s.claimed.Load() }
@@ -148,8 +154,8 @@ func (s *Store) Run(ctx context.Context) error {
 	}
 	s.claimed.Store(true)
 	var wg sync.WaitGroup
-	for _, m := range s.mirrors {
-		wg.Go(func() { m.Run(ctx) })
+	for _, run := range s.runs {
+		wg.Go(func() { run(ctx) })
 	}
 	wg.Wait()
 	return nil

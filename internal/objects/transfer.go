@@ -115,8 +115,8 @@ func pieceOf(f io.ReaderAt, size int64, i int) *io.SectionReader {
 	return io.NewSectionReader(f, off, min(partSize(size), size-off))
 }
 
-// settled returns the error of an upload, nil if the object is there all the same: another upload made it and ended this
-// one, or the answer that this one had made it was lost.
+// settled returns the error of an upload, nil if the object is there all the same: another upload made it and ended
+// this one, or the answer that this one had made it was lost.
 func (t *Transfer) settled(ctx context.Context, key string, size int64, err error) error {
 	if errors.Is(err, ErrCondition) || errors.Is(err, fs.ErrNotExist) {
 		if there, lookErr := t.has(ctx, key, size); there || lookErr != nil {
@@ -141,8 +141,8 @@ func (t *Transfer) has(ctx context.Context, key string, size int64) (bool, error
 	return err == nil, err
 }
 
-// upload uploads a file, in parts if it has several pieces, and sets their sums. It makes no object if the file does not
-// have the SHA-256 whole, which may be nil.
+// upload uploads a file, in parts if it has several pieces, and sets their sums. It makes no object if the file does
+// not have the SHA-256 whole, which may be nil.
 func (t *Transfer) upload(ctx context.Context, key string, f io.ReaderAt, size int64, sums []Sum, whole *Sum) error {
 	if len(sums) > 1 {
 		return t.uploadParts(ctx, key, f, size, sums, whole)
@@ -169,14 +169,17 @@ func wrongSum(key string, err error) error {
 	return fmt.Errorf("object %s: %w", key, ErrDamaged)
 }
 
-// sumOf returns the SHA-256 of what r has, and rewinds it.
+// sumOf returns the SHA-256 of what r has, and rewinds it. With an error it returns the zero Sum.
 func sumOf(ctx context.Context, r *io.SectionReader, buf []byte) (Sum, error) {
 	hash := sha256.New()
 	_, err := io.CopyBuffer(struct{ io.Writer }{hash}, onlyReader{ctx, r}, buf)
 	if err == nil {
 		_, err = r.Seek(0, io.SeekStart)
 	}
-	return Sum(hash.Sum(nil)), err
+	if err != nil {
+		return Sum{}, err
+	}
+	return Sum(hash.Sum(nil)), nil
 }
 
 // uploadParts uploads a file in parts. Several goroutines sum a part and send it unless it has arrived, one part after
@@ -311,8 +314,8 @@ func (t *Transfer) Download(ctx context.Context, key string, f *os.File, sum Sum
 	})
 }
 
-// DownloadPieces writes the object of a key to an empty file. An object without size bytes or whose pieces do not have the
-// sums gives [ErrDamaged]. Otherwise it behaves like [Transfer.Download], but sums each piece as it arrives.
+// DownloadPieces writes the object of a key to an empty file. An object without size bytes or whose pieces do not have
+// the sums gives [ErrDamaged]. Otherwise it behaves like [Transfer.Download], but sums each piece as it arrives.
 func (t *Transfer) DownloadPieces(ctx context.Context, key string, f *os.File, size int64, sums []Sum,
 	minFree int64) error {
 	if size < 0 || int64(len(sums)) != pieces(size) {
@@ -336,8 +339,8 @@ func (t *Transfer) DownloadPieces(ctx context.Context, key string, f *os.File, s
 	})
 }
 
-// download makes room for a file and calls get with each of its pieces of step bytes, several at a time. beside runs meanwhile,
-// if it is not nil.
+// download makes room for a file and calls get with each of its pieces of step bytes, several at a time. beside runs
+// meanwhile, if it is not nil.
 func (t *Transfer) download(ctx context.Context, key string, f *os.File, size, step, minFree int64,
 	beside func(context.Context) error, get func(ctx context.Context, i int, off, n int64) error) error {
 	if err := t.promise(f, size, minFree); err != nil {

@@ -26,7 +26,10 @@ func fillAll(t *testing.T, db *DB) (s sandbox.Sandbox) {
 	over := mustInsert(t, db, small("org_a", 1))
 	mustMove(t, db, over.ID, sandbox.Creating, sandbox.Destroyed, start)
 	mustAdd(t, db, fullMember(1))
-	mustSave(t, db, fullSnapshot("org_a", "snap", 0))
+	saved := mustSave(t, db, fullSnapshot("org_a", "snap", 0))
+	if _, err := db.BeginCheckpoint(ctx, checkpointOf(string(saved.ID), start)); err != nil {
+		t.Fatal(err)
+	}
 	tpl := aTemplate("org_a", "t", 0)
 	if err := db.InsertTemplate(ctx, tpl, &template.Build{Context: "c", Refresh: true}, 0); err != nil {
 		t.Fatal(err)
@@ -62,7 +65,7 @@ func TestCopyToPostgres(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if len(copied) != 18 {
+		if len(copied) != 19 {
 			t.Errorf("%d tables were copied", len(copied))
 		}
 		for _, c := range copied {

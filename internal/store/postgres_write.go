@@ -176,12 +176,57 @@ func (d *postgresDialect) violates(err error, foreign bool) bool {
 // forUpdate locks rows against changes. It leaves room for the checks of foreign keys that name them.
 func (d *postgresDialect) forUpdate() string { return " FOR NO KEY UPDATE" }
 
-// The classes of advisory locks that end with their transactions. Never change one.
+// The classes of advisory locks. Never change one.
 const (
-	lockClassOrg       = 1
-	lockClassNumbering = 2
+	lockClassOrg       = 1 // ends with its transaction
+	lockClassNumbering = 2 // the same
 	lockClassNode      = 3 // ends with its connection
+	lockClassAlone     = 4 // the same
 )
+
+// aloneCheck is the time between two looks at whether the connection that has a lock still lives. A longer one lets two
+// servers do the same for that long after a connection broke; a shorter one asks more often.
+const aloneCheck = 2 * time.Second
+
+// alone holds a lock on a connection of its own. When the connection is lost, another server may take the lock.
+func (d *postgresDialect) alone(ctx context.Context, name string, f func(ctx context.Context) error) error {
+	conn, err := d.pool.Acquire(ctx)
+	if err != nil {
+		return fmt.Errorf("locking %s: %w", name, err)
+	}
+	defer conn.Release()
+	var got bool
+	if err := conn.QueryRow(ctx, "SELECT pg_try_advisory_lock($1::int, hashtext($2::text))", lockClassAlone, name).
+		Scan(&got); err != nil {
+		return fmt.Errorf("locking %s: %w", name, err)
+	}
+	if !got {
+		return nil
+	}
+	holding, stop := context.WithCancelCause(ctx)
+	watched := make(chan struct{})
+	go func() {
+		defer close(watched)
+		for holding.Err() == nil {
+			select {
+			case <-time.After(aloneCheck):
+				if err := conn.Ping(holding); err != nil {
+					stop(fmt.Errorf("holding the lock of %s: %w", name, err))
+				}
+			case <-holding.Done():
+			}
+		}
+	}()
+	err = f(holding)
+	stop(nil)
+	<-watched
+	// A connection whose lock cannot be given back must not go on in the pool.
+	if _, unlock := conn.Exec(context.WithoutCancel(ctx), "SELECT pg_advisory_unlock($1::int, hashtext($2::text))",
+		lockClassAlone, name); unlock != nil {
+		err = errors.Join(err, conn.Conn().Close(context.WithoutCancel(ctx)))
+	}
+	return err
+}
 
 // lockOrg takes an advisory lock. A lock of the organization's row would write the row each time, and would lock
 // nothing without a row.

@@ -148,6 +148,11 @@ func (d *sqliteDialect) forUpdate() string { return "" }
 
 func (d *sqliteDialect) lockOrg(context.Context, *sql.Tx, string) error { return nil }
 
+// alone calls f: one server at a time opens the file, under the lock of its data directory.
+func (d *sqliteDialect) alone(ctx context.Context, _ string, f func(ctx context.Context) error) error {
+	return f(ctx)
+}
+
 func (d *sqliteDialect) lockNoted(context.Context, *sql.Tx, []sandbox.Event) error { return nil }
 
 func (d *sqliteDialect) insertEvent(ctx context.Context, tx *sql.Tx, args []any) error {

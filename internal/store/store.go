@@ -75,6 +75,8 @@ type dialect interface {
 	// ended. A transaction that also locks the row of a sandbox locks that row first. It begins in the
 	// organization's turn, so that of this process at most one waits here with its connection.
 	lockOrg(ctx context.Context, tx *sql.Tx, org string) error
+	// alone does what [DB.Alone] promises.
+	alone(ctx context.Context, name string, f func(ctx context.Context) error) error
 	// lockNoted locks the sandboxes of events in one order, so that transactions that note events of
 	// several sandboxes do not wait for each other.
 	lockNoted(ctx context.Context, tx *sql.Tx, events []sandbox.Event) error
@@ -101,10 +103,11 @@ type dialect interface {
 }
 
 var (
-	_ sandbox.Store  = (*DB)(nil)
-	_ template.Store = (*DB)(nil)
-	_ auth.Store     = (*DB)(nil)
-	_ event.Store    = (*DB)(nil)
+	_ sandbox.Store           = (*DB)(nil)
+	_ sandbox.CheckpointStore = (*DB)(nil)
+	_ template.Store          = (*DB)(nil)
+	_ auth.Store              = (*DB)(nil)
+	_ event.Store             = (*DB)(nil)
 )
 
 //go:embed migrations

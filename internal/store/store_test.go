@@ -44,6 +44,7 @@ func testStores(t *testing.T, openOne func(t *testing.T) *DB) {
 	t.Run("template", func(t *testing.T) { testTemplateStore(t, func(t *testing.T) template.Store { return open(t) }) })
 	t.Run("auth", func(t *testing.T) { testAuthStore(t, func(t *testing.T) auth.Store { return open(t) }) })
 	t.Run("event", func(t *testing.T) { testEventStore(t, open) })
+	t.Run("checkpoints", func(t *testing.T) { testCheckpointStore(t, open(t)) })
 	t.Run("template in use", func(t *testing.T) { templateInUse(t, open(t)) })
 }
 
@@ -56,6 +57,7 @@ func TestContractsCallEveryMethod(t *testing.T) {
 	}{
 		{reflect.TypeFor[sandbox.Store](), "st",
 			[]string{"sandbox_test.go", "pool_test.go", "ports_test.go", "snapshot_test.go"}},
+		{reflect.TypeFor[sandbox.CheckpointStore](), "st", []string{"checkpoint_test.go"}},
 		{reflect.TypeFor[template.Store](), "st", []string{"template_test.go"}},
 		{reflect.TypeFor[auth.Store](), "st", []string{"auth_test.go"}},
 		{reflect.TypeFor[event.Store](), "db", []string{"feed_test.go"}},

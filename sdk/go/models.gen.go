@@ -8,6 +8,12 @@ import (
 	openapi_types "github.com/oapi-codegen/runtime/types"
 )
 
+// Values of Durable.
+const (
+	DurableCluster Durable = "cluster"
+	DurableNode    Durable = "node"
+)
+
 // Values of EgressMode.
 const (
 	EgressModeAllowAll EgressMode = "allow_all"
@@ -364,6 +370,11 @@ type DebianSource struct {
 	// Example: bookworm
 	Suite *string `json:"suite,omitempty"`
 }
+
+// Durable describes where the saved state is: on the machine alone (`node`), whose loss loses it, or in the server's bucket too
+// (`cluster`). It becomes `cluster` when the upload in the background is done; without a bucket it stays `node`.
+// Absent while a sandbox runs.
+type Durable string
 
 // Egress describes what a sandbox may reach on the network. Under `deny_all` it may reach addresses and names that `allow_cidrs` or
 // `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Under every policy, a
@@ -1230,6 +1241,11 @@ type Sandbox struct {
 	// The space that the sandbox may write, in MiB.
 	DiskMB int `json:"disk_mb"`
 
+	// Where the saved state is: on the machine alone (`node`), whose loss loses it, or in the server's bucket too
+	// (`cluster`). It becomes `cluster` when the upload in the background is done; without a bucket it stays `node`.
+	// Absent while a sandbox runs.
+	Durable *Durable `json:"durable,omitempty"`
+
 	// What a sandbox may reach on the network. Under `deny_all` it may reach addresses and names that `allow_cidrs` or
 	// `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Under every policy, a
 	// sandbox never reaches the machine that it runs on, other sandboxes, 169.254.0.0/16 (except cay's own metadata
@@ -1382,6 +1398,11 @@ type Snapshot struct {
 
 	// The space that these sandboxes may write, in MiB.
 	DiskMB int `json:"disk_mb"`
+
+	// Where the saved state is: on the machine alone (`node`), whose loss loses it, or in the server's bucket too
+	// (`cluster`). It becomes `cluster` when the upload in the background is done; without a bucket it stays `node`.
+	// Absent while a sandbox runs.
+	Durable *Durable `json:"durable,omitempty"`
 
 	// What a sandbox may reach on the network. Under `deny_all` it may reach addresses and names that `allow_cidrs` or
 	// `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Under every policy, a

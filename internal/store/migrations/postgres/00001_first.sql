@@ -256,6 +256,21 @@ CREATE TABLE event_consumers (
     seq  BIGINT NOT NULL
 );
 
+CREATE TABLE checkpoints (
+    name        TEXT COLLATE "C" NOT NULL,
+    node        TEXT COLLATE "C" NOT NULL,
+    fence       BIGINT NOT NULL,
+    number      BIGINT NOT NULL,
+    made_at     BIGINT NOT NULL,
+    bytes       BIGINT NOT NULL,
+    cpu_class   TEXT COLLATE "C" NOT NULL,
+    agent       TEXT COLLATE "C" NOT NULL,
+    runsc       TEXT COLLATE "C" NOT NULL,
+    sum         TEXT COLLATE "C" NOT NULL,
+    uploaded_at BIGINT,
+    PRIMARY KEY (name, fence, number)
+);
+
 -- Each transaction writes a row, whose presence says whether the transaction was committed when the answer to its commit
 -- is lost: docs/decisions/0016. Old rows are dropped.
 CREATE TABLE commits (

@@ -1,0 +1,486 @@
+package archive
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/cayhq/cay/internal/caytest"
+	"github.com/cayhq/cay/internal/checkpoint"
+	"github.com/cayhq/cay/internal/objects"
+	"github.com/cayhq/cay/internal/sandbox"
+	"github.com/cayhq/cay/internal/store"
+)
+
+// world is a machine with checkpoints and records, and an archive that runs.
+type world struct {
+	*Archive
+	bucket objects.Bucket
+	db     *store.DB
+	saved  *checkpoint.Store
+	dir    string // has the programs
+	stop   func()
+
+	mu  sync.Mutex
+	now time.Time
+}
+
+func newWorld(t *testing.T, bucket objects.Bucket) *world {
+	t.Helper()
+	w := &world{bucket: bucket, dir: t.TempDir(), now: time.Now()}
+	var err error
+	if w.db, err = store.Open(t.Context(), filepath.Join(t.TempDir(), "cay.db")); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { w.db.Close() })
+	if w.saved, _, err = checkpoint.Open(filepath.Join(w.dir, "checkpoints"), 0); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"agent", "runsc"} {
+		if err := os.WriteFile(filepath.Join(w.dir, name), []byte("program "+name), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.start()
+	t.Cleanup(func() { w.stop() })
+	return w
+}
+
+// start starts an archive, as the next process would.
+func (w *world) start() {
+	w.Archive = New(Config{Bucket: w.bucket, Transfer: objects.NewTransfer(w.bucket), Records: w.db, Source: w,
+		Key: []byte("the key of the MACs"), Alone: w.db.Alone, Log: slog.New(slog.DiscardHandler), Now: w.clock})
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		w.Load(ctx)
+		w.Run(ctx)
+	}()
+	w.stop = sync.OnceFunc(func() {
+		cancel()
+		<-done
+	})
+}
+
+func (w *world) clock() time.Time {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.now
+}
+
+// pass lets time pass.
+func (w *world) pass(d time.Duration) {
+	w.mu.Lock()
+	w.now = w.now.Add(d)
+	w.mu.Unlock()
+	w.queue.Stir()
+}
+
+func (w *world) SavedNames() ([]string, error) { return w.saved.Names() }
+
+func (w *world) OpenSaved(name string) (*Local, error) {
+	c, err := w.saved.Latest(name)
+	if err != nil {
+		return nil, err
+	}
+	if c == nil {
+		return nil, fs.ErrNotExist
+	}
+	files, err := c.OpenAll()
+	return &Local{MadeAt: c.At, CPUClass: "amd64-test", Agent: filepath.Join(w.dir, "agent"),
+		Runsc: filepath.Join(w.dir, "runsc"),
+		Files: files}, err
+}
+
+// sandbox inserts a sandbox and returns its ID.
+func (w *world) sandbox(t *testing.T) string {
+	t.Helper()
+	s := sandbox.Sandbox{ID: sandbox.NewID(), OrgID: "org_a", Mode: sandbox.Persistent, State: sandbox.Creating,
+		CreatedAt: time.Now()}
+	if _, _, err := w.db.Insert(t.Context(), s, sandbox.Quota{}, sandbox.Once{}); err != nil {
+		t.Fatal(err)
+	}
+	return string(s.ID)
+}
+
+// save makes a checkpoint with a text in its pages, and offers it.
+func (w *world) save(t *testing.T, name, text string) time.Time {
+	t.Helper()
+	d, err := w.saved.Begin(name, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for file, content := range map[string]string{"pages.img": text, "config.json": "{}", "empty": ""} {
+		if err := os.WriteFile(filepath.Join(d.Dir(), file), []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c, err := d.Commit(time.Now(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.Offer(name, c.Size)
+	return c.At
+}
+
+// copied waits until a checkpoint is in the bucket and returns its row.
+func (w *world) copied(t *testing.T, name string, made time.Time) sandbox.StoredCheckpoint {
+	t.Helper()
+	eventually(t, name+" is stored", func() bool { return w.Stored(name, made) })
+	for _, c := range w.rows(t) {
+		if c.Name == name && c.MadeAt.Equal(made) && !c.UploadedAt.IsZero() {
+			return c
+		}
+	}
+	t.Fatalf("there is no row of %s of %s: %+v", name, made, w.rows(t))
+	return sandbox.StoredCheckpoint{}
+}
+
+func (w *world) rows(t *testing.T) []sandbox.StoredCheckpoint {
+	t.Helper()
+	rows, err := w.db.StoredCheckpoints(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return rows
+}
+
+// keys returns the keys of the bucket's objects, without checks' and owners'.
+func (w *world) keys(t *testing.T, prefix string) (keys []string) {
+	t.Helper()
+	all, err := w.bucket.List(t.Context(), prefix, "", 1000)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, o := range all {
+		keys = append(keys, o.Key)
+	}
+	return keys
+}
+
+// fetch returns the pages of a copy.
+func (w *world) fetch(t *testing.T, c sandbox.StoredCheckpoint) (string, error) {
+	t.Helper()
+	dir := t.TempDir()
+	if err := w.Fetch(t.Context(), c, dir, 0); err != nil {
+		return "", err
+	}
+	for _, name := range []string{"manifest.json", "config.json", "empty"} {
+		if _, err := os.Stat(filepath.Join(dir, name)); err != nil {
+			t.Error(err)
+		}
+	}
+	data, err := os.ReadFile(filepath.Join(dir, "pages.img"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(data), nil
+}
+
+func eventually(t *testing.T, what string, is func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); !is(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("it never was so that %s", what)
+		}
+	}
+}
+
+func directory(t *testing.T) objects.Bucket {
+	t.Helper()
+	b, err := objects.OpenDir(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// collectTwice lets the grace pass and collects, which removes what was not needed all the time.
+func (w *world) collectTwice(t *testing.T) {
+	t.Helper()
+	w.stop() // it collects at its start, and the test from here on
+	for range 2 {
+		if err := w.collect(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		w.pass(objects.Grace + time.Minute)
+	}
+	if err := w.collect(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestArchiveLives follows the copies of a sandbox and a snapshot to their end.
+func TestArchiveLives(t *testing.T) {
+	w := newWorld(t, directory(t))
+	box := w.sandbox(t)
+	snap := sandbox.Snapshot{ID: sandbox.NewSnapshotID(), OrgID: "org_a", State: sandbox.SnapshotCreating,
+		CreatedAt: time.Now()}
+	if err := w.db.AddSnapshot(t.Context(), snap, 0); err != nil {
+		t.Fatal(err)
+	}
+	first := w.copied(t, box, w.save(t, box, "first"))
+	saved := w.copied(t, string(snap.ID), w.save(t, string(snap.ID), "saved"))
+	for _, c := range []struct {
+		row  sandbox.StoredCheckpoint
+		want string
+	}{{first, "first"}, {saved, "saved"}} {
+		if got, err := w.fetch(t, c.row); err != nil || got != c.want {
+			t.Errorf("fetched %q, %v; want %q", got, err, c.want)
+		}
+		if c.row.CPUClass != "amd64-test" || c.row.Bytes == 0 || len(c.row.Runsc) != 64 || len(c.row.Agent) != 64 {
+			t.Errorf("the row is %+v", c.row)
+		}
+	}
+	if got := w.keys(t, programPrefix); len(got) != 2 {
+		t.Errorf("the programs are %q", got)
+	}
+
+	second := w.copied(t, box, w.save(t, box, "second"))
+	if second.Number <= first.Number {
+		t.Errorf("the second copy has the number %d, the first %d", second.Number, first.Number)
+	}
+	if w.Stored(box, second.MadeAt.Add(time.Second)) {
+		t.Error("a checkpoint that was not made is stored")
+	}
+	if got, err := w.fetch(t, first); err != nil || got != "first" {
+		t.Errorf("the copy before, within the grace: %q, %v", got, err)
+	}
+	w.collectTwice(t)
+	if _, err := w.fetch(t, first); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the copy before, after the grace: %v", err)
+	}
+	for _, c := range []sandbox.StoredCheckpoint{second, saved} {
+		if _, err := w.fetch(t, c); err != nil {
+			t.Errorf("a copy that is needed: %v", err)
+		}
+	}
+
+	if _, err := w.db.Transition(t.Context(), sandbox.Change{ID: sandbox.ID(box), From: []sandbox.State{sandbox.Creating},
+		To: sandbox.Destroyed, At: time.Now()}); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.db.DropSnapshot(t.Context(), snap.ID); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(w.saved.Remove(box), w.saved.Remove(string(snap.ID))); err != nil {
+		t.Fatal(err)
+	}
+	w.start() // a process that has uploaded no program
+	w.collectTwice(t)
+	if got := append(w.keys(t, checkpointPrefix), w.keys(t, programPrefix)...); len(got) != 0 || len(w.rows(t)) != 0 {
+		t.Errorf("left are %q and %+v", got, w.rows(t))
+	}
+	if w.Stored(box, second.MadeAt) {
+		t.Error("a copy that was removed is still stored")
+	}
+}
+
+// TestArchiveSkips offers what no row names, such as the state that a fork's children start from, and what is gone.
+func TestArchiveSkips(t *testing.T) {
+	w := newWorld(t, directory(t))
+	w.save(t, string(sandbox.NewSnapshotID()), "of a fork")
+	w.Offer(w.sandbox(t), 7)
+	eventually(t, "nothing waits", func() bool { return w.Counts().Waiting == 0 })
+	if got := w.keys(t, checkpointPrefix); len(got) != 0 || len(w.rows(t)) != 0 {
+		t.Errorf("uploaded are %q and %+v", got, w.rows(t))
+	}
+}
+
+// TestArchiveResumes makes checkpoints while the bucket is away, and uploads them when it is back: by the same process,
+// and by the next one.
+func TestArchiveResumes(t *testing.T) {
+	s3 := caytest.StartS3(t)
+	s3.Stop()
+	l, err := objects.ParseURL(s3.URL("archive"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	bucket, err := objects.Open(l, objects.Credentials{AccessKey: s3.AccessKey, SecretKey: s3.SecretKey})
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := newWorld(t, bucket)
+	box := w.sandbox(t)
+	for _, restart := range []bool{false, true} {
+		s3.Stop()
+		made := w.save(t, box, fmt.Sprint("restart ", restart))
+		if c := w.Counts(); c.Waiting != 1 || c.WaitingBytes == 0 || w.Stored(box, made) {
+			t.Errorf("without the bucket: %+v, stored %t", c, w.Stored(box, made))
+		}
+		w.pass(time.Hour)
+		if c := w.Counts(); c.Lag < time.Hour {
+			t.Errorf("it waits for %s, want an hour", c.Lag)
+		}
+		if restart {
+			w.stop()
+			w.start()
+			eventually(t, "the next process knows what waits", func() bool { return w.Counts().Waiting == 1 })
+		}
+		s3.Start(t)
+		eventually(t, "it is stored", func() bool {
+			w.pass(time.Minute)
+			return w.Stored(box, made)
+		})
+		if got, err := w.fetch(t, w.copied(t, box, made)); err != nil || got != fmt.Sprint("restart ", restart) {
+			t.Errorf("fetched %q, %v", got, err)
+		}
+	}
+	w.stop()
+	w.start()
+	newest := w.rows(t)[0].MadeAt
+	eventually(t, "the next process knows what is stored", func() bool { return w.Stored(box, newest) })
+	if c := w.Counts(); c.Waiting != 0 || c.Uploaded != 0 {
+		t.Errorf("the next process has the counts %+v", c)
+	}
+}
+
+// TestArchiveContinues ends a process after it has written all objects, and before it has recorded that.
+func TestArchiveContinues(t *testing.T) {
+	w := newWorld(t, directory(t))
+	box := w.sandbox(t)
+	failing := &failingEnd{CheckpointStore: w.db, fail: true}
+	w.stop()
+	w.Archive = New(Config{Bucket: w.bucket, Transfer: objects.NewTransfer(w.bucket), Records: failing, Source: w,
+		Key: w.cfg.Key, Log: w.cfg.Log, Now: w.clock})
+	made := w.save(t, box, "text")
+	if err := w.upload(t.Context(), box); err == nil || w.Stored(box, made) {
+		t.Fatalf("the row was not written: %v, stored %t", err, w.Stored(box, made))
+	}
+	keys := w.keys(t, checkpointPrefix)
+	w.start()
+	w.copied(t, box, made)
+	if got := w.keys(t, checkpointPrefix); strings.Join(got, " ") != strings.Join(keys, " ") {
+		t.Errorf("the objects are %q, and were %q", got, keys)
+	}
+}
+
+// failingEnd fails to record that a copy was uploaded.
+type failingEnd struct {
+	sandbox.CheckpointStore
+	fail bool
+}
+
+func (f *failingEnd) EndCheckpoint(ctx context.Context, c sandbox.StoredCheckpoint) error {
+	if f.fail {
+		return errors.New("the database is away")
+	}
+	return f.CheckpointStore.EndCheckpoint(ctx, c)
+}
+
+// TestArchiveRefusesChanges changes objects as somebody who can write to the bucket could.
+func TestArchiveRefusesChanges(t *testing.T) {
+	w := newWorld(t, directory(t))
+	box := w.sandbox(t)
+	row := w.copied(t, box, w.save(t, box, "the memory of a sandbox"))
+	other := w.sandbox(t)
+	otherRow := w.copied(t, other, w.save(t, other, "the memory of another one"))
+	w.stop()
+	get := func(key string) []byte {
+		t.Helper()
+		data, _, err := objects.Read(t.Context(), w.bucket, key, maxSeal)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return data
+	}
+	put := func(key string, data []byte) {
+		t.Helper()
+		if _, err := objects.Write(t.Context(), w.bucket, key, data, objects.Condition{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	keys := w.keys(t, home(row))
+	if len(keys) != 5 {
+		t.Fatalf("the objects are %q", keys)
+	}
+	for _, key := range keys {
+		was := get(key)
+		for name, change := range map[string]func() []byte{
+			"longer": func() []byte { return append(append([]byte{}, was...), 0) },
+			"another bit": func() []byte {
+				data := append([]byte{}, was...)
+				if len(data) > 0 {
+					data[len(data)/2] ^= 1
+				}
+				return data
+			},
+			"another's": func() []byte { return get(home(otherRow) + filepath.Base(key)) },
+		} {
+			data := change()
+			if string(data) == string(was) {
+				continue // nothing changed
+			}
+			put(key, data)
+			if _, err := w.fetch(t, row); !errors.Is(err, objects.ErrDamaged) {
+				t.Errorf("%s, %s: %v", key, name, err)
+			}
+		}
+		put(key, was)
+	}
+	if got, err := w.fetch(t, row); err != nil || got != "the memory of a sandbox" {
+		t.Errorf("unchanged: %q, %v", got, err)
+	}
+	// A seal of its own does not help without the key, even if the row had its sum.
+	s := newSeal(row)
+	s.Files = []sealedFile{{Name: "pages.img", Size: 0, Pieces: []objects.Sum{sumOf(nil)}}}
+	forged, err := s.encode([]byte("a guess"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	row.Sum = sumOf(forged).String()
+	put(home(row)+sealName, forged)
+	if _, err := w.fetch(t, row); !errors.Is(err, objects.ErrDamaged) {
+		t.Errorf("a forged seal: %v", err)
+	}
+	for _, name := range []string{"../out", "/etc/passwd", ".", "", sealName, "a/b"} {
+		s.Files[0].Name = name
+		data, err := s.encode(w.cfg.Key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		row.Sum = sumOf(data).String()
+		if _, err := openSeal(w.cfg.Key, data, row); !errors.Is(err, objects.ErrDamaged) {
+			t.Errorf("a seal that names %q: %v", name, err)
+		}
+	}
+}
+
+// TestArchiveBoundsUnneeded saves a sandbox again and again, whose earlier copies may take two copies' space.
+func TestArchiveBoundsUnneeded(t *testing.T) {
+	w := newWorld(t, directory(t))
+	box := w.sandbox(t)
+	const copies = 5
+	var bytes int64
+	for i := range copies {
+		bytes = w.copied(t, box, w.save(t, box, fmt.Sprint("text ", i))).Bytes
+	}
+	w.stop()
+	w.cfg.MaxUnneeded = 2 * bytes
+	w.Archive = New(w.cfg)
+	if err := w.collect(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if got := len(w.keys(t, checkpointPrefix)); got != copies*5 {
+		t.Errorf("at once there are %d objects", got)
+	}
+	w.pass(2 * time.Hour)
+	if err := w.collect(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if got := w.keys(t, checkpointPrefix); len(got) >= copies*5 || len(got) < 2*5 {
+		t.Errorf("after an hour there are %d objects: %q", len(got), got)
+	}
+	if _, err := w.fetch(t, w.rows(t)[0]); err != nil {
+		t.Errorf("the newest copy: %v", err)
+	}
+}

@@ -1,0 +1,61 @@
+package objects
+
+import (
+	"context"
+	"log/slog"
+	"time"
+)
+
+// maxRemembered bounds the unneeded objects that a sweep remembers, so that a server that lists more than there are
+// does not take the memory. With more, some are removed by later sweeps.
+const maxRemembered = 100_000
+
+// Sweep removes the objects of a prefix that nothing needs, like a [Mirror], but leaves to its caller what they are.
+// Its methods are for one goroutine.
+type Sweep struct {
+	transfer *Transfer
+	prefix   string
+	most     int64
+	log      *slog.Logger
+	now      func() time.Time
+	unneeded map[string]time.Time // since when, by key
+}
+
+// NewSweep returns a Sweep of the objects whose keys have the prefix. Unneeded objects stay for [Grace], or if they
+// take more than most bytes, the oldest of them for an hour; 0 is no limit. now replaces the clock in tests; nil is
+// time.Now.
+func NewSweep(t *Transfer, prefix string, most int64, log *slog.Logger, now func() time.Time) *Sweep {
+	if now == nil {
+		now = time.Now
+	}
+	return &Sweep{transfer: t, prefix: prefix, most: most, log: log, now: now}
+}
+
+// Run removes the objects that no run has needed for the grace, and uploads that were begun long ago. An object that
+// was written after the caller had found out what is needed stays too, since it is younger than that.
+func (s *Sweep) Run(ctx context.Context, needed func(key string) bool) error {
+	found := map[string]time.Time{}
+	var all []unneeded
+	err := s.transfer.each(ctx, s.prefix, s.now, func(o Info, age time.Duration) {
+		if needed(o.Key) || len(all) == maxRemembered {
+			return
+		}
+		since, known := s.unneeded[o.Key]
+		if !known {
+			since = s.now()
+		}
+		found[o.Key] = since
+		all = append(all, unneeded{o.Key, o.Size, since, age})
+	})
+	if err != nil {
+		return err
+	}
+	s.unneeded = found
+	for _, o := range expired(all, s.most, s.now()) {
+		if err := s.transfer.remove(ctx, o, s.log); err != nil {
+			return err
+		}
+		delete(s.unneeded, o.key)
+	}
+	return s.transfer.abortOld(ctx, s.prefix, s.now)
+}

@@ -1,0 +1,41 @@
+package sandbox
+
+import (
+	"context"
+	"time"
+)
+
+// StoredCheckpoint describes the copy of a checkpoint in a bucket. Its objects are named after Name, Fence and Number,
+// and are the checkpoint only if there is a row with UploadedAt that has their sum: objects alone mean nothing.
+type StoredCheckpoint struct {
+	Name  string // ID of its sandbox or snapshot
+	Node  string // that wrote it
+	Fence int64  // under which the node held the sandbox
+	// Number orders the copies of a name and fence. It is MadeAt in microseconds, unless an earlier copy has that or more:
+	// so a database that was restored to an older state gives no number again to another checkpoint, whose objects would
+	// be taken for those that are there.
+	Number int64
+	// MadeAt is the time of the state that it holds. It names the checkpoint on the node's disk.
+	MadeAt   time.Time
+	Bytes    int64  // of its objects; 0 until it is uploaded
+	CPUClass string // of the machine that made it, "" if unknown; other classes may not be able to restore it
+	// Agent and Runsc are the hexadecimal SHA-256 of the programs that it needs.
+	Agent, Runsc string
+	Sum          string    // hexadecimal SHA-256 of the object that describes the others; "" until it is uploaded
+	UploadedAt   time.Time // zero until it is uploaded
+}
+
+// CheckpointStore keeps the rows of the copies of checkpoints. The store room implements it.
+type CheckpointStore interface {
+	// BeginCheckpoint adds a row for a copy that is to be uploaded and gives it the next number. If there is a row of the
+	// same checkpoint that is not uploaded, it returns that row. It returns NotFound if no sandbox that is not over and no
+	// snapshot has the name.
+	BeginCheckpoint(ctx context.Context, c StoredCheckpoint) (StoredCheckpoint, error)
+	// EndCheckpoint writes Bytes, Sum and UploadedAt of a row that BeginCheckpoint returned, and drops the rows of the
+	// earlier copies of the name. It returns NotFound if the row was dropped meanwhile.
+	EndCheckpoint(ctx context.Context, c StoredCheckpoint) error
+	// StoredCheckpoints returns all rows, those of a name by fence and number.
+	StoredCheckpoints(ctx context.Context) ([]StoredCheckpoint, error)
+	// DropCheckpoints drops the rows whose names belong to no snapshot and to no sandbox that is not over.
+	DropCheckpoints(ctx context.Context) error
+}
