@@ -29,7 +29,8 @@ func checkDataDir(dir string) Finding {
 	}
 	var st unix.Statfs_t
 	if err := unix.Statfs(at, &st); err != nil {
-		f.Detail, f.Fix = fmt.Sprintf("looking at the file system of %s: %v", at, err), "set data_dir to a directory on a disk"
+		f.Detail = fmt.Sprintf("looking at the file system of %s: %v", at, err)
+		f.Fix = "set data_dir to a directory on a disk"
 		return f
 	}
 	free := int64(st.Bavail) * st.Bsize
@@ -40,8 +41,8 @@ func checkDataDir(dir string) Finding {
 	case st.Flags&unix.ST_RDONLY != 0:
 		f.Detail, f.Fix = dir+" is on a file system that is mounted read-only", "mount it read-write, or set data_dir"
 	case st.Type == unix.TMPFS_MAGIC || st.Type == unix.RAMFS_MAGIC:
-		f.Detail = dir + " is in memory (tmpfs): images, checkpoints and files of sandboxes take the memory that sandboxes need, " +
-			"and are lost when the machine restarts"
+		f.Detail = dir + " is in memory (tmpfs): images, checkpoints and files of sandboxes take the memory that " +
+			"sandboxes need, and are lost when the machine restarts"
 		f.Fix = "set data_dir to a directory on a disk"
 	default:
 		f.OK, f.Detail = true, fmt.Sprintf("%s, with %.1f GiB free", dir, float64(free)/(1<<30))
