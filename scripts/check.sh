@@ -3,8 +3,9 @@
 # nothing is compiled twice.
 set -euo pipefail
 export GOFLAGS=-trimpath
-patched=$PWD/bin/gvisor/go.mod # of the main module, with the patched gVisor
 tool() { go tool -modfile=tools/go.mod "$@"; }
+# patched COMMAND... runs a command that loads the main module with the patched gVisor.
+patched() { GOWORK=$PWD/bin/gvisor/go.work "$@"; }
 step() { echo "check: $*"; }
 
 step formatting
@@ -21,14 +22,14 @@ step modules are tidy
 go mod tidy -diff
 
 step vet
-go vet -modfile="$patched" ./...
+patched go vet ./...
 
 step staticcheck
-GOFLAGS="$GOFLAGS -modfile=$patched" tool staticcheck ./...
+patched "$(tool -n staticcheck)" ./...
 
 step locks
 # Only annotated fields: guesses about others are wrong too often.
-GOFLAGS="$GOFLAGS -modfile=$patched" tool checklocks -inferred=false -test=false \
+patched "$(tool -n checklocks)" -inferred=false -test=false \
 	$(go list ./internal/... ./cmd/cay-agent)
 
 # check_module DIR checks a module of its own below DIR as the steps above check the main one.

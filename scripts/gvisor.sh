@@ -2,7 +2,7 @@
 # Prepares gVisor's module for the build of cay-runsc, and for nothing else. It makes a copy of the module in
 # a directory, applies the patches of scripts/gvisor, which fix defects that break cay's promises, and
 # compiles the seccomp programs of sentry and gofer, the former as gVisor's releases do. It writes a go.mod
-# that uses the copy; go build takes that with -modfile.
+# that uses the copy, which go build takes with -modfile, and a go.work for tools that know only GOWORK.
 #   gvisor.sh DIR
 set -euo pipefail
 patches=$(cd "$(dirname "$0")/gvisor" && pwd)
@@ -12,10 +12,11 @@ go mod download gvisor.dev/gvisor # a new machine has not downloaded it yet
 from=$(go list -m -f '{{.Dir}}' gvisor.dev/gvisor)
 version=$(go list -m -f '{{.Version}}' gvisor.dev/gvisor)
 copy=$dir/$version-$(cat "$patches"/*.patch "$patches/filters/main.go" | sha256sum | cut -c1-8)
-# use DIR writes a go.mod that uses the copy in DIR.
+# use DIR writes a go.mod and a go.work that use the copy in DIR.
 use() {
 	cp go.sum "$dir/go.sum"
 	{ cat go.mod; echo "replace gvisor.dev/gvisor => $1"; } >"$dir/go.mod"
+	{ grep '^go ' go.mod; echo "use $PWD"; echo "replace gvisor.dev/gvisor => $1"; } >"$dir/go.work"
 }
 if [[ ! -e $copy ]]; then
 	"$patches/../needs.sh" build
