@@ -15,15 +15,15 @@ import (
 	cay "github.com/cayhq/cay/sdk/go"
 )
 
-// slack is the ratio of new to old up to which a measure counts as no slower. With a larger one small
-// losses add up unnoticed; with a smaller one a run takes hours until it decides.
+// slack is the largest ratio of new to old that counts as no slower. With a larger one small losses add up unnoticed;
+// with a smaller one a run takes hours until it decides.
 const slack = 1.03
 
 // executesPerRound counts the commands that run for each create. A command takes a few milliseconds, and
 // its time varies more than that of a create does.
 const executesPerRound = 8
 
-// pair has a server of an old program at 0 and one of a new program at 1.
+// pair holds a server of the old program, at 0, and one of the new program, at 1.
 type pair [2]*server
 
 // startPair starts both servers and waits for their template. Nothing is left after an error.
@@ -56,8 +56,8 @@ func (p pair) close() error {
 	return errors.Join(errs...)
 }
 
-// inTurn calls once for both servers, n times and once more before, which is not counted. The order
-// changes each time, so that neither server always comes second.
+// inTurn calls once for both servers in each of n rounds, after a first round that is not counted. The order
+// alternates, so that neither server always comes second.
 func (p pair) inTurn(n int, r *[2]results, once func(i int, counted bool, r *results) error) error {
 	for round := range n + 1 {
 		for k := range p {
@@ -110,7 +110,7 @@ func benchPair(ctx context.Context, o options) (err error) {
 	return printPair(os.Stdout, &r[0], &r[1])
 }
 
-// pairCold measures what sandboxes do that no pool prepared.
+// pairCold measures creates, commands, wakes and memory at rest without a pool.
 func pairCold(ctx context.Context, o options, p pair, r *[2]results) error {
 	progress("measuring creates")
 	if err := p.inTurn(o.starts, r, func(i int, _ bool, r *results) error { return p[i].startOnce(ctx, r) }); err != nil {
@@ -206,12 +206,12 @@ func printPair(w io.Writer, old, other *results) error {
 	return nil
 }
 
-// comparison has the median of the ratios of new to old samples, taken pair by pair, and a range that
-// contains it with a probability of 95 %.
+// comparison holds the median of the ratios of new to old samples, taken pair by pair, and a range that contains the
+// true median with a probability of 95 %.
 type comparison struct{ ratio, low, high float64 }
 
-// compare compares samples that were taken in turn. The range is between two of the sorted ratios: how
-// many of n ratios lie below the true median is binomial, whatever the ratios' distribution.
+// compare compares samples that were taken in turn. The range ends at two of the sorted ratios: the number of ratios
+// below the true median has a binomial distribution, whatever the distribution of the ratios.
 func compare(old, other []float64) comparison {
 	ratios := make([]float64, len(old))
 	for i := range old {
@@ -223,7 +223,7 @@ func compare(old, other []float64) comparison {
 	return comparison{ratio: median(ratios), low: ratios[k], high: ratios[len(ratios)-1-k]}
 }
 
-// verdict says what the range means for the promise to be at most slack slower.
+// verdict returns whether the new program is slower by more than slack, is not, or whether that is undecided.
 func (c comparison) verdict() string {
 	switch {
 	case c.low > slack:

@@ -727,9 +727,9 @@ type DebianSource struct {
 	Suite *string `json:"suite,omitempty"`
 }
 
-// Durable Where the saved state is: on the machine alone (`node`), whose loss loses it, or in the server's bucket too
-// (`cluster`). It becomes `cluster` when the upload in the background is done; without a bucket it stays `node`.
-// Absent while a sandbox runs.
+// Durable Where the saved state is: only on the machine (`node`), so it is lost if the machine is, or also in the server's
+// bucket (`cluster`). The server uploads it in the background and then changes `node` to `cluster`; without a bucket
+// it stays `node`. Absent while a sandbox runs.
 type Durable string
 
 // Egress What a sandbox may reach on the network. Under `deny_all` it may reach addresses and names that `allow_cidrs` or
@@ -1615,9 +1615,9 @@ type Sandbox struct {
 	// DiskMB The space that the sandbox may write, in MiB.
 	DiskMB int `json:"disk_mb"`
 
-	// Durable Where the saved state is: on the machine alone (`node`), whose loss loses it, or in the server's bucket too
-	// (`cluster`). It becomes `cluster` when the upload in the background is done; without a bucket it stays `node`.
-	// Absent while a sandbox runs.
+	// Durable Where the saved state is: only on the machine (`node`), so it is lost if the machine is, or also in the server's
+	// bucket (`cluster`). The server uploads it in the background and then changes `node` to `cluster`; without a bucket
+	// it stays `node`. Absent while a sandbox runs.
 	Durable *Durable `json:"durable,omitempty"`
 
 	// Egress What a sandbox may reach on the network. Under `deny_all` it may reach addresses and names that `allow_cidrs` or
@@ -1648,7 +1648,7 @@ type Sandbox struct {
 	// LastActivityAt Persistent only: when the sandbox was last used.
 	LastActivityAt *time.Time `json:"last_activity_at,omitempty"`
 
-	// MemoryKept `true` if the checkpoint has memory, processes and files, `false` if it has the files alone. Absent while the sandbox runs.
+	// MemoryKept `true` if the checkpoint has memory, processes and files, `false` if it has only the files. Absent while the sandbox runs.
 	MemoryKept *bool `json:"memory_kept,omitempty"`
 
 	// MemoryMB Memory in MiB.
@@ -1773,9 +1773,9 @@ type Snapshot struct {
 	// DiskMB The space that these sandboxes may write, in MiB.
 	DiskMB int `json:"disk_mb"`
 
-	// Durable Where the saved state is: on the machine alone (`node`), whose loss loses it, or in the server's bucket too
-	// (`cluster`). It becomes `cluster` when the upload in the background is done; without a bucket it stays `node`.
-	// Absent while a sandbox runs.
+	// Durable Where the saved state is: only on the machine (`node`), so it is lost if the machine is, or also in the server's
+	// bucket (`cluster`). The server uploads it in the background and then changes `node` to `cluster`; without a bucket
+	// it stays `node`. Absent while a sandbox runs.
 	Durable *Durable `json:"durable,omitempty"`
 
 	// Egress What a sandbox may reach on the network. Under `deny_all` it may reach addresses and names that `allow_cidrs` or
@@ -1794,7 +1794,7 @@ type Snapshot struct {
 	// Example: snap_abcdefghijklmnopqrst
 	ID string `json:"id"`
 
-	// Memory `true` if the snapshot has memory, processes and files, `false` if it has the files alone, because it was taken of a sandbox that was suspended without its memory. Sandboxes that are created from files alone are booted.
+	// Memory `true` if the snapshot has memory, processes and files, `false` if it has only the files, because it was taken of a sandbox that was suspended without its memory. Sandboxes that are created from only files are booted.
 	Memory bool `json:"memory"`
 
 	// MemoryMB Memory of these sandboxes, in MiB.

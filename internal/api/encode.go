@@ -51,7 +51,7 @@ func orEmpty(m map[string]string) map[string]string {
 	return m
 }
 
-// durable tells where the checkpoint of a sandbox or snapshot is that was made at that time.
+// durable returns where the checkpoint of a sandbox or snapshot that was made at that time is stored.
 func (s *server) durable(id string, made time.Time) *Durable {
 	if s.Stored != nil && s.Stored(id, made) {
 		return new(DurableCluster)
@@ -62,7 +62,7 @@ func (s *server) durable(id string, made time.Time) *Durable {
 // sandboxOf encodes a sandbox.
 func (s *server) sandboxOf(b sandbox.Sandbox) Sandbox {
 	out := sandboxOf(b)
-	if !b.SuspendedAt.IsZero() {
+	if !b.SuspendedAt.IsZero() && !b.State.Over() {
 		out.Durable = s.durable(string(b.ID), b.SuspendedAt)
 	}
 	return out

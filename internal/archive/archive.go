@@ -1,18 +1,18 @@
 // Package archive copies checkpoints to a bucket, so that they outlive the disk of the machine that made them.
 //
-// An [Archive] uploads the latest checkpoint of each sandbox and snapshot in the background, the newest first, with the
+// An [Archive] uploads the latest checkpoint of each sandbox and snapshot in the background, with the
 // programs that it needs, and records the copy. The objects of a checkpoint are
 //
 //	checkpoints/NAME/FENCE/NUMBER/FILE       the files of the checkpoint
 //	checkpoints/NAME/FENCE/NUMBER/seal.json  their names, sizes and SHA-256, with a MAC
 //	programs/SHA-256                         a program that checkpoints need
 //
-// No object is written twice. A copy counts from the moment at which its row has the SHA-256 of its seal; what is in
-// the bucket without a row means nothing and is removed after [objects.Grace], and so is a copy that a later one
-// replaced. Whoever can write to the bucket can withhold a checkpoint and not change it: the key of the MAC is in the
-// database. Objects are not encrypted, and have the memory of tenants in them.
+// No object is written twice. A copy counts once its row has the SHA-256 of its seal. Objects without a row mean
+// nothing and are removed after [objects.Grace], as is a copy that a later one replaced. A person who can write to the
+// bucket can withhold a checkpoint but not change it, since the key of the MAC is in the database. Objects are not
+// encrypted, and contain the memory of tenants.
 //
-// While the bucket or the database is away, everything stays on the machine and is uploaded later, also by the next
+// While the bucket or the database is away, checkpoints stay on the machine and are uploaded later, also by the next
 // process. All methods are safe for concurrent use.
 package archive
 
@@ -39,8 +39,8 @@ const (
 	programPrefix    = "programs/"
 )
 
-// fence is the fence of all copies. No other node can take over a sandbox of this one, and an upload that a process
-// began under its own fence is continued by the next process.
+// fence is the fence of all copies, and not that of the server's session: no other node can take over a sandbox of this
+// one, and the next process must be able to continue an upload under the same keys.
 const fence = 0
 
 // collectInterval is the time between two collections. A longer one leaves the objects of destroyed sandboxes for
@@ -74,7 +74,7 @@ func (l *Local) size() (bytes int64) {
 	return bytes
 }
 
-// Source has the checkpoints of this machine.
+// Source gives access to the checkpoints of this machine.
 type Source interface {
 	// SavedNames returns the IDs of the sandboxes and snapshots that may have a checkpoint here.
 	SavedNames() ([]string, error)
@@ -94,7 +94,7 @@ type Config struct {
 	// the oldest go after an hour. It bounds what the bucket keeps of sandboxes that are saved all the time. 0 is no
 	// limit.
 	MaxUnneeded int64
-	// Alone calls f, unless another process does so under the name. Objects are removed in it.
+	// Alone calls f, unless another process is in such a call under the same name. Objects are removed only within it.
 	Alone func(ctx context.Context, name string, f func(context.Context) error) error
 	Log   *slog.Logger
 	// Now replaces the clock in tests; nil is time.Now.
@@ -109,11 +109,20 @@ type Archive struct {
 	programs    *objects.Sweep
 	uploaded    atomic.Int64
 
+	// programsMu keeps a collection from removing a program that was just found in the bucket.
+	programsMu sync.Mutex
+
 	mu sync.Mutex
 	// +checklocks:mu
-	stored map[string]time.Time // the MadeAt of the newest copy, by name
+	stored map[string]copied // the newest copy, by name
 	// +checklocks:mu
 	sums map[string]objects.Sum // of the programs that the bucket has, by path
+}
+
+// copied names a copy: number orders the copies of a name, and made is the time of the checkpoint.
+type copied struct {
+	number int64
+	made   time.Time
 }
 
 // New returns an Archive.
@@ -124,33 +133,33 @@ func New(cfg Config) *Archive {
 	return &Archive{cfg: cfg, queue: objects.NewQueue(checkpointPrefix, cfg.Log, cfg.Now),
 		checkpoints: objects.NewSweep(cfg.Transfer, checkpointPrefix, cfg.MaxUnneeded, cfg.Log, cfg.Now),
 		programs:    objects.NewSweep(cfg.Transfer, programPrefix, 0, cfg.Log, cfg.Now),
-		stored:      map[string]time.Time{}, sums: map[string]objects.Sum{}}
+		stored:      map[string]copied{}, sums: map[string]objects.Sum{}}
 }
 
-// Offer has the latest checkpoint of a sandbox or snapshot uploaded, of about that many bytes. It does not wait.
+// Offer queues the upload of the latest checkpoint of a sandbox or snapshot, which has about that many bytes. It does
+// not wait.
 func (a *Archive) Offer(name string, bytes int64) { a.queue.Add(name, bytes) }
 
-// Stored reports whether the bucket has the checkpoint of a sandbox or snapshot that was made at that time, or a later
-// one.
+// Stored reports whether the bucket has the checkpoint of a sandbox or snapshot that was made at that time.
 func (a *Archive) Stored(name string, made time.Time) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	at, ok := a.stored[name]
-	return ok && !at.Before(made)
+	return ok && at.made.Equal(made)
 }
 
-// Counts returns what the archive has done and has still to do.
+// Counts returns the bytes that the archive has uploaded, and the number, size and age of the uploads that wait.
 func (a *Archive) Counts() objects.Counts {
 	c := objects.Counts{Uploaded: a.uploaded.Load()}
 	c.Waiting, c.WaitingBytes, c.Lag = a.queue.Counts()
 	return c
 }
 
-// Load learns from the records which checkpoints are stored, and offers the others that are on this machine. It needs
-// no bucket. Call it before Run, when the source has its checkpoints.
+// Load reads from the records which checkpoints are stored, and offers the other checkpoints of this machine. It makes
+// no request to the bucket. Call it before Run, once the source can list its checkpoints.
 func (a *Archive) Load(ctx context.Context) {
 	if _, err := a.copies(ctx); err != nil && ctx.Err() == nil {
-		a.cfg.Log.Warn("cannot read which checkpoints were copied, and copies all", "error", err)
+		a.cfg.Log.Warn("cannot read which checkpoints were copied, and will copy all of them", "error", err)
 	}
 	names, err := a.cfg.Source.SavedNames()
 	if err != nil {
@@ -159,7 +168,7 @@ func (a *Archive) Load(ctx context.Context) {
 	for _, name := range names {
 		l, err := a.cfg.Source.OpenSaved(name)
 		if err != nil {
-			continue // it is gone, or its next use tells what is wrong with it
+			continue // it is gone, or its next use reports what is wrong with it
 		}
 		if !a.Stored(name, l.MadeAt) {
 			a.Offer(name, l.size())
@@ -226,7 +235,7 @@ func (a *Archive) upload(ctx context.Context, name string) error {
 	a.uploaded.Add(c.Bytes)
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.stored[name] = c.MadeAt
+	a.stored[name] = copied{c.Number, c.MadeAt}
 	return nil
 }
 
@@ -262,13 +271,13 @@ func (a *Archive) uploadFiles(ctx context.Context, c *sandbox.StoredCheckpoint, 
 	if errors.Is(err, objects.ErrCondition) { // of an earlier try, which had the same files
 		var there []byte
 		if there, _, err = objects.Read(ctx, a.cfg.Bucket, key, maxSeal); err == nil && sumOf(there) != sumOf(data) {
-			err = fmt.Errorf("object %s is another one than what is to be written", key)
+			err = fmt.Errorf("object %s exists with other content", key)
 		}
 	}
 	return away(err)
 }
 
-// away returns an error without its kind, which for an object does not mean that the checkpoint is gone.
+// away hides fs.ErrNotExist in an error of the bucket: a missing object does not mean that the checkpoint is gone.
 func away(err error) error {
 	if errors.Is(err, fs.ErrNotExist) {
 		return errors.New(err.Error())
@@ -278,6 +287,8 @@ func away(err error) error {
 
 // uploadProgram uploads a program, unless the bucket has it, and returns its SHA-256.
 func (a *Archive) uploadProgram(ctx context.Context, path string) (string, error) {
+	a.programsMu.Lock()
+	defer a.programsMu.Unlock()
 	a.mu.Lock()
 	sum, known := a.sums[path]
 	a.mu.Unlock()
@@ -286,7 +297,7 @@ func (a *Archive) uploadProgram(ctx context.Context, path string) (string, error
 	}
 	f, err := os.Open(path)
 	if err != nil {
-		return "", fmt.Errorf("opening a program that a checkpoint needs: %v", err) // nothing that was to be uploaded is gone
+		return "", fmt.Errorf("opening a program that a checkpoint needs: %v", err) // %v hides fs.ErrNotExist
 	}
 	defer f.Close()
 	info, err := f.Stat()

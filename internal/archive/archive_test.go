@@ -115,6 +115,11 @@ func (w *world) sandbox(t *testing.T) string {
 // save makes a checkpoint with a text in its pages, and offers it.
 func (w *world) save(t *testing.T, name, text string) time.Time {
 	t.Helper()
+	return w.saveAt(t, name, text, time.Now())
+}
+
+func (w *world) saveAt(t *testing.T, name, text string, at time.Time) time.Time {
+	t.Helper()
 	d, err := w.saved.Begin(name, 1)
 	if err != nil {
 		t.Fatal(err)
@@ -124,7 +129,7 @@ func (w *world) save(t *testing.T, name, text string) time.Time {
 			t.Fatal(err)
 		}
 	}
-	c, err := d.Commit(time.Now(), nil)
+	c, err := d.Commit(at, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -282,6 +287,53 @@ func TestArchiveLives(t *testing.T) {
 	}
 	if w.Stored(box, second.MadeAt) {
 		t.Error("a copy that was removed is still stored")
+	}
+}
+
+// TestArchiveClockSetBack makes a checkpoint whose time is before that of the one before, which is not taken for it.
+func TestArchiveClockSetBack(t *testing.T) {
+	w := newWorld(t, directory(t))
+	box := w.sandbox(t)
+	now := time.Now()
+	first := w.copied(t, box, w.saveAt(t, box, "first", now))
+	made := w.saveAt(t, box, "second", now.Add(-time.Hour))
+	second := w.copied(t, box, made)
+	if got, err := w.fetch(t, second); err != nil || got != "second" || second.Number <= first.Number {
+		t.Errorf("fetched %q of number %d after %d, %v", got, second.Number, first.Number, err)
+	}
+	if w.Stored(box, first.MadeAt) {
+		t.Error("the checkpoint before is still the stored one")
+	}
+	w.stop()
+	w.start()
+	eventually(t, "the next process knows the newest copy", func() bool { return w.Stored(box, made) })
+}
+
+// TestArchiveUploadsAgain takes the copies out of the bucket, as files.url does that names another one.
+func TestArchiveUploadsAgain(t *testing.T) {
+	w := newWorld(t, directory(t))
+	box := w.sandbox(t)
+	made := w.save(t, box, "text")
+	before := w.copied(t, box, made)
+	for _, key := range w.keys(t, checkpointPrefix) {
+		if err := w.bucket.Delete(t.Context(), key); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.stop()
+	if err := w.collect(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if w.Stored(box, made) {
+		t.Error("a copy that is not in the bucket is taken for stored")
+	}
+	w.start()
+	eventually(t, "it is uploaded again", func() bool {
+		rows := w.rows(t)
+		return len(rows) == 1 && rows[0].Number > before.Number && !rows[0].UploadedAt.IsZero()
+	})
+	if got, err := w.fetch(t, w.rows(t)[0]); err != nil || got != "text" {
+		t.Errorf("fetched %q, %v", got, err)
 	}
 }
 

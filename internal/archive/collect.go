@@ -6,7 +6,6 @@ import (
 	"path"
 	"slices"
 	"strings"
-	"time"
 
 	"github.com/cayhq/cay/internal/sandbox"
 )
@@ -25,13 +24,40 @@ func (a *Archive) collect(ctx context.Context) error {
 		homes[strings.TrimSuffix(home(c), "/")] = true
 		programs[programPrefix+c.Agent], programs[programPrefix+c.Runsc] = true, true
 	}
-	if err := a.checkpoints.Run(ctx, func(key string) bool { return homes[path.Dir(key)] }); err != nil {
+	sealed := map[string]bool{}
+	whole, err := a.checkpoints.Run(ctx, func(key string) bool {
+		if path.Base(key) == sealName {
+			sealed[path.Dir(key)] = true
+		}
+		return homes[path.Dir(key)]
+	})
+	if err != nil {
 		return err
 	}
-	return a.programs.Run(ctx, func(key string) bool { return programs[key] || a.wants(key) })
+	for _, c := range rows {
+		if whole && !c.UploadedAt.IsZero() && !sealed[strings.TrimSuffix(home(c), "/")] {
+			a.lost(c)
+		}
+	}
+	a.programsMu.Lock()
+	defer a.programsMu.Unlock()
+	_, err = a.programs.Run(ctx, func(key string) bool { return programs[key] || a.wants(key) })
+	return err
 }
 
-// copies returns the rows, and learns from them which checkpoints are stored.
+// lost has a checkpoint uploaded again whose copy is not in the bucket: files.url names another bucket now, or
+// somebody removed it.
+func (a *Archive) lost(c sandbox.StoredCheckpoint) {
+	a.cfg.Log.Warn("the copy of a checkpoint is not in the bucket, and will be uploaded again", "of", c.Name)
+	a.mu.Lock()
+	if a.stored[c.Name].number == c.Number {
+		delete(a.stored, c.Name)
+	}
+	a.mu.Unlock()
+	a.Offer(c.Name, c.Bytes)
+}
+
+// copies returns the rows of copies, and updates a.stored from them.
 func (a *Archive) copies(ctx context.Context) ([]sandbox.StoredCheckpoint, error) {
 	a.mu.Lock()
 	before := slices.Collect(maps.Keys(a.stored))
@@ -40,24 +66,24 @@ func (a *Archive) copies(ctx context.Context) ([]sandbox.StoredCheckpoint, error
 	if err != nil {
 		return nil, err
 	}
-	stored := map[string]time.Time{}
+	stored := map[string]copied{}
 	for _, c := range rows {
 		if !c.UploadedAt.IsZero() {
-			stored[c.Name] = c.MadeAt // the rows of a name are in the order of their copies
+			stored[c.Name] = copied{c.Number, c.MadeAt} // the rows of a name are in the order of their copies
 		}
 	}
 	a.learn(stored, before)
 	return rows, nil
 }
 
-// learn takes over which copies are stored. Of the names before, which were taken for stored when the rows were read,
-// it drops those that have no row.
-func (a *Archive) learn(stored map[string]time.Time, before []string) {
+// learn adds the stored copies that the rows name. Of the names in before, which counted as stored when the rows were
+// read, it forgets those that have no uploaded row.
+func (a *Archive) learn(stored map[string]copied, before []string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	for name, made := range stored {
-		if made.After(a.stored[name]) {
-			a.stored[name] = made
+	for name, c := range stored {
+		if c.number > a.stored[name].number {
+			a.stored[name] = c
 		}
 	}
 	for _, name := range before {
@@ -67,8 +93,8 @@ func (a *Archive) learn(stored map[string]time.Time, before []string) {
 	}
 }
 
-// wants reports whether a key is that of a program that this process takes for uploaded. A row that is being written
-// may name it.
+// wants reports whether a key is that of a program that this process has uploaded or found in the bucket. A row that is
+// being written may name it.
 func (a *Archive) wants(key string) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()

@@ -12,8 +12,8 @@ import (
 )
 
 // Fetch writes the files of a copy to an empty directory and verifies them against its row. It leaves minFree bytes of
-// the disk free. A copy that is not what was uploaded gives [objects.ErrDamaged]. After an error the directory may
-// have any files of the copy.
+// the disk free. It returns [objects.ErrDamaged] if the copy is not what was uploaded. After an error some files of the
+// copy may be in the directory.
 func (a *Archive) Fetch(ctx context.Context, c sandbox.StoredCheckpoint, dir string, minFree int64) error {
 	data, _, err := objects.Read(ctx, a.cfg.Bucket, home(c)+sealName, maxSeal)
 	if err != nil {

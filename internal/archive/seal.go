@@ -21,7 +21,8 @@ const (
 	maxSeal = 16 << 20
 	// format is the version of seals; other versions are refused.
 	format = 1
-	// purpose begins what a MAC is made of, so that no MAC of another purpose under the same key is one of a seal.
+	// purpose begins the data of each MAC, so that a MAC that the same key makes for another purpose is not valid for a
+	// seal.
 	purpose = "cay checkpoint\n"
 )
 
@@ -76,7 +77,7 @@ func (s seal) encode(key []byte) ([]byte, error) {
 	return data, nil
 }
 
-// openSeal returns the seal that is the copy's. Another one gives [objects.ErrDamaged].
+// openSeal decodes the seal of a copy. It returns [objects.ErrDamaged] if data is not the recorded seal of c.
 func openSeal(key, data []byte, c sandbox.StoredCheckpoint) (seal, error) {
 	refuse := func(why string) (seal, error) {
 		return seal{}, fmt.Errorf("the seal of the checkpoint of %s %s: %w", c.Name, why, objects.ErrDamaged)

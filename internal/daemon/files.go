@@ -5,7 +5,9 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -18,11 +20,12 @@ import (
 // settingSeals names the setting with the key of the MACs of checkpoints in a bucket, in hexadecimal.
 const settingSeals = "checkpoints_key"
 
-// files has the copies of this server's files in a bucket.
+// files copies this server's files to a bucket.
 type files struct {
 	store            *objects.Store
 	images, contexts *objects.Mirror
 	checkpoints      *archive.Archive
+	foreign          atomic.Bool // the bucket is another server's
 }
 
 // openBucket opens the bucket of the settings.
@@ -38,8 +41,8 @@ func openBucket(cfg config.Files) (objects.Bucket, error) {
 	return objects.Open(l, credentials)
 }
 
-// openFiles lets images and contexts have copies in the bucket of the settings, if there is one. It makes no request to
-// an S3 server.
+// openFiles sets up the copies of images, contexts and checkpoints in the bucket of the settings, if there is one. It
+// makes no request to an S3 server.
 func (s *server) openFiles(ctx context.Context) (err error) {
 	cfg := s.cfg.Files
 	if cfg.URL == "" {
@@ -70,7 +73,7 @@ func (s *server) openFiles(ctx context.Context) (err error) {
 	return nil
 }
 
-// openArchive opens what copies checkpoints.
+// openArchive returns the archive that copies checkpoints to the bucket.
 func (s *server) openArchive(ctx context.Context, bucket objects.Bucket, of *objects.Store) (*archive.Archive, error) {
 	text, err := s.setting(ctx, settingSeals, func() string {
 		var key [32]byte
@@ -82,9 +85,9 @@ func (s *server) openArchive(ctx context.Context, bucket objects.Bucket, of *obj
 	}
 	key, err := hex.DecodeString(text)
 	if err != nil || len(key) < sha256.Size {
-		return nil, fmt.Errorf("the setting %s of the records is no key", settingSeals)
+		return nil, fmt.Errorf("the setting %s of the records is not a key of 32 bytes or more in hexadecimal", settingSeals)
 	}
-	// Another server may have taken the bucket since it was claimed; its records decide then what is needed.
+	// Another server may have taken the bucket since it was claimed. Then its records decide which objects are needed.
 	alone := func(ctx context.Context, name string, f func(context.Context) error) error {
 		return s.db.Alone(ctx, name, func(ctx context.Context) error {
 			if err := of.Owned(ctx); err != nil {
@@ -114,7 +117,7 @@ func (c savedCheckpoints) OpenSaved(name string) (*archive.Local, error) {
 		Runsc: saved.Programs.Runsc, Files: saved.Files}, nil
 }
 
-// saved has a new checkpoint copied, if there is a bucket.
+// saved offers a new checkpoint to the archive, if there is a bucket.
 func (s *server) saved(name string, bytes int64) {
 	if s.files != nil {
 		s.files.checkpoints.Offer(name, bytes)
@@ -123,10 +126,10 @@ func (s *server) saved(name string, bytes int64) {
 
 // stored reports whether a bucket has the checkpoint of a sandbox or snapshot that was made at that time.
 func (s *server) stored(name string, made time.Time) bool {
-	return s.files != nil && s.files.checkpoints.Stored(name, made)
+	return s.files != nil && !s.files.foreign.Load() && s.files.checkpoints.Stored(name, made)
 }
 
-// maxImageFile bounds an image that is fetched, in bytes: the files that the largest image may have, and as much again
+// maxImageFile bounds an image that is fetched, in bytes: the size of the files in the largest image, and as much again
 // for their names and attributes.
 const maxImageFile = 128 << 30
 
@@ -136,6 +139,7 @@ func (s *server) runFiles(ctx context.Context) {
 	if err := s.files.store.Run(ctx); err != nil {
 		s.log.Error("files.url names a bucket that another server uses, with other records or a copy: no file is copied",
 			"error", err)
+		s.files.foreign.Store(errors.Is(err, objects.ErrForeign))
 	}
 }
 
@@ -144,7 +148,7 @@ type fileMetrics struct{ server *server }
 
 var (
 	filesReachable = prometheus.NewDesc("cay_files_claimed",
-		"1 from the time on at which the bucket was reached and found to be this server's.", nil, nil)
+		"1 while the bucket belongs to this server, according to the bucket's last answer.", nil, nil)
 	filesWaiting = prometheus.NewDesc("cay_files_waiting", "Files that are not uploaded yet.", []string{"kind"}, nil)
 	filesBytes   = prometheus.NewDesc("cay_files_waiting_bytes", "Bytes that are not uploaded yet.", []string{"kind"}, nil)
 	filesLag     = prometheus.NewDesc("cay_files_upload_lag_seconds",

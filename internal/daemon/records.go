@@ -18,11 +18,11 @@ import (
 	"github.com/cayhq/cay/internal/store"
 )
 
-// instanceFile has the server instance of a data directory whose records are in PostgreSQL. Records in SQLite have it
-// as a setting.
+// instanceFile names the file with the server instance of a data directory whose records are in PostgreSQL. In SQLite
+// the instance is a setting in the records.
 const instanceFile = "instance"
 
-// markFile has how far this machine has seen the records in PostgreSQL.
+// markFile names the file that says how far this machine has seen the records in PostgreSQL.
 const markFile = "records-seen"
 
 // openRecords opens the records of a server, and returns them with the session in them. The node's id is the server
@@ -68,8 +68,8 @@ func openPostgres(ctx context.Context, cfg config.Config, acceptRestore bool) (*
 	return db, own, nil
 }
 
-// belong makes the records in PostgreSQL those of a server instance, and refuses those of another one. The rows say
-// nothing about the machine, so a second server would take them for its own, and its sandboxes for lost.
+// belong makes the records in PostgreSQL those of a server instance, and refuses those of another one. A second server
+// would take the rows for its own, and their sandboxes for lost.
 func belong(ctx context.Context, db *store.DB, instance string) error {
 	owner, err := db.FirstSetting(ctx, settingInstance, instance)
 	if err != nil {
@@ -122,8 +122,8 @@ func ownInstance(dataDir string) (instance string, made bool, err error) {
 	return instance, true, writeID(path, instance)
 }
 
-// directoryFile has the id of a data directory that has copies of its files in a bucket. It is not among the records,
-// so that a copy of these in another directory does not have it.
+// directoryFile names the file with the id of a data directory whose files have copies in a bucket. The id is not in
+// the records, so that a copy of the records in another directory does not have it.
 const directoryFile = "directory-id"
 
 // directoryID returns the id of a data directory, and makes it the first time.

@@ -1,9 +1,10 @@
 // Package hostfile writes small files of the host whole and as durably as their owner needs, syncs
 // directories, and finds runs of zeros that a sparse file leaves out.
 //
-// It knows only paths and bytes. All functions may be called concurrently, but a path has one
-// writer at a time: a file that is replaced is written first beside its place, under its name with
-// the suffix ".new". After an error the path has what it had before, and nothing is beside it.
+// It knows only paths and bytes. All functions may be called concurrently, but a path has one writer at a time: a
+// replacement is first written beside the file, under its name with the suffix ".new". After an error of Replace the
+// path has its old content and no ".new" file is left; ReplaceSynced may also leave the new content, and CreateSynced a
+// part of it.
 //
 // The libraries for this (google/renameio, natefinch/atomic) sync each file, which a sandbox's
 // record must not wait for, do not sync its directory, which others need, and leave one more file
@@ -26,8 +27,8 @@ func Replace(path string, data []byte, perm fs.FileMode) error {
 	return replace(path, data, perm, func(*os.File) error { return nil })
 }
 
-// ReplaceSynced is Replace, and returns when the content and the file's name are on the disk. After
-// a loss of power the file has its old content or the new one.
+// ReplaceSynced does what Replace does, and returns once the content and the file's name are on the disk. After a loss
+// of power, or an error, the file has its old content or the new one.
 func ReplaceSynced(path string, data []byte, perm fs.FileMode) error {
 	if err := replace(path, data, perm, (*os.File).Sync); err != nil {
 		return err
@@ -51,8 +52,8 @@ func replace(path string, data []byte, perm fs.FileMode, sync func(*os.File) err
 	return nil
 }
 
-// CreateSynced makes a file, which must not exist, and returns when its content is on the disk. Its
-// name is durable after SyncDir of its directory. A part of the file may stay after an error.
+// CreateSynced makes a file, which must not exist, and returns once its content is on the disk. Call SyncDir on its
+// directory to make its name durable. After an error a part of the file may be left.
 func CreateSynced(path string, data []byte, perm fs.FileMode) error {
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, perm)
 	if err == nil {

@@ -18,7 +18,7 @@ type Auth struct {
 	Username string `json:"-"`
 	Password string `json:"-"`
 	Token    string `json:"-"` // instead of both
-	// AWSRegion makes the two an access key and its secret, which give a password of AWS's registry in the region.
+	// AWSRegion, if set, makes Username and Password an access key of AWS and its secret, for the registry in the region.
 	AWSRegion string `json:"-"`
 }
 

@@ -18,14 +18,14 @@ import (
 )
 
 const (
-	// ecrCall names the call of AWS's registry that gives a password of 12 hours for the keys of an account.
+	// ecrCall names the call of AWS's registry that returns a password, valid for 12 hours, for an account's access key.
 	ecrCall = "AmazonEC2ContainerRegistry_V20150921.GetAuthorizationToken"
-	// maxToken bounds AWS's answer, in bytes. Tokens have some 3000; a smaller bound refuses those of larger accounts.
+	// maxToken bounds AWS's answer, in bytes. Tokens have some 3000 bytes; a smaller bound refuses longer tokens.
 	maxToken = 64 << 10
 )
 
-// exchange returns the credentials for a registry. Those of AWS are exchanged for a password of its registry. The
-// error has no secret.
+// exchange returns the credentials for a registry. It exchanges an access key of AWS for a password of AWS's registry.
+// The error contains no secret.
 func (s *Store) exchange(ctx context.Context, auth *Auth, transport http.RoundTripper) (*Auth, error) {
 	if auth == nil || auth.AWSRegion == "" {
 		return auth, nil
@@ -90,7 +90,7 @@ func (s *Store) askECR(ctx context.Context, auth Auth, transport http.RoundTripp
 	pair, err := base64.StdEncoding.DecodeString(answer.Tokens[0].Token)
 	user, password, ok := strings.Cut(string(pair), ":")
 	if err != nil || !ok {
-		return nil, errors.New("AWS's token is not a name and a password")
+		return nil, errors.New("AWS's token is not NAME:PASSWORD in base64")
 	}
 	return &Auth{Username: user, Password: password}, nil
 }

@@ -134,10 +134,10 @@ func (f flows) sets() []*nftables.Set {
 	return []*nftables.Set{f.rate, f.open, f.total, f.questions, f.fragments}
 }
 
-// openedNone reports whether the slot has opened no connection that is still tracked. It returns
-// false if that is not known. A connection is counted before its first packet leaves, and the kernel
-// removes a slot's element only when none of the connections that it counts is tracked any more. A
-// table that was installed anew has counted none of the connections from before.
+// openedNone reports whether the slot has never opened a connection. It returns false if that is not
+// known. The first packet of each connection is counted before it leaves, apart from those to the
+// metadata service, which no policy forbids. A table that was installed anew has counted none of the
+// connections from before.
 func (n *Network) openedNone(s *Slot) bool {
 	n.installing.RLock()
 	defer n.installing.RUnlock()
@@ -145,13 +145,8 @@ func (n *Network) openedNone(s *Slot) bool {
 	if err != nil || n.installed.Load() != r.since {
 		return false
 	}
-	_, counted, err := n.rules.element(n.rules.flows.open, s)
-	if err != nil || counted {
-		return false
-	}
-	// The table has all slots, unless it has just been removed.
-	_, known, err := n.rules.element(n.rules.slots, s)
-	return err == nil && known
+	e, known, err := n.rules.element(n.rules.allowed, s)
+	return err == nil && known && tallyOf(e) == tally{}
 }
 
 // serial lets one function run at a time.

@@ -10,10 +10,10 @@ import (
 	"strings"
 )
 
-// cpuClass returns the class of this machine's processors. gVisor restores a checkpoint where the processor has all
-// features of the one that it was made on and the same size of cache lines, and machines of one class have the same.
-// The kernel's list of features has some of its own, so machines of two classes may be able to restore each other's
-// checkpoints all the same.
+// cpuClass returns the class of this machine's processors. gVisor restores a checkpoint on a processor that has the
+// same size of cache lines as the one that the checkpoint was made on, and all its features. Machines of one class have
+// the same of both. The kernel's list of features includes some that gVisor does not need, so machines of different
+// classes may still be able to restore each other's checkpoints.
 func cpuClass() (string, error) {
 	f, err := os.Open("/proc/cpuinfo")
 	if err != nil {
@@ -38,7 +38,7 @@ func cpuClass() (string, error) {
 		return "", fmt.Errorf("reading the features of the processor: %w", err)
 	}
 	if len(facts) == 0 {
-		return "", fmt.Errorf("/proc/cpuinfo does not tell the features of the processor")
+		return "", fmt.Errorf("/proc/cpuinfo does not list the features of the processor")
 	}
 	sum := sha256.Sum256([]byte(strings.Join(facts, "\n")))
 	return fmt.Sprintf("%s-%x", runtime.GOARCH, sum[:8]), nil

@@ -156,7 +156,7 @@ func Open(cfg Config, slots *network.Network, images Images, log *slog.Logger) (
 		return nil, err
 	}
 	if n.cpuClass, err = cpuClass(); err != nil {
-		return nil, err
+		n.log.Warn("checkpoints are recorded without the class of the processor", "error", err)
 	}
 	if err := n.unlimitProcesses(); err != nil {
 		return nil, fmt.Errorf("lifting the limit of processes of a user: %w", err)

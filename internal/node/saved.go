@@ -43,7 +43,7 @@ func (n *Node) OpenSaved(name string) (*SavedCheckpoint, error) {
 	}
 }
 
-// saved tells that a sandbox or snapshot has a new checkpoint of that size.
+// saved calls Config.Saved with the name and the size of a new checkpoint.
 func (n *Node) saved(name string, bytes int64) {
 	if n.cfg.Saved != nil {
 		n.cfg.Saved(name, bytes)

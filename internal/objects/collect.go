@@ -36,8 +36,8 @@ type unneeded struct {
 	age   time.Duration // since it was written
 }
 
-// removeUnneeded removes the objects that no call of Keep has named for Grace, and sooner, those first that were not
-// needed the longest time, what is more than MaxUnneeded.
+// removeUnneeded removes the objects that no call of Keep has named for Grace. Beyond MaxUnneeded it removes objects
+// sooner, those first that have been unneeded for longest.
 func (m *Mirror) removeUnneeded(ctx context.Context) error {
 	all, err := m.listUnneeded(ctx)
 	if err != nil {
@@ -57,8 +57,8 @@ func (m *Mirror) removeUnneeded(ctx context.Context) error {
 	return nil
 }
 
-// expired returns the objects that were not needed for [Grace], and of those that take more than most bytes, if most is
-// not 0, also those that were not needed for leastGrace. It changes the order of all.
+// expired returns the objects that have been unneeded for [Grace]. If all take more than most bytes, and most is not 0,
+// it also returns the oldest beyond most that have been unneeded for leastGrace. It reorders all.
 func expired(all []unneeded, most int64, now time.Time) (over []unneeded) {
 	slices.SortFunc(all, func(a, b unneeded) int { return b.since.Compare(a.since) })
 	var kept int64
@@ -87,7 +87,7 @@ func (t *Transfer) remove(ctx context.Context, o unneeded, log *slog.Logger) err
 // listUnneeded returns the objects that are not needed, and remembers since when.
 func (m *Mirror) listUnneeded(ctx context.Context) (all []unneeded, err error) {
 	found := map[string]time.Time{}
-	err = m.cfg.Transfer.each(ctx, m.cfg.Prefix, m.cfg.Now, func(o Info, age time.Duration) {
+	_, err = m.cfg.Transfer.each(ctx, m.cfg.Prefix, m.cfg.Now, func(o Info, age time.Duration) {
 		name := strings.TrimPrefix(o.Key, m.cfg.Prefix)
 		if _, err := ParseSum(name); err != nil {
 			return // not of this mirror
@@ -106,17 +106,18 @@ func (m *Mirror) listUnneeded(ctx context.Context) (all []unneeded, err error) {
 	return all, nil
 }
 
-// each calls f with the objects of a prefix and the time since they were written. It looks at maxObjects at the most.
+// each calls f with each object of a prefix and the time since it was written, for at most maxObjects objects.
+// It reports whether these were all.
 func (t *Transfer) each(ctx context.Context, prefix string, now func() time.Time, f func(o Info,
-	age time.Duration)) error {
+	age time.Duration)) (whole bool, err error) {
 	skew, err := t.bucket.Skew(ctx)
 	if err != nil {
-		return err
+		return false, err
 	}
 	for after, seen := "", 0; seen < maxObjects; {
 		page, err := t.bucket.List(ctx, prefix, after, 1000)
 		if err != nil {
-			return err
+			return false, err
 		}
 		for _, o := range page {
 			if strings.HasPrefix(o.Key, prefix) {
@@ -124,11 +125,11 @@ func (t *Transfer) each(ctx context.Context, prefix string, now func() time.Time
 			}
 		}
 		if len(page) < 1000 {
-			return nil
+			return true, nil
 		}
 		after, seen = page[len(page)-1].Key, seen+len(page)
 	}
-	return nil
+	return false, nil
 }
 
 // unneededSince reports whether an object is not needed, and since when that is known. Then it is not taken for stored

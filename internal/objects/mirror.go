@@ -57,10 +57,11 @@ type MirrorConfig struct {
 	MaxFile int64
 	// MinFree is the space in bytes that a download leaves free on the local disk.
 	MinFree int64
-	// Owned returns an error if the bucket may have another owner; then a collection removes nothing. nil is for a
-	// bucket that no other can have.
+	// Owned returns an error if the bucket may belong to other records; then a collection removes nothing. It is nil for a
+	// bucket that no other server can use.
 	Owned func(ctx context.Context) error
-	// Alone calls f, unless another process does so under the name. Objects are removed in it. nil calls f always.
+	// Alone calls f, unless another process is in such a call under the same name. Objects are removed only within it. If
+	// it is nil, f is always called.
 	Alone func(ctx context.Context, name string, f func(context.Context) error) error
 	Log   *slog.Logger
 	// Now replaces the clock in tests; nil is time.Now.

@@ -593,3 +593,31 @@ func TestStore(t *testing.T) {
 		t.Errorf("the store of another owner: %v", err)
 	}
 }
+
+// TestQueueStarvesNone adds two things again as soon as they are uploaded. One that was added before is uploaded too.
+func TestQueueStarvesNone(t *testing.T) {
+	q := NewQueue("x/", slog.New(slog.DiscardHandler), nil)
+	q.Add("old", 1)
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	const enough = 100
+	tries := 0 // Run has several uploads at once
+	var mu sync.Mutex
+	q.Add("a", 1)
+	q.Add("b", 1)
+	uploaded := false
+	q.Run(ctx, func(_ context.Context, name string) error {
+		mu.Lock()
+		defer mu.Unlock()
+		if tries++; name == "old" || tries == enough {
+			uploaded = name == "old"
+			stop()
+			return nil
+		}
+		q.Add(name, 1)
+		return nil
+	})
+	if !uploaded {
+		t.Errorf("in %d uploads the oldest was none", enough)
+	}
+}

@@ -16,7 +16,8 @@ const (
 	uploaders = 2
 )
 
-// Queue has the names of things to upload, and uploads the newest first until it succeeds.
+// Queue holds the names of files to upload. It uploads the newest and the longest waiting in turn, so that files
+// which are added all the time keep no other waiting for ever, and tries each until it succeeds.
 type Queue struct {
 	prefix string // of the names in the log
 	log    *slog.Logger
@@ -28,6 +29,8 @@ type Queue struct {
 	waiting map[string]*waiting // by name
 	// +checklocks:mu
 	held map[string]bool // names that are not uploaded meanwhile
+	// +checklocks:mu
+	oldest bool // the longest waiting is the next
 }
 
 // waiting describes a thing that is to be uploaded.
@@ -70,7 +73,7 @@ func (q *Queue) Waits(name string) bool {
 	return q.waiting[name] != nil
 }
 
-// Hold keeps a thing that does not wait from being uploaded until Release. It returns false if it waits.
+// Hold keeps a thing from being uploaded until Release. It returns false, and does nothing, if the thing waits already.
 func (q *Queue) Hold(name string) bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -89,8 +92,8 @@ func (q *Queue) Release(name string) {
 	q.Stir()
 }
 
-// Counts returns the number of things that are to be uploaded, their size in bytes, and the time since which the
-// oldest of them waits.
+// Counts returns the number of things that are to be uploaded, their size in bytes, and the time that the oldest of
+// them has waited.
 func (q *Queue) Counts() (n int, bytes int64, lag time.Duration) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -100,7 +103,7 @@ func (q *Queue) Counts() (n int, bytes int64, lag time.Duration) {
 	return n, bytes, lag
 }
 
-// Stir has Run look at the queue again.
+// Stir makes Run look at the queue again.
 func (q *Queue) Stir() {
 	select {
 	case q.wake <- struct{}{}:
@@ -136,7 +139,8 @@ func (q *Queue) Run(ctx context.Context, upload func(ctx context.Context, name s
 	}
 }
 
-// take returns the thing to upload next, the newest first, or else the time of the next try; zero if there is none.
+// take returns the thing to upload next, the newest and the longest waiting in turn, or else the time of the next try;
+// zero if there is none.
 func (q *Queue) take(free bool) (*waiting, time.Time) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -152,12 +156,13 @@ func (q *Queue) take(free bool) (*waiting, time.Time) {
 			if next.IsZero() || w.next.Before(next) {
 				next = w.next
 			}
-		case best == nil || w.since.After(best.since):
+		case best == nil || w.since.After(best.since) != q.oldest:
 			best = w
 		}
 	}
 	if best != nil {
 		best.busy = true
+		q.oldest = !q.oldest
 	}
 	return best, next
 }

@@ -118,8 +118,8 @@ func (w Condition) headers() (ifNoneMatch, ifMatch *string) {
 // unsigned stands for the SHA-256 of a body in a signature.
 const unsigned = "UNSIGNED-PAYLOAD"
 
-// signed signs a request with the SHA-256 of its body, which the server then compares, or without it. By itself the
-// client would sum the body again, or over TLS sign none.
+// signed makes the client sign a request with sum, the SHA-256 of its body or unsigned. By default the client computes
+// the SHA-256 again or, over TLS, leaves it out.
 func signed(sum string) func(*s3.Options) {
 	set := func(ctx context.Context, in middleware.InitializeInput, next middleware.InitializeHandler) (
 		middleware.InitializeOutput, middleware.Metadata, error) {
@@ -137,9 +137,10 @@ const (
 	checksumUnused                // it knows no checksums, or refuses bodies that are not in the signature
 )
 
-// send makes a request with a body, which do makes with the options; do returns the checksum of the answer. A server
-// sums the body once for the signature and once more for the checksum. One that compares the checksum is spared the
-// first, which would take a tenth of the time of an upload to a server that is no faster than this machine.
+// send makes a request with a body by calling do, which applies the options and returns the checksum in the answer. A
+// server sums the body once for the signature and once more for the checksum. If it compares the checksum, send leaves
+// the sum out of the signature, which saves a tenth of the time of an upload to a server that is no faster than this
+// machine.
 func (s *S3) send(body *io.SectionReader, sum Sum, do func(options func(*s3.Options)) (*string, error)) error {
 	if s.checksums.Load() == checksumCompared {
 		_, err := do(signed(unsigned))

@@ -26,15 +26,15 @@ var ErrForeign = errors.New("the bucket belongs to other records")
 
 // Owner names the server that may remove objects of a bucket. It is the content of ownerKey.
 type Owner struct {
-	// Cluster names the records whose files the bucket has. A server with other records would take the files for
+	// Cluster identifies the records whose files are in the bucket. A server with other records would take these files for
 	// unneeded and remove them.
 	Cluster string `json:"owner"`
-	// Directory names the data directory of the server. A copy of the records elsewhere has the same cluster, and not
-	// what the server has recorded since. Owners that were written by earlier versions have none.
+	// Directory identifies the data directory of the server. A copy of the records elsewhere has the same cluster, but
+	// lacks what the server has recorded since. Owners that earlier versions wrote have none.
 	Directory string `json:"directory,omitempty"`
 }
 
-// find reads the owner of a bucket. It returns [ErrForeign] if that is not o, and fs.ErrNotExist if there is none.
+// find reads the owner of a bucket. It returns [ErrForeign] if the owner is not o, and fs.ErrNotExist if there is none.
 func (o Owner) find(ctx context.Context, b Bucket) (found Owner, info Info, err error) {
 	data, info, err := Read(ctx, b, ownerKey, maxOwner)
 	if err != nil {
@@ -86,7 +86,7 @@ func Open(l Location, c Credentials) (Bucket, error) {
 	return OpenS3(l, c)
 }
 
-// Store has the mirrors of a bucket, and what else works with it.
+// Store runs the mirrors of a bucket and the other functions that [Store.OnClaim] adds.
 type Store struct {
 	transfer *Transfer
 	owner    Owner
@@ -120,10 +120,11 @@ func (s *Store) Owned(ctx context.Context) error {
 	return err
 }
 
-// OnClaim has Run call f, which returns when its context ends, once the bucket is the owner's. Call it before Run.
+// OnClaim makes Run call f once the bucket is the owner's. f must return when its context ends. Call OnClaim before
+// Run.
 func (s *Store) OnClaim(f func(context.Context)) { s.runs = append(s.runs, f) }
 
-// Transfer returns what moves the files of all mirrors.
+// Transfer returns the Transfer that all mirrors share.
 func (s *Store) Transfer() *Transfer { return s.transfer }
 
 // Claimed reports whether the bucket was reached and is the owner's.

@@ -6,12 +6,12 @@ import (
 	"time"
 )
 
-// maxRemembered bounds the unneeded objects that a sweep remembers, so that a server that lists more than there are
-// does not take the memory. With more, some are removed by later sweeps.
+// maxRemembered bounds the unneeded objects that a sweep remembers, so that a bucket that lists objects without end
+// does not use up the memory. If there are more, later sweeps remove the rest.
 const maxRemembered = 100_000
 
-// Sweep removes the objects of a prefix that nothing needs, like a [Mirror], but leaves to its caller what they are.
-// Its methods are for one goroutine.
+// Sweep removes the objects of a prefix that nothing needs, as a [Mirror] does, but its caller decides which these are.
+// Its methods must not be called concurrently.
 type Sweep struct {
 	transfer *Transfer
 	prefix   string
@@ -32,11 +32,12 @@ func NewSweep(t *Transfer, prefix string, most int64, log *slog.Logger, now func
 }
 
 // Run removes the objects that no run has needed for the grace, and uploads that were begun long ago. An object that
-// was written after the caller had found out what is needed stays too, since it is younger than that.
-func (s *Sweep) Run(ctx context.Context, needed func(key string) bool) error {
+// was written after the caller found out what is needed stays too, since it is younger than the grace. Run
+// reports whether it has seen all objects of the prefix.
+func (s *Sweep) Run(ctx context.Context, needed func(key string) bool) (whole bool, err error) {
 	found := map[string]time.Time{}
 	var all []unneeded
-	err := s.transfer.each(ctx, s.prefix, s.now, func(o Info, age time.Duration) {
+	whole, err = s.transfer.each(ctx, s.prefix, s.now, func(o Info, age time.Duration) {
 		if needed(o.Key) || len(all) == maxRemembered {
 			return
 		}
@@ -48,14 +49,14 @@ func (s *Sweep) Run(ctx context.Context, needed func(key string) bool) error {
 		all = append(all, unneeded{o.Key, o.Size, since, age})
 	})
 	if err != nil {
-		return err
+		return false, err
 	}
 	s.unneeded = found
 	for _, o := range expired(all, s.most, s.now()) {
 		if err := s.transfer.remove(ctx, o, s.log); err != nil {
-			return err
+			return false, err
 		}
 		delete(s.unneeded, o.key)
 	}
-	return s.transfer.abortOld(ctx, s.prefix, s.now)
+	return whole, s.transfer.abortOld(ctx, s.prefix, s.now)
 }

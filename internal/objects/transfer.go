@@ -182,8 +182,8 @@ func sumOf(ctx context.Context, r *io.SectionReader, buf []byte) (Sum, error) {
 	return Sum(hash.Sum(nil)), nil
 }
 
-// uploadParts uploads a file in parts. Several goroutines sum a part and send it unless it has arrived, one part after
-// the other, so that some sum while others wait for the server. Another one compares the sum of the whole file.
+// uploadParts uploads a file in parts. Each of several goroutines takes the next part, sums it, and sends it unless it
+// has arrived, so that some sum while others wait for the server. Another goroutine compares the sum of the whole file.
 func (t *Transfer) uploadParts(ctx context.Context, key string, f io.ReaderAt, size int64, sums []Sum,
 	whole *Sum) error {
 	id, arrived, err := t.resume(ctx, key)

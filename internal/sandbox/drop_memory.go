@@ -9,10 +9,10 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// DropMemory makes a suspended sandbox keep its files alone. Only the sandbox's own kernel can read
-// them, so the machine wakes the sandbox for that, but for no caller: calls that need it to run wait.
-// DropMemory leaves a sandbox that runs, or has no memory, as it is. If the files cannot be kept alone,
-// it returns the cause, and the sandbox keeps its memory. Other errors are those of [Service.Wake].
+// DropMemory makes a suspended sandbox keep only its files. Only the sandbox's own kernel can read them, so the machine
+// wakes the sandbox for a moment; calls that need it to run wait meanwhile. DropMemory does not change a sandbox that
+// runs or that has no memory. If the files cannot be kept without the memory, it returns the cause, and the sandbox
+// keeps its memory. Other errors are those of [Service.Wake].
 func (s *Service) DropMemory(ctx context.Context, c Caller, id ID) (Sandbox, error) {
 	return operate(ctx, s, c.OrgID, id, opDropMemory, nil, func(ctx context.Context, sbx Sandbox) (Sandbox, error) {
 		if sbx.State == Running || sbx.Kept == KeepFiles {
@@ -34,7 +34,7 @@ func (s *Service) dropMemory(ctx context.Context, sbx Sandbox) (Sandbox, error) 
 	}
 	checkpoint, cause := s.keep(ctx, sbx.ID, KeepFiles)
 	if cause != nil && ctx.Err() == nil {
-		// Its programs have gone on since its recovery point, so that must not be where it goes on.
+		// Its programs have run since its recovery point, so it must not continue from there.
 		var err error
 		if checkpoint, err = s.keep(ctx, sbx.ID, KeepAll); err != nil {
 			return Sandbox{}, s.wakeFailed(ctx, sbx, errors.Join(cause, err))
@@ -47,14 +47,14 @@ func (s *Service) dropMemory(ctx context.Context, sbx Sandbox) (Sandbox, error) 
 		SuspendedAt: &checkpoint.At, Kept: &checkpoint.Kept, ExpiresAt: new(time.Time), Error: new(string)})
 	switch {
 	case err != nil:
-		// The row stays a claim, which the next call or Reconcile settles from the point.
+		// The row stays a claim, which the next call or Reconcile settles from the checkpoint.
 		return Sandbox{}, fmt.Errorf("recording that sandbox %s is suspended: %w", sbx.ID, err)
 	case cause == nil:
 		return suspended, nil
 	case fault.As(cause) != nil:
 		return Sandbox{}, cause
 	}
-	s.log.ErrorContext(ctx, "sandbox was not suspended with its files alone", "sandbox", sbx.ID, "error", cause)
+	s.log.ErrorContext(ctx, "cannot suspend a sandbox with its files only", "sandbox", sbx.ID, "error", cause)
 	return Sandbox{}, fault.New(fault.Internal, fault.CodeSuspendFailed,
-		"the files of sandbox %s were not kept alone", sbx.ID).Because(cause)
+		"sandbox %s could not be suspended with its files only", sbx.ID).Because(cause)
 }

@@ -84,9 +84,9 @@ func Decide(row *Sandbox, pooledRow *Pooled, observed *Observed) Action {
 	}
 }
 
-// Reconcile makes the rows of this node and the host agree. What the host has of a row that is another node's stays,
-// since it may be all that is left of the sandbox. Reconcile skips sandboxes with an operation under way. It continues
-// after errors and joins them.
+// Reconcile makes the rows of this node and the host agree. It leaves what the host has of another node's sandbox,
+// since that may be all that is left of the sandbox. Reconcile skips sandboxes with an operation under way. It
+// continues after errors and joins them.
 func (s *Service) Reconcile(ctx context.Context) error {
 	found, err := s.node.List(ctx)
 	if err != nil {

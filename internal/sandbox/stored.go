@@ -5,15 +5,15 @@ import (
 	"time"
 )
 
-// StoredCheckpoint describes the copy of a checkpoint in a bucket. Its objects are named after Name, Fence and Number,
-// and are the checkpoint only if there is a row with UploadedAt that has their sum: objects alone mean nothing.
+// StoredCheckpoint describes the copy of a checkpoint in a bucket. Its objects are named after Name, Fence and Number.
+// They count only if a row with UploadedAt has their sum.
 type StoredCheckpoint struct {
 	Name  string // ID of its sandbox or snapshot
 	Node  string // that wrote it
-	Fence int64  // under which the node held the sandbox
-	// Number orders the copies of a name and fence. It is MadeAt in microseconds, unless an earlier copy has that or more:
-	// so a database that was restored to an older state gives no number again to another checkpoint, whose objects would
-	// be taken for those that are there.
+	Fence int64  // orders the copies of nodes that held the sandbox one after the other; 0 today
+	// Number orders the copies of a name and fence. It is MadeAt in microseconds, or one more than the last number if
+	// MadeAt is not larger than that. So a database that was restored to an older state does not give a number of existing
+	// objects to another checkpoint.
 	Number int64
 	// MadeAt is the time of the state that it holds. It names the checkpoint on the node's disk.
 	MadeAt   time.Time
@@ -28,8 +28,8 @@ type StoredCheckpoint struct {
 // CheckpointStore keeps the rows of the copies of checkpoints. The store room implements it.
 type CheckpointStore interface {
 	// BeginCheckpoint adds a row for a copy that is to be uploaded and gives it the next number. If there is a row of the
-	// same checkpoint that is not uploaded, it returns that row. It returns NotFound if no sandbox that is not over and no
-	// snapshot has the name.
+	// same checkpoint that is not uploaded, it returns that row. It returns NotFound unless the name is that of a snapshot
+	// or of a sandbox that is not over.
 	BeginCheckpoint(ctx context.Context, c StoredCheckpoint) (StoredCheckpoint, error)
 	// EndCheckpoint writes Bytes, Sum and UploadedAt of a row that BeginCheckpoint returned, and drops the rows of the
 	// earlier copies of the name. It returns NotFound if the row was dropped meanwhile.

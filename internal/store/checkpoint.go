@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/sandbox"
@@ -19,7 +20,8 @@ func checkpointFields(c *sandbox.StoredCheckpoint) []any {
 		&c.Sum, timeColumn{&c.UploadedAt}}
 }
 
-// needed is true of the row of a checkpoint whose sandbox is not over or whose snapshot exists. %s is its name.
+// needed is a condition: the sandbox of a checkpoint is not over, or its snapshot exists. %[1]s is the checkpoint's
+// name.
 const needed = `(EXISTS (SELECT 1 FROM sandboxes s WHERE s.id = %[1]s AND s.ended_at IS NULL)
 	OR EXISTS (SELECT 1 FROM snapshots p WHERE p.id = %[1]s))`
 
@@ -31,6 +33,7 @@ func noCheckpoint(name string) error {
 // BeginCheckpoint implements [sandbox.CheckpointStore].
 func (db *DB) BeginCheckpoint(ctx context.Context, c sandbox.StoredCheckpoint) (begun sandbox.StoredCheckpoint,
 	err error) {
+	defer db.took("begin_checkpoint", time.Now())
 	err = db.write(ctx, func(tx *sql.Tx) error {
 		err := tx.QueryRowContext(ctx, "SELECT "+checkpointColumns+` FROM checkpoints
 			WHERE name = $1 AND node = $2 AND fence = $3 AND made_at = $4 AND uploaded_at IS NULL`,
@@ -64,6 +67,7 @@ func (db *DB) BeginCheckpoint(ctx context.Context, c sandbox.StoredCheckpoint) (
 
 // EndCheckpoint implements [sandbox.CheckpointStore].
 func (db *DB) EndCheckpoint(ctx context.Context, c sandbox.StoredCheckpoint) error {
+	defer db.took("end_checkpoint", time.Now())
 	err := db.write(ctx, func(tx *sql.Tx) error {
 		r, err := tx.ExecContext(ctx, `UPDATE checkpoints SET bytes = $1, sum = $2, uploaded_at = $3
 			WHERE name = $4 AND fence = $5 AND number = $6 AND node = $7`,
@@ -88,6 +92,7 @@ func (db *DB) EndCheckpoint(ctx context.Context, c sandbox.StoredCheckpoint) err
 
 // StoredCheckpoints implements [sandbox.CheckpointStore].
 func (db *DB) StoredCheckpoints(ctx context.Context) ([]sandbox.StoredCheckpoint, error) {
+	defer db.took("stored_checkpoints", time.Now())
 	rows, err := db.reader.QueryContext(ctx, "SELECT "+checkpointColumns+" FROM checkpoints ORDER BY name, fence, number")
 	if err != nil {
 		return nil, fmt.Errorf("listing the copies of checkpoints: %w", err)
@@ -109,6 +114,7 @@ func (db *DB) StoredCheckpoints(ctx context.Context) ([]sandbox.StoredCheckpoint
 
 // DropCheckpoints implements [sandbox.CheckpointStore].
 func (db *DB) DropCheckpoints(ctx context.Context) error {
+	defer db.took("drop_checkpoints", time.Now())
 	if err := db.write(ctx, func(tx *sql.Tx) error {
 		_, err := tx.ExecContext(ctx, "DELETE FROM checkpoints WHERE NOT "+fmt.Sprintf(needed, "checkpoints.name"))
 		return err

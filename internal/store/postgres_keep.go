@@ -13,8 +13,8 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// keeper keeps other servers of its node out, by a lock that its connection holds, and looks whether PostgreSQL still
-// answers. A lock that ends with its connection needs no clock, and goes with the process that has it.
+// keeper holds the lock of a node on a connection of its own, which keeps other servers of the node out, and probes
+// whether PostgreSQL still answers. A lock that ends with its connection needs no clock and ends with the process.
 type keeper struct {
 	d    *postgresDialect
 	node string
@@ -39,13 +39,13 @@ const (
 	// probeInterval is the time between two probes while no call waits for an answer. With a longer one, the loss
 	// of the lock is noticed later.
 	probeInterval = time.Second
-	// slowAnswer is the wait of a call from which on a probe finds out whether PostgreSQL answers at all. A call may
-	// wait for a lock or for the disk for long; a probe needs neither.
+	// slowAnswer is the time that a call waits before a probe finds out whether PostgreSQL answers at all. A call may wait
+	// long for a lock or for the disk; a probe needs neither.
 	slowAnswer = 400 * time.Millisecond
-	// silentTicks is the number of ticks without a byte from PostgreSQL, on any connection, after which a probe
-	// means that PostgreSQL is away: a second. Together with slowAnswer, calls on a connection that carries nothing
-	// any more fail within 2 s. With fewer, a busy machine looks as if its database were away. Ticks are counted, and
-	// not time, so that a server that was stopped itself looks again first.
+	// silentTicks is the number of ticks without a byte from PostgreSQL, on any connection, after which a probe means that
+	// PostgreSQL is away: a second. Together with slowAnswer, calls on a connection that carries nothing any more fail
+	// within 2 s. With fewer, a busy machine looks as if its database were away. The keeper counts ticks and not time, so
+	// that a server that was itself stopped for a while probes again first.
 	silentTicks = 5
 	// stuckTicks is the number of ticks after which a probe's own connection is given up although others answer: 10 s.
 	stuckTicks = 50
@@ -60,7 +60,7 @@ func (d *postgresDialect) keep(ctx context.Context, node string) (*keeper, error
 	k := &keeper{d: d, node: node}
 	ctx, cancel := context.WithTimeout(ctx, lockPatience)
 	defer cancel()
-	conn, err := k.connect(ctx)
+	conn, err := k.d.connect(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -89,11 +89,11 @@ func (d *postgresDialect) keep(ctx context.Context, node string) (*keeper, error
 	return k, nil
 }
 
-// connect returns a connection that is not of the pool, and that may be made while PostgreSQL is taken for away.
-func (k *keeper) connect(ctx context.Context) (*pgx.Conn, error) {
-	pool := k.d.pool.Config()
+// connect returns a connection outside the pool. It connects even while calls are refused because PostgreSQL is away.
+func (d *postgresDialect) connect(ctx context.Context) (*pgx.Conn, error) {
+	pool := d.pool.Config()
 	c := pool.ConnConfig.Copy()
-	c.DialFunc = k.d.lines.dial
+	c.DialFunc = d.lines.dial
 	for name, value := range deadClient {
 		c.RuntimeParams[name] = value
 	}
@@ -103,7 +103,7 @@ func (k *keeper) connect(ctx context.Context) (*pgx.Conn, error) {
 	return pgx.ConnectConfig(ctx, c)
 }
 
-// lock tries to take the lock, for as long as conn lives.
+// lock tries once to take the lock, which ends with conn.
 func (k *keeper) lock(ctx context.Context, conn *pgx.Conn) (held bool, err error) {
 	err = conn.QueryRow(ctx, "SELECT pg_try_advisory_lock($1::int, hashtext($2::text))", lockClassNode, k.node).Scan(&held)
 	return held, err
@@ -136,34 +136,44 @@ func (k *keeper) run(ctx context.Context, conn *pgx.Conn) {
 	}
 }
 
-// again takes the lock again. It returns nil if ctx has ended, or if another server of the node has started since,
-// which leaves the lock lost for good.
+// again tries until it has the lock again. It returns nil if ctx has ended, or if a newer server of the node has
+// started: then the lock stays lost.
 func (k *keeper) again(ctx context.Context) *pgx.Conn {
 	for ; ; sleep(ctx, lockRetry) {
 		if ctx.Err() != nil {
 			return nil
 		}
-		conn, err := k.connect(ctx)
+		conn, err := k.d.connect(ctx)
 		if err != nil {
 			continue
 		}
 		k.d.lines.join()
-		held, err := k.lock(ctx, conn)
-		newest := int64(-1)
-		if held {
-			err = conn.QueryRow(ctx, "SELECT COALESCE((SELECT fence FROM nodes WHERE id = $1), 0)", k.node).Scan(&newest)
-		}
+		held, newest, err := k.tryAgain(ctx, conn)
 		// The session is missing while the server starts. Restored records have a lower fence; see current.
 		s := k.d.db.session.Load()
 		superseded := s != nil && newest > s.Holder.Fence
 		if err == nil && held && !superseded {
 			return conn
 		}
-		_ = conn.Close(ctx) // it has nothing that is needed
+		closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), connectTimeout)
+		_ = conn.Close(closing) // it has nothing that is needed
+		cancel()
 		if superseded {
 			return nil
 		}
 	}
+}
+
+// tryAgain tries to take the lock, and returns the newest fence of the node if it has it. A database that does not
+// answer is an error after connectTimeout.
+func (k *keeper) tryAgain(ctx context.Context, conn *pgx.Conn) (held bool, newest int64, err error) {
+	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
+	defer cancel()
+	if held, err = k.lock(ctx, conn); err != nil || !held {
+		return held, -1, err
+	}
+	err = conn.QueryRow(ctx, "SELECT COALESCE((SELECT fence FROM nodes WHERE id = $1), 0)", k.node).Scan(&newest)
+	return held, newest, err
 }
 
 // sleep waits for a time, or until ctx ends.
@@ -196,7 +206,7 @@ func (k *keeper) watch(ctx context.Context, conn *pgx.Conn) (away bool) {
 
 var errSilent = errors.New("PostgreSQL does not answer")
 
-// probe returns nil if PostgreSQL answers on conn. Else it reports whether no other connection has an answer either.
+// probe returns nil if PostgreSQL answers on conn. Otherwise away reports whether all other connections are silent too.
 func (k *keeper) probe(ctx context.Context, conn *pgx.Conn, tick <-chan time.Time) (away bool, err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	answered := make(chan error, 1)

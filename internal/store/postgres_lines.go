@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// lines has the connections to PostgreSQL, below TLS and the protocol. It knows which of them wait for an answer, and
-// can end all of them when PostgreSQL is away, so that no call waits for a machine that does not answer.
+// lines tracks the network connections to PostgreSQL, below TLS and the protocol. It knows which of them wait for an
+// answer, and closes all of them when PostgreSQL is away, so that no call waits for a machine that does not answer.
 type lines struct {
 	heard atomic.Int64 // counts the reads that brought something, on all connections
 
@@ -33,7 +33,7 @@ type line struct {
 // errAway reports that PostgreSQL was found to be away.
 var errAway = errors.New("PostgreSQL does not answer")
 
-// dialGated connects unless PostgreSQL is away. It is for the connections of calls.
+// dialGated connects for a call. It fails at once while PostgreSQL is away.
 func (l *lines) dialGated(ctx context.Context, network, address string) (net.Conn, error) {
 	l.mu.Lock()
 	away := l.away
@@ -60,7 +60,7 @@ func (l *lines) dial(ctx context.Context, network, address string) (net.Conn, er
 	return added, nil
 }
 
-// waiting reports whether a connection waits for an answer for the time d.
+// waiting reports whether a connection has waited for an answer for longer than d.
 func (l *lines) waiting(d time.Duration) bool {
 	limit := time.Now().Add(-d).UnixNano()
 	l.mu.Lock()
@@ -87,7 +87,7 @@ func (l *lines) cut() {
 	}
 }
 
-// join lets new connections be made again.
+// join makes dialGated connect again.
 func (l *lines) join() {
 	l.mu.Lock()
 	defer l.mu.Unlock()

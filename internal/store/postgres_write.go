@@ -190,11 +190,15 @@ const aloneCheck = 2 * time.Second
 
 // alone holds a lock on a connection of its own. When the connection is lost, another server may take the lock.
 func (d *postgresDialect) alone(ctx context.Context, name string, f func(ctx context.Context) error) error {
-	conn, err := d.pool.Acquire(ctx)
+	conn, err := d.connect(ctx) // calls need those of the pool
 	if err != nil {
 		return fmt.Errorf("locking %s: %w", name, err)
 	}
-	defer conn.Release()
+	defer func() { // which gives back the lock
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), aloneCheck)
+		defer cancel()
+		_ = conn.Close(ctx) // it has nothing that is needed
+	}()
 	var got bool
 	if err := conn.QueryRow(ctx, "SELECT pg_try_advisory_lock($1::int, hashtext($2::text))", lockClassAlone, name).
 		Scan(&got); err != nil {
@@ -210,7 +214,10 @@ func (d *postgresDialect) alone(ctx context.Context, name string, f func(ctx con
 		for holding.Err() == nil {
 			select {
 			case <-time.After(aloneCheck):
-				if err := conn.Ping(holding); err != nil {
+				ping, cancel := context.WithTimeout(holding, connectTimeout)
+				err := conn.Ping(ping)
+				cancel()
+				if err != nil {
 					stop(fmt.Errorf("holding the lock of %s: %w", name, err))
 				}
 			case <-holding.Done():
@@ -220,11 +227,6 @@ func (d *postgresDialect) alone(ctx context.Context, name string, f func(ctx con
 	err = f(holding)
 	stop(nil)
 	<-watched
-	// A connection whose lock cannot be given back must not go on in the pool.
-	if _, unlock := conn.Exec(context.WithoutCancel(ctx), "SELECT pg_advisory_unlock($1::int, hashtext($2::text))",
-		lockClassAlone, name); unlock != nil {
-		err = errors.Join(err, conn.Conn().Close(context.WithoutCancel(ctx)))
-	}
 	return err
 }
 

@@ -11,18 +11,18 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// Session names a server that works with the records: one of a node, in a cluster.
+// Session identifies a server that works with the records, by its node and fence, and the records that it works with.
 type Session struct {
 	Holder sandbox.Holder // the node, and the server's fence
-	// Cluster names the records, for good. Generation counts the restored states that were accepted, from 1 on.
-	// A server writes only to the generation with which it started.
+	// Cluster identifies the records and never changes. Generation starts at 1 and rises with each accepted restore. A
+	// server writes only to the generation with which it started.
 	Cluster    string
 	Generation int64
 }
 
-// StartSession makes db write as the newest server of a node. It takes over the rows of the node, so that a server
-// before, if it still runs somewhere, cannot write any more. It must be called once, before the node's rows are read.
-// A DB without a session, as in migrations and tests of this package, writes rows of no node.
+// StartSession makes db write as the newest server of a node. It takes over the rows of the node, so that an earlier
+// server of the node that still runs somewhere can no longer write. Call it once, before reading the node's rows. A DB
+// without a session, as in migrations and tests of this package, writes rows that belong to no node.
 func (db *DB) StartSession(ctx context.Context, node string, acceptRestore bool) (Session, error) {
 	s, err := db.startSession(ctx, node, acceptRestore)
 	if err != nil {
@@ -79,19 +79,19 @@ func (db *DB) holder() sandbox.Holder {
 	return sandbox.Holder{}
 }
 
-// mine returns the end of a condition that is true of the rows that db may write. A row whose fence is lower was
-// inserted by a server before, while this one took over.
+// mine returns a condition, to append to a WHERE clause, that is true of the rows that db may write. An earlier server
+// inserted a row with a lower fence while this one took over.
 func (db *DB) mine(p *params) string {
 	me := db.holder()
 	return " AND node_id = " + p.add(me.Node) + " AND fence <= " + p.add(me.Fence)
 }
 
-// holds returns an error if db may not write the row of a holder. The error must not look as if there were no row:
-// callers remove what has none.
+// holds returns an error if db may not write a row with the holder h. The error is never NotFound, since callers remove
+// a sandbox that has no row.
 func (db *DB) holds(h sandbox.Holder) error {
 	switch me := db.holder(); {
 	case h.Node != me.Node:
-		return fault.New(fault.Unavailable, fault.CodeNotReady, "it belongs to another node than this server's")
+		return fault.New(fault.Unavailable, fault.CodeNotReady, "it belongs to another node than this server")
 	case h.Fence > me.Fence:
 		return errSuperseded
 	}
@@ -100,10 +100,10 @@ func (db *DB) holds(h sandbox.Holder) error {
 
 // errSuperseded reports that another server of the same node has started since.
 var errSuperseded = fault.New(fault.Unavailable, fault.CodeNotReady,
-	"another server has taken over the records of this one, and this one can write no more: end one of the two")
+	"another server has taken over the records of this one, and this one can no longer write: end one of the two")
 
-// heldSandbox reads a sandbox that a write did not find in the state that it needs, and returns an error if db may not
-// write it at all.
+// heldSandbox reads a sandbox after a conditional write has changed no row. It returns an error if db may not write the
+// row at all.
 func (db *DB) heldSandbox(ctx context.Context, tx *sql.Tx, id sandbox.ID) (sandbox.Sandbox, error) {
 	s, err := getSandbox(ctx, tx, id)
 	if err == nil {

@@ -71,9 +71,9 @@ type dialect interface {
 	// forUpdate returns the end of a SELECT that locks the rows that it reads until the transaction
 	// has ended.
 	forUpdate() string
-	// lockOrg waits until no other transaction has locked the organization, and locks it until tx has
-	// ended. A transaction that also locks the row of a sandbox locks that row first. It begins in the
-	// organization's turn, so that of this process at most one waits here with its connection.
+	// lockOrg waits until no other transaction has locked the organization, and locks it until tx has ended. A transaction
+	// that also locks the row of a sandbox locks that row first. The caller is in the organization's turn, so that at most
+	// one transaction of this process waits here with its connection.
 	lockOrg(ctx context.Context, tx *sql.Tx, org string) error
 	// alone does what [DB.Alone] promises.
 	alone(ctx context.Context, name string, f func(ctx context.Context) error) error
@@ -87,8 +87,8 @@ type dialect interface {
 	// written learns of the end of a transaction that wrote events of organizations, and calls woken
 	// when these can be read.
 	written(orgs []string)
-	// now returns an expression for the present time, for times that several machines compare: that of the database if it
-	// is one for several, and else the process's.
+	// now returns an SQL expression for the present time, for times that several machines compare: the time of the
+	// database if several machines can share it, and otherwise the process's time.
 	now(p *params, process time.Time) string
 	// setActivity writes the last activity of sandboxes that are not over, unless a later one is stored.
 	setActivity(ctx context.Context, tx *sql.Tx, last map[sandbox.ID]time.Time) error

@@ -8,10 +8,10 @@ import (
 	"golang.org/x/sync/semaphore"
 )
 
-// turns lets one call at a time of each organization wait for the database. Transactions that count an
-// organization's rows run one after the other anyway; without turns, those of one organization that
-// makes many calls would stand in SQLite's only queue before those of others, or hold all connections
-// to PostgreSQL while they wait for its lock.
+// turns lets only one call of each organization at a time wait for the database. Transactions that count an
+// organization's rows run one after the other anyway. Without turns, those of an organization that makes many calls
+// would go before all others in SQLite's only queue, or hold all connections to PostgreSQL while they wait for the
+// organization's lock.
 type turns struct {
 	mu sync.Mutex
 	// +checklocks:mu

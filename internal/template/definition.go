@@ -41,7 +41,7 @@ type Definition struct {
 	// Instead names the template to use for an image of the Dockerfile whose registry does not answer.
 	Instead map[string]string `toml:"-" json:"instead,omitempty"`
 	Tags    []string          `toml:"-" json:"tags,omitempty"` // of the version that is built
-	// TagsOnly gives the version nothing but the tags: sandboxes that name no tag are made of the one before.
+	// TagsOnly makes the build give its version only the tags: creates that name no tag use the version from before.
 	TagsOnly bool `toml:"-" json:"tags_only,omitempty"`
 
 	Require []string  `toml:"require" json:"require,omitempty"` // programs that must be there
@@ -176,8 +176,8 @@ func absolute(p string) error {
 	return nil
 }
 
-// inputs returns the hash of everything that a template is made from. Another definition or
-// context has another hash, but for the tags, which name what is made.
+// inputs returns the hash of everything that a template is made from. A different definition or context has a different
+// hash. Tags do not count, since they only name the result.
 func (d Definition) inputs(context string) string {
 	d.Tags, d.TagsOnly = nil, false
 	return digest(d, context)

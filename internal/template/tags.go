@@ -135,11 +135,10 @@ func (s *Service) own(ctx context.Context, c Caller, nameOrID string) (Template,
 	return t, err
 }
 
-// Tag gives tags to a version of a template: the one that from names, see Find. It
-// returns the ID of the build that gave the version. [DefaultTag] makes it the default version.
-// Errors: Invalid in field "tags"; NotFound, code
-// "template_not_found"; Conflict, code "template_not_ready"; Exhausted, code "quota_exceeded"; Denied
-// for a built-in template.
+// Tag gives tags to the version of a template that from names (see [Template.Find]). It returns the ID of the build
+// that made the version. The tag [DefaultTag] makes it the default version. Errors: Invalid in field "tags"; NotFound,
+// code "template_not_found"; Conflict, code "template_not_ready"; Exhausted, code "quota_exceeded"; Denied for a
+// built-in template.
 func (s *Service) Tag(ctx context.Context, c Caller, nameOrID, from string, names []string) (buildID string,
 	err error) {
 	if err := checkTags(names); err != nil {
@@ -256,7 +255,7 @@ func (s *Service) tagReady(ctx context.Context, t Template, names []string) (Tem
 		return t, nil
 	}
 	return s.store.UpdateTemplate(ctx, t.ID, nil, func(row *Template) error {
-		if row.BuildID != t.BuildID {
+		if row.BuildID != t.BuildID || row.Version != t.Version {
 			return errSettled
 		}
 		row.tag(slices.Clone(names))

@@ -302,6 +302,35 @@ func TestTagIsNotRepairedByOtherInputs(t *testing.T) {
 	})
 }
 
+// TestPromotedVersionIsNotRepairedByOtherInputs loses the image of a version that a tag made the
+// default. The kept inputs are those of the version that was rolled back.
+func TestPromotedVersionIsNotRepairedByOtherInputs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := life(t, newMemory(), newBuilder())
+		h.builder.made = func(d Definition) string { return "image of " + d.Image }
+		h.create(t, me, of("app", "a"))
+		h.wantBuilt(t, "app")
+		if _, err := h.Tag(t.Context(), me, "app", "", []string{"stable"}); err != nil {
+			t.Fatal(err)
+		}
+		h.rebuild(t, "app", new(of("", "b")))
+		h.wantBuilt(t, "app")
+		if _, err := h.Tag(t.Context(), me, "app", "stable", []string{DefaultTag}); err != nil {
+			t.Fatal(err)
+		}
+		image := h.get(t, "app").Image
+		if image != "image of a" {
+			t.Fatalf("the default is %q", image)
+		}
+		h.builder.lose(image)
+		h.Recheck(image)
+		synctest.Wait()
+		if got := h.get(t, "app"); got.Status != Failed || got.Image == "image of b" {
+			t.Errorf("the template is %s with %q", got.Status, got.Image)
+		}
+	})
+}
+
 // TestSharedRunBuildsWhatWasAskedFor checks that a run of two templates does not build, in the name of
 // both, what one of them was changed to at the moment when the run begins.
 func TestSharedRunBuildsWhatWasAskedFor(t *testing.T) {

@@ -93,7 +93,7 @@ type Credentials struct {
 	Registry string // host and port; "" is the registry of the definition's image
 	Username string
 	Password string
-	// AWSRegion makes the two an access key of AWS and its secret; the region is that of the registry.
+	// AWSRegion, if set, makes Username and Password an access key of AWS and its secret, for the registry in the region.
 	AWSRegion string
 }
 

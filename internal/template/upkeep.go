@@ -79,9 +79,14 @@ func (s *Service) rebuildGone(ctx context.Context, t Template, image string) err
 	}
 	id, newest := newID("bld_"), t.BuildID
 	next, change := &b, func(t *Template) { t.begin(id) }
-	if b.Definition.TagsOnly && t.Inputs != b.Definition.inputs(b.Context) {
+	// A default that a tag was promoted to has no inputs.
+	if kept := b.Definition.inputs(b.Context); t.Inputs != kept && (b.Definition.TagsOnly || t.Inputs == "") {
+		other := "another version"
+		if len(b.Definition.Tags) > 0 {
+			other += ", with the tags " + strings.Join(b.Definition.Tags, ", ")
+		}
 		why := &BuildError{ExitCode: -1, Message: "its image is gone, and the newest build, whose inputs are kept, gave " +
-			"another version, with the tags " + strings.Join(b.Definition.Tags, ", ") + ": build it again"}
+			other + ": build it again"}
 		next, change = nil, func(t *Template) { t.end(Failed, why) }
 	}
 	b.Refresh, b.Private, b.Definition.Tags, b.Definition.TagsOnly = false, false, nil, false

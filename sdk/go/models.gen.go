@@ -371,9 +371,9 @@ type DebianSource struct {
 	Suite *string `json:"suite,omitempty"`
 }
 
-// Durable describes where the saved state is: on the machine alone (`node`), whose loss loses it, or in the server's bucket too
-// (`cluster`). It becomes `cluster` when the upload in the background is done; without a bucket it stays `node`.
-// Absent while a sandbox runs.
+// Durable describes where the saved state is: only on the machine (`node`), so it is lost if the machine is, or also in the server's
+// bucket (`cluster`). The server uploads it in the background and then changes `node` to `cluster`; without a bucket
+// it stays `node`. Absent while a sandbox runs.
 type Durable string
 
 // Egress describes what a sandbox may reach on the network. Under `deny_all` it may reach addresses and names that `allow_cidrs` or
@@ -1241,9 +1241,9 @@ type Sandbox struct {
 	// The space that the sandbox may write, in MiB.
 	DiskMB int `json:"disk_mb"`
 
-	// Where the saved state is: on the machine alone (`node`), whose loss loses it, or in the server's bucket too
-	// (`cluster`). It becomes `cluster` when the upload in the background is done; without a bucket it stays `node`.
-	// Absent while a sandbox runs.
+	// Where the saved state is: only on the machine (`node`), so it is lost if the machine is, or also in the server's
+	// bucket (`cluster`). The server uploads it in the background and then changes `node` to `cluster`; without a bucket
+	// it stays `node`. Absent while a sandbox runs.
 	Durable *Durable `json:"durable,omitempty"`
 
 	// What a sandbox may reach on the network. Under `deny_all` it may reach addresses and names that `allow_cidrs` or
@@ -1274,7 +1274,7 @@ type Sandbox struct {
 	// Persistent only: when the sandbox was last used.
 	LastActivityAt *time.Time `json:"last_activity_at,omitempty"`
 
-	// `true` if the checkpoint has memory, processes and files, `false` if it has the files alone. Absent while the sandbox runs.
+	// `true` if the checkpoint has memory, processes and files, `false` if it has only the files. Absent while the sandbox runs.
 	MemoryKept *bool `json:"memory_kept,omitempty"`
 
 	// Memory in MiB.
@@ -1399,9 +1399,9 @@ type Snapshot struct {
 	// The space that these sandboxes may write, in MiB.
 	DiskMB int `json:"disk_mb"`
 
-	// Where the saved state is: on the machine alone (`node`), whose loss loses it, or in the server's bucket too
-	// (`cluster`). It becomes `cluster` when the upload in the background is done; without a bucket it stays `node`.
-	// Absent while a sandbox runs.
+	// Where the saved state is: only on the machine (`node`), so it is lost if the machine is, or also in the server's
+	// bucket (`cluster`). The server uploads it in the background and then changes `node` to `cluster`; without a bucket
+	// it stays `node`. Absent while a sandbox runs.
 	Durable *Durable `json:"durable,omitempty"`
 
 	// What a sandbox may reach on the network. Under `deny_all` it may reach addresses and names that `allow_cidrs` or
@@ -1420,7 +1420,7 @@ type Snapshot struct {
 	// Example: snap_abcdefghijklmnopqrst
 	ID string `json:"id"`
 
-	// `true` if the snapshot has memory, processes and files, `false` if it has the files alone, because it was taken of a sandbox that was suspended without its memory. Sandboxes that are created from files alone are booted.
+	// `true` if the snapshot has memory, processes and files, `false` if it has only the files, because it was taken of a sandbox that was suspended without its memory. Sandboxes that are created from only files are booted.
 	Memory bool `json:"memory"`
 
 	// Memory of these sandboxes, in MiB.

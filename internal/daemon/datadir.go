@@ -36,8 +36,8 @@ func checkDataDir(dir string) Finding {
 	free := int64(st.Bavail) * st.Bsize
 	switch {
 	case st.Flags&unix.ST_NOEXEC != 0:
-		f.Detail = dir + " is on a file system that is mounted with noexec, and cay starts programs there"
-		f.Fix = "mount it without noexec, or set data_dir to a directory of another one"
+		f.Detail = dir + " is on a file system that is mounted with noexec, but cay starts programs from there"
+		f.Fix = "mount it without noexec, or set data_dir to a directory on another file system"
 	case st.Flags&unix.ST_RDONLY != 0:
 		f.Detail, f.Fix = dir+" is on a file system that is mounted read-only", "mount it read-write, or set data_dir"
 	case st.Type == unix.TMPFS_MAGIC || st.Type == unix.RAMFS_MAGIC:
@@ -50,8 +50,8 @@ func checkDataDir(dir string) Finding {
 	return f
 }
 
-// checkSELinux reports whether SELinux refuses what no policy allows. cay has no policy of its own. Below root is the
-// tree that the kernel's files are read from, "/" but for tests.
+// checkSELinux reports whether SELinux is enforcing: cay has no policy for it. root is the directory below which the
+// kernel's files are read; only tests pass another one than "/".
 func checkSELinux(root string) Finding {
 	f := Finding{Check: "SELinux", OK: true, Detail: "off"}
 	mode, err := os.ReadFile(filepath.Join(root, "sys/fs/selinux/enforce"))
@@ -60,7 +60,7 @@ func checkSELinux(root string) Finding {
 	case err != nil:
 		f.OK, f.Detail = false, err.Error()
 	case strings.TrimSpace(string(mode)) == "0":
-		f.Detail = "permissive: it records what it would refuse, and refuses nothing"
+		f.Detail = "permissive: it logs violations and refuses nothing"
 	default:
 		f.OK, f.Detail = false, "enforcing: cay has no policy for it and was never run with it"
 		f.Fix = "setenforce 0, and SELINUX=permissive in /etc/selinux/config for the next starts"
