@@ -40,7 +40,8 @@ func isAway(err error) bool {
 		// 08: the connection failed. 53300: it has no room for another one. 57P01 to 57P03: it stops or starts.
 		return strings.HasPrefix(code, "08") || code == "53300" || strings.HasPrefix(code, "57P0")
 	}
-	return errors.As(err, &broken) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) ||
+	// SafeToRetry is true for a connection that was closed before it was used.
+	return pgconn.SafeToRetry(err) || errors.As(err, &broken) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) ||
 		errors.Is(err, net.ErrClosed) || errors.Is(err, driver.ErrBadConn)
 }
 

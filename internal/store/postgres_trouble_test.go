@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
+
 	"github.com/cayhq/cay/internal/caytest"
 	"github.com/cayhq/cay/internal/event"
 	"github.com/cayhq/cay/internal/fault"
@@ -482,6 +484,21 @@ func TestPostgresAway(t *testing.T) {
 	cancel()
 	if _, err := db.Get(canceled, s.ID); !errors.Is(err, context.Canceled) || fault.As(err) != nil {
 		t.Errorf("a canceled call: %v", err)
+	}
+}
+
+// TestPostgresClosedConnection uses a connection that a cut of the network has closed meanwhile.
+func TestPostgresClosedConnection(t *testing.T) {
+	conn, err := pgx.Connect(t.Context(), newDatabase(t, true))
+	if err == nil {
+		err = conn.Close(t.Context())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = conn.Exec(t.Context(), "SELECT 1")
+	if got := away(t.Context(), err); !fault.Is(got, fault.Unavailable) {
+		t.Errorf("the database is not away: %v", got)
 	}
 }
 
