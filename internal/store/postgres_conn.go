@@ -41,8 +41,8 @@ func isAway(err error) bool {
 		return strings.HasPrefix(code, "08") || code == "53300" || strings.HasPrefix(code, "57P0")
 	}
 	// SafeToRetry is true for a connection that was closed before it was used.
-	return pgconn.SafeToRetry(err) || errors.As(err, &broken) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) ||
-		errors.Is(err, net.ErrClosed) || errors.Is(err, driver.ErrBadConn)
+	return pgconn.SafeToRetry(err) || errors.As(err, &broken) || errors.Is(err, io.EOF) ||
+		errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, net.ErrClosed) || errors.Is(err, driver.ErrBadConn)
 }
 
 // connector makes connections to PostgreSQL.
