@@ -107,12 +107,8 @@ func postgresConfig(s config.Store) store.PostgresConfig {
 // directory, and returns made true then.
 func ownInstance(dataDir string) (instance string, made bool, err error) {
 	path := filepath.Join(dataDir, instanceFile)
-	text, err := os.ReadFile(path)
-	if err == nil {
-		return strings.TrimSpace(string(text)), false, nil
-	}
-	if !errors.Is(err, fs.ErrNotExist) {
-		return "", false, fmt.Errorf("reading the server instance: %w", err)
+	if instance, err = readID(path); !errors.Is(err, fs.ErrNotExist) {
+		return instance, false, err
 	}
 	if _, err := os.Stat(filepath.Join(dataDir, databaseFile)); err == nil {
 		return "", false, fmt.Errorf("the records of %s are in its %s: unset store.url, or use a new data directory", dataDir,
@@ -129,15 +125,21 @@ const directoryFile = "directory-id"
 // directoryID returns the id of a data directory, and makes it the first time.
 func directoryID(dataDir string) (string, error) {
 	path := filepath.Join(dataDir, directoryFile)
-	text, err := os.ReadFile(path)
-	if err == nil {
-		return strings.TrimSpace(string(text)), nil
-	}
+	id, err := readID(path)
 	if !errors.Is(err, fs.ErrNotExist) {
-		return "", fmt.Errorf("reading the id of the data directory: %w", err)
+		return id, err
 	}
-	id := rand.Text()
+	id = rand.Text()
 	return id, writeID(path, id)
+}
+
+// readID returns what [writeID] wrote, or an error that is [fs.ErrNotExist] if there is no file.
+func readID(path string) (string, error) {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return "", fmt.Errorf("reading an id of the data directory: %w", err)
+	}
+	return strings.TrimSpace(string(text)), nil
 }
 
 // writeID writes the file of a server instance or of the id of a data directory, whole or not at all. Without the file
@@ -152,8 +154,8 @@ func writeID(path, id string) error {
 // instanceOf returns the server instance of a data directory, "" if no server was ever started there. It needs no
 // PostgreSQL.
 func instanceOf(ctx context.Context, dataDir string) (string, error) {
-	if text, err := os.ReadFile(filepath.Join(dataDir, instanceFile)); err == nil {
-		return strings.TrimSpace(string(text)), nil
+	if instance, err := readID(filepath.Join(dataDir, instanceFile)); err == nil {
+		return instance, nil
 	}
 	path := filepath.Join(dataDir, databaseFile)
 	if _, err := os.Stat(path); err != nil {

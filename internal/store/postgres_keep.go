@@ -65,7 +65,7 @@ func (d *postgresDialect) keep(ctx context.Context, node string) (*keeper, error
 		return nil, err
 	}
 	for {
-		held, err := k.lock(ctx, conn)
+		held, err := tryLock(ctx, conn, lockClassNode, k.node)
 		if held {
 			break
 		}
@@ -76,7 +76,7 @@ func (d *postgresDialect) keep(ctx context.Context, node string) (*keeper, error
 			case <-ctx.Done():
 			}
 		}
-		_ = conn.Close(context.WithoutCancel(ctx)) // it has nothing that is needed
+		closeSoon(ctx, conn)
 		if err != nil && ctx.Err() == nil {
 			return nil, fmt.Errorf("locking the records of the node: %w", err)
 		}
@@ -103,10 +103,18 @@ func (d *postgresDialect) connect(ctx context.Context) (*pgx.Conn, error) {
 	return pgx.ConnectConfig(ctx, c)
 }
 
-// lock tries once to take the lock, which ends with conn.
-func (k *keeper) lock(ctx context.Context, conn *pgx.Conn) (held bool, err error) {
-	err = conn.QueryRow(ctx, "SELECT pg_try_advisory_lock($1::int, hashtext($2::text))", lockClassNode, k.node).Scan(&held)
+// tryLock tries once to take an advisory lock, which ends with conn.
+func tryLock(ctx context.Context, conn *pgx.Conn, class int, name string) (held bool, err error) {
+	err = conn.QueryRow(ctx, "SELECT pg_try_advisory_lock($1::int, hashtext($2::text))", class, name).Scan(&held)
 	return held, err
+}
+
+// closeSoon closes a connection, and with it ends its locks, also after ctx has ended. It cuts a connection that cannot
+// be closed in order within connectTimeout.
+func closeSoon(ctx context.Context, conn *pgx.Conn) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), connectTimeout)
+	defer cancel()
+	_ = conn.Close(ctx) // nothing that is needed is lost
 }
 
 // end gives the lock back.
@@ -119,9 +127,7 @@ func (k *keeper) end() {
 func (k *keeper) run(ctx context.Context, conn *pgx.Conn) {
 	for {
 		away := k.watch(ctx, conn)
-		closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), connectTimeout)
-		_ = conn.Close(closing) // a connection that cannot be closed in order is cut
-		cancel()
+		closeSoon(ctx, conn)
 		if ctx.Err() != nil {
 			return
 		}
@@ -155,9 +161,7 @@ func (k *keeper) again(ctx context.Context) *pgx.Conn {
 		if err == nil && held && !superseded {
 			return conn
 		}
-		closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), connectTimeout)
-		_ = conn.Close(closing) // it has nothing that is needed
-		cancel()
+		closeSoon(ctx, conn)
 		if superseded {
 			return nil
 		}
@@ -169,7 +173,7 @@ func (k *keeper) again(ctx context.Context) *pgx.Conn {
 func (k *keeper) tryAgain(ctx context.Context, conn *pgx.Conn) (held bool, newest int64, err error) {
 	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
 	defer cancel()
-	if held, err = k.lock(ctx, conn); err != nil || !held {
+	if held, err = tryLock(ctx, conn, lockClassNode, k.node); err != nil || !held {
 		return held, -1, err
 	}
 	err = conn.QueryRow(ctx, "SELECT COALESCE((SELECT fence FROM nodes WHERE id = $1), 0)", k.node).Scan(&newest)

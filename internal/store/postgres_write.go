@@ -194,17 +194,12 @@ func (d *postgresDialect) alone(ctx context.Context, name string, f func(ctx con
 	if err != nil {
 		return fmt.Errorf("locking %s: %w", name, err)
 	}
-	defer func() { // which gives back the lock
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), aloneCheck)
-		defer cancel()
-		_ = conn.Close(ctx) // it has nothing that is needed
-	}()
-	var got bool
-	if err := conn.QueryRow(ctx, "SELECT pg_try_advisory_lock($1::int, hashtext($2::text))", lockClassAlone, name).
-		Scan(&got); err != nil {
+	defer closeSoon(ctx, conn)
+	held, err := tryLock(ctx, conn, lockClassAlone, name)
+	if err != nil {
 		return fmt.Errorf("locking %s: %w", name, err)
 	}
-	if !got {
+	if !held {
 		return nil
 	}
 	holding, stop := context.WithCancelCause(ctx)
