@@ -78,7 +78,15 @@ func (s *server) runE2BCommandLine(t *testing.T, key string) {
 		"id -un; pwd; echo $A; exit 3"); !strings.Contains(out, "root\n/tmp\nb\n") {
 		t.Errorf("e2b sandbox exec: %s", out)
 	}
-	e2b(0, `"memTotal":`, "sandbox metrics --format json "+id)
+	for deadline := time.Now().Add(patience); ; time.Sleep(200 * time.Millisecond) { // until the first sample
+		out := run(0, "", node, program, "sandbox", "metrics", "--format", "json", id)
+		if strings.Contains(out, `"memTotal":`) {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("e2b sandbox metrics: %s", out)
+		}
+	}
 	e2b(0, `"sandbox running"`, "sandbox logs --format json "+id)
 	// A terminal of the host's own, since the program sets its mode.
 	terminal := run(0, "echo $((6*7)); exit\n", "script", "-qec",

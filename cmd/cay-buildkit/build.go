@@ -54,6 +54,7 @@ func noRegistry(string) ([]docker.RegistryHost, error) {
 type build struct {
 	engine  *engine
 	disk    *disk
+	use     *diskUse
 	conn    *wire.Conn
 	request *wire.Build
 	layouts layouts
@@ -116,6 +117,9 @@ func (b *build) run(ctx context.Context,
 	select {
 	case <-followed:
 	case <-time.After(lastEvents): // a solve that ended at once may never have been seen
+	}
+	if err == nil && b.disk.overran(b.use) {
+		err = b.disk.exceeded()
 	}
 	if err != nil {
 		return "", nil, b.explain(ctx, err, progress)

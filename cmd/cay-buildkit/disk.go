@@ -51,6 +51,7 @@ type disk struct {
 type diskUse struct {
 	stop  context.CancelCauseFunc // nil for a build that the kernel stops with ENOSPC
 	lent  bool                    // whether it has been lent diskSlack
+	alone bool                    // whether no other build ran when it was lent
 	build bool
 }
 
@@ -168,10 +169,18 @@ func (d *disk) lend() {
 	defer d.mu.Unlock()
 	for use := range d.running {
 		if use.build && !use.lent {
-			use.lent = true
+			use.lent, use.alone = true, d.builds() == 1
 			_ = d.leave(diskSlack) // otherwise it is tidied up later
 		}
 	}
+}
+
+// overran reports whether a build wrote more than it may and got as far as it did only with what it
+// was lent. Of several builds that shared the disk nobody can say which one filled it.
+func (d *disk) overran(use *diskUse) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return use.lent && use.alone
 }
 
 // fitrim is Linux's FITRIM, _IOWR('X', 121, struct fstrim_range).

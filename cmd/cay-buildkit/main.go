@@ -218,7 +218,7 @@ func (d *daemon) build(ctx context.Context, conn *wire.Conn, r *wire.Build, done
 		return err
 	}
 	defer func() { err = errors.Join(err, d.disk.end(use)) }()
-	b := &build{engine: d.engine, disk: d.disk, conn: conn, request: r, bases: map[string]*given{},
+	b := &build{engine: d.engine, disk: d.disk, use: use, conn: conn, request: r, bases: map[string]*given{},
 		places: map[string]place{}}
 	done.Manifest, done.Descriptor, err = b.run(ctx, cancel)
 	return err

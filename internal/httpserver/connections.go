@@ -86,7 +86,9 @@ func (c *connections) bound(srv *http.Server) {
 	srv.ConnContext = func(ctx context.Context, conn net.Conn) context.Context {
 		c.mu.Lock()
 		defer c.mu.Unlock()
-		return context.WithValue(ctx, connectionKey{}, c.ofLocked(conn))
+		one := &connection{of: c, conn: conn, state: http.StateNew}
+		c.all[conn] = one
+		return context.WithValue(ctx, connectionKey{}, one)
 	}
 	srv.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		conn := r.Context().Value(connectionKey{}).(*connection)
@@ -123,18 +125,16 @@ func (b *touchedBody) Read(p []byte) (int, error) {
 	return b.ReadCloser.Read(p)
 }
 
-// +checklocks:c.mu
-func (c *connections) ofLocked(conn net.Conn) *connection {
-	if c.all[conn] == nil {
-		c.all[conn] = &connection{of: c, conn: conn, state: http.StateNew}
-	}
-	return c.all[conn]
-}
-
 // changed takes note of the new state of a connection; net/http calls it.
 func (c *connections) changed(conn net.Conn, state http.ConnState) {
 	c.mu.Lock()
-	one := c.ofLocked(conn)
+	one := c.all[conn]
+	if one == nil {
+		// It was closed as surplus while its first bytes were read. Counting it again would close
+		// another connection in its place.
+		c.mu.Unlock()
+		return
+	}
 	one.state = state
 	switch state {
 	case http.StateClosed:

@@ -50,8 +50,8 @@ func TestKeysOfAWS(t *testing.T) {
 	for _, c := range []struct{ name, answer, want string }{
 		{"no JSON", "<html>", "no token"},
 		{"no token", `{"authorizationData":[]}`, "no token"},
-		{"not in base64", `{"authorizationData":[{"authorizationToken":"%"}]}`, "not a name and a password"},
-		{"no password", token("AWS"), "not a name and a password"},
+		{"not in base64", `{"authorizationData":[{"authorizationToken":"%"}]}`, "not NAME:PASSWORD in base64"},
+		{"no password", token("AWS"), "not NAME:PASSWORD in base64"},
 		{"more than a token may have", `{"a":"` + strings.Repeat("x", maxToken) + `"}`, "no token"},
 		{"a password that the registry does not take", token("AWS:other"), "asking the registry"},
 	} {
