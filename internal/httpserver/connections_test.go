@@ -224,3 +224,21 @@ func TestRestOfBodyIsBounded(t *testing.T) {
 		time.Sleep(60 * time.Millisecond) // longer than the server reads the rest of a body
 	}
 }
+
+// TestClosedConnectionIsNotCounted reads the first bytes of a connection just after it was closed as
+// surplus. No other connection is closed in its place.
+func TestClosedConnectionIsNotCounted(t *testing.T) {
+	c := newConnections(0)
+	c.most = 1
+	srv := &http.Server{}
+	c.bound(srv)
+	first, second := net.Conn(&net.TCPConn{}), net.Conn(&net.UnixConn{}) // Close returns an error, which is ignored
+	for _, conn := range []net.Conn{first, second} {
+		srv.ConnContext(t.Context(), conn)
+		srv.ConnState(conn, http.StateNew)
+	}
+	srv.ConnState(first, http.StateActive)
+	if len(c.all) != 1 || c.all[second] == nil {
+		t.Errorf("the connections are %v, want the second one alone", c.all)
+	}
+}
