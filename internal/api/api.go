@@ -106,7 +106,7 @@ type Agent interface {
 	Processes
 }
 
-// Config configures the API. All fields but Ready, Stored, Names, Stopping, Hijacked and
+// Config configures the API. All fields but Expect, Ready, Stored, Names, Stopping, Hijacked and
 // Budget are required.
 type Config struct {
 	Sandboxes Sandboxes
@@ -118,6 +118,9 @@ type Config struct {
 	Names     portproxy.Names // host names of ports; the zero value has none
 	Signer    portproxy.Signer
 
+	// Expect returns a context for a call that will read the sandbox after its key, so that the store can read both at
+	// once. A nil Expect returns the context as it is.
+	Expect func(ctx context.Context, id sandbox.ID) context.Context
 	// Ready reports why no sandbox can be created; a nil Ready, or a nil error, means that sandboxes
 	// can be created. Callers are shown the text of a fault; any other error is only logged.
 	Ready func() error

@@ -12,6 +12,7 @@ import (
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/httpserver"
+	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/trace"
 )
 
@@ -97,6 +98,9 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request) {
 		_, c.Route, _ = strings.Cut(pattern, " ")
 		c.timed = route.timed
 	}
+	if id, ok := sandboxIn(r.URL.Path); ok && known {
+		r = s.expecting(r, id)
+	}
 	if !known || !route.open {
 		if err := s.admit(r, route.scope); err != nil {
 			s.fail(w, r, err)
@@ -112,6 +116,21 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	s.mux.ServeHTTP(w, r)
+}
+
+// sandboxIn returns the sandbox that a path names.
+func sandboxIn(path string) (sandbox.ID, bool) {
+	rest, ok := strings.CutPrefix(path, "/v1/sandboxes/")
+	id, _, _ := strings.Cut(rest, "/")
+	return sandbox.ID(id), ok && sandbox.ID(id).Valid()
+}
+
+// expecting returns the request of a call that will read a sandbox after its key.
+func (s *server) expecting(r *http.Request, id sandbox.ID) *http.Request {
+	if s.Expect == nil {
+		return r
+	}
+	return r.WithContext(s.Expect(r.Context(), id))
 }
 
 // admit authenticates the caller and checks that the key has the scope.

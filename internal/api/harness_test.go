@@ -104,7 +104,7 @@ func newTestServer(t testing.TB, options ...option) *testServer {
 		Ports: ports, Signer: portproxy.NewSigner("secret"),
 		Agent: h.agent, Templates: templates, Log: log, Version: "test", Registry: registry,
 		Metrics: promhttp.HandlerFor(registry, promhttp.HandlerOpts{}),
-		Ready:   func() error { return h.ready },
+		Ready:   func() error { return h.ready }, Expect: db.Expect,
 	}
 	for _, o := range options {
 		o(&authConfig, &boxConfig, &cfg)

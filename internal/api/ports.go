@@ -68,6 +68,9 @@ func (s *server) servePort(w http.ResponseWriter, r *http.Request, p portRequest
 	if p.byHost {
 		c.Route = portHostRoute
 	}
+	if p.id.Valid() {
+		r = s.expecting(r, p.id)
+	}
 	caller, moved, err := s.mayReach(w, r, p)
 	if err != nil {
 		s.fail(w, r, err)

@@ -38,8 +38,8 @@ func (s *server) listen(ctx context.Context) error {
 		Stopping: stopping, Hijacked: &hijacked,
 		Ports: s.ports, Names: names, Signer: portproxy.NewSigner(secret),
 		Sandboxes: s.sandboxes, Templates: s.templates, Auth: s.auth, Events: s.events, Agent: s.node.Agents(),
-		Budget: s.budget, Ready: func() error { return s.db.Ping(ctx) }, Stored: s.stored, Metrics: metrics, Registry: s.registry,
-		Log: s.log, Version: s.version,
+		Expect: s.db.Expect, Budget: s.budget, Ready: func() error { return s.db.Ping(ctx) }, Stored: s.stored,
+		Metrics: metrics, Registry: s.registry, Log: s.log, Version: s.version,
 	})
 	surface, err := s.openE2B(ctx, names, handler)
 	if err != nil {

@@ -32,8 +32,8 @@ func (s *Service) WakeFor(ctx context.Context, c Caller, id ID, timeout time.Dur
 }
 
 // Connect leases a sandbox. It waits for one that is being created and wakes a suspended one.
-// Errors are those of [Service.Wake]. For a running sandbox it costs one read of the row and no
-// write.
+// Errors are those of [Service.Wake]. For a running sandbox it costs one read of the row at most, and
+// no write.
 func (s *Service) Connect(ctx context.Context, c Caller, id ID) (*Lease, error) {
 	sbx, l, err := s.running(ctx, c, id, runOptions{pin: true})
 	if err != nil {

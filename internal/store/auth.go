@@ -179,6 +179,9 @@ const (
 // KeyByHash implements [auth.Store].
 func (db *DB) KeyByHash(ctx context.Context, hash []byte) (auth.Key, auth.Org, error) {
 	defer db.took("key_by_hash", time.Now())
+	if k, o, found, err := db.keyExpecting(ctx, hash); found || err != nil {
+		return k, o, err
+	}
 	return db.key(ctx, keyByHash, hex.EncodeToString(hash))
 }
 

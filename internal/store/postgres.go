@@ -195,6 +195,7 @@ func newPool(ctx context.Context, cfg PostgresConfig, all *lines) (*pgxpool.Pool
 	// Migrations use one connection for the lock and one for the work.
 	c.MaxConns = int32(max(cfg.MaxConns, 2))
 	c.MaxConnLifetime, c.MaxConnLifetimeJitter = connLifetime, connLifetime/10
+	c.ShouldPing = shouldPing
 	c.ConnConfig.ConnectTimeout, c.ConnConfig.DialFunc = connectTimeout, all.dialGated
 	for name, value := range map[string]string{
 		"application_name": "cay", "idle_in_transaction_session_timeout": idleInTransaction,

@@ -2,11 +2,16 @@ package store
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"net"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+	"golang.org/x/sys/unix"
 )
 
 // lines tracks the network connections to PostgreSQL, below TLS and the protocol. It knows which of them wait for an
@@ -110,6 +115,34 @@ func (c *line) Write(p []byte) (int, error) {
 	c.waits.Store(time.Now().UnixNano())
 	defer c.waits.Store(0)
 	return c.Conn.Write(p)
+}
+
+// stirred reports whether something is to be read on a connection that waits for no answer: PostgreSQL has ended it, or
+// tells of a setting, or the network has broken it. stirred waits for nothing, also while pgx reads the connection in
+// the background, as it does after a slow write.
+func (c *line) stirred() bool {
+	stirred := true
+	raw, err := c.Conn.(syscall.Conn).SyscallConn()
+	if err == nil {
+		// Read would wait for the end of the present read.
+		err = raw.Control(func(fd uintptr) {
+			var b [1]byte
+			_, _, err := unix.Recvfrom(int(fd), b[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
+			stirred = err != unix.EAGAIN
+		})
+	}
+	return stirred || err != nil
+}
+
+// shouldPing reports whether a connection of the pool must be tried before a call uses it. It replaces the pool's rule,
+// which costs each call after a second without one a round trip.
+func shouldPing(_ context.Context, of pgxpool.ShouldPingParams) bool {
+	c := of.Conn.PgConn().Conn()
+	if secured, ok := c.(*tls.Conn); ok {
+		c = secured.NetConn()
+	}
+	l, ok := c.(*line)
+	return !ok || l.stirred()
 }
 
 // Close implements [net.Conn].

@@ -244,6 +244,9 @@ func (db *DB) Forget(ctx context.Context, id sandbox.ID) error {
 // Get implements [sandbox.Store].
 func (db *DB) Get(ctx context.Context, id sandbox.ID) (sandbox.Sandbox, error) {
 	defer db.took("get", time.Now())
+	if s, ok := db.takeExpected(ctx, id); ok {
+		return s, nil
+	}
 	s, err := getSandbox(ctx, db.reader, id)
 	return s, db.gone(ctx, err)
 }

@@ -54,6 +54,7 @@ type DB struct {
 	observe atomic.Pointer[func(call string, took time.Duration)]
 	// session is nil before StartSession. It is read without a lock, since each write reads it.
 	session atomic.Pointer[Session]
+	writes  atomic.Int64 // counts the transactions that write has ended; see Expect
 	turns
 
 	dialect
@@ -68,6 +69,8 @@ type dialect interface {
 	// violates reports whether err is the violation of a key: of a foreign key if foreign is true,
 	// else of a unique or primary key.
 	violates(err error, foreign bool) bool
+	// keyAndSandbox runs the query keyAndSandbox.
+	keyAndSandbox(ctx context.Context, hash string, id sandbox.ID) *sql.Row
 	// forUpdate returns the end of a SELECT that locks the rows that it reads until the transaction
 	// has ended.
 	forUpdate() string
