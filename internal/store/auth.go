@@ -126,9 +126,6 @@ func (db *DB) PutKey(ctx context.Context, k auth.Key, limit int) error {
 	}
 	err := db.recordCounted(ctx, org, func(tx *sql.Tx, out *outbox) error {
 		if limit > 0 {
-			if err := db.lockOrg(ctx, tx, org); err != nil {
-				return err
-			}
 			if err := makeRoom(ctx, tx, k, limit); err != nil {
 				return err
 			}

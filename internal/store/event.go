@@ -23,8 +23,12 @@ type outbox struct {
 // record runs f in a transaction, as write does, with an outbox for its events. If f wrote events,
 // record calls the function set by OnEvents after the transaction.
 func (db *DB) record(ctx context.Context, f func(tx *sql.Tx, out *outbox) error) error {
+	return db.recordLocked(ctx, "", f)
+}
+
+func (db *DB) recordLocked(ctx context.Context, org string, f func(tx *sql.Tx, out *outbox) error) error {
 	var out *outbox
-	err := db.write(ctx, func(tx *sql.Tx) error {
+	err := db.writeLocked(ctx, org, func(tx *sql.Tx) error {
 		out = &outbox{db: db, tx: tx} // of this try alone
 		return f(tx, out)
 	})
@@ -34,9 +38,10 @@ func (db *DB) record(ctx context.Context, f func(tx *sql.Tx, out *outbox) error)
 	return err
 }
 
-// recordCounted runs f as record does, in the turn of an organization whose rows f counts; "" is none.
+// recordCounted runs f as record does, in the turn of an organization whose rows f counts; "" is none. The organization
+// is locked before f, so that what f counts stays true.
 func (db *DB) recordCounted(ctx context.Context, org string, f func(tx *sql.Tx, out *outbox) error) error {
-	return db.inTurn(ctx, org, func() error { return db.record(ctx, f) })
+	return db.inTurn(ctx, org, func() error { return db.recordLocked(ctx, org, f) })
 }
 
 // woken calls the function set by OnEvents.
@@ -91,10 +96,21 @@ func (o *outbox) list(ctx context.Context, e event.Event) (number int64, err err
 	return number, err
 }
 
+func transitionEvent(orgID string, e sandbox.Event) event.Event {
+	return event.Event{OrgID: orgID, At: e.At, Type: event.Transition(string(e.To)),
+		SandboxID: string(e.SandboxID), From: string(e.From), To: string(e.To), Reason: e.Reason, Detail: e.Detail}
+}
+
+// first returns the statement that writes the event of one of the first transitions of a sandbox, whose listing has
+// room.
+func (o *outbox) first(orgID string, e sandbox.Event) statement {
+	of := transitionEvent(orgID, e)
+	return o.db.listedEvent(o.eventArgs(&of))
+}
+
 // transition writes the event of a sandbox's transition.
 func (o *outbox) transition(ctx context.Context, orgID string, e sandbox.Event) error {
-	number, err := o.list(ctx, event.Event{OrgID: orgID, At: e.At, Type: event.Transition(string(e.To)),
-		SandboxID: string(e.SandboxID), From: string(e.From), To: string(e.To), Reason: e.Reason, Detail: e.Detail})
+	number, err := o.list(ctx, transitionEvent(orgID, e))
 	if err == nil && e.To.Over() && number > eventsKeptOver {
 		err = o.unlist(ctx, "sandbox_id = $1 AND number <= $2", e.SandboxID, number-eventsKeptOver)
 	}

@@ -14,8 +14,8 @@ import (
 )
 
 // Expect returns a context for a call that will read the sandbox id after the key of its caller. With this context,
-// [DB.KeyByHash] reads both with one query, and the first [DB.Get] of the sandbox after it returns that row. The row may
-// be as old as the read of the key, but never older than a write that returned from db before the Get began.
+// [DB.KeyByHash] reads both with one query, and the first [DB.Get] of the sandbox after it returns that row. The row
+// may be as old as the read of the key, but never older than a write that returned from db before the Get began.
 func (db *DB) Expect(ctx context.Context, id sandbox.ID) context.Context {
 	return context.WithValue(ctx, expectedKey{}, &expected{id: id})
 }
@@ -76,8 +76,13 @@ func (db *DB) takeExpected(ctx context.Context, id sandbox.ID) (sandbox.Sandbox,
 	return row.sandbox, true
 }
 
-// write runs f in a transaction, as the dialect does. A read that was begun before it is old when it returns.
+// write runs f in a transaction, as the dialect does with no organization.
 func (db *DB) write(ctx context.Context, f func(tx *sql.Tx) error) error {
+	return db.writeLocked(ctx, "", f)
+}
+
+// writeLocked runs f in a transaction, as the dialect does. What was read before is old when it returns.
+func (db *DB) writeLocked(ctx context.Context, org string, f func(tx *sql.Tx) error) error {
 	defer db.writes.Add(1)
-	return db.dialect.write(ctx, f)
+	return db.dialect.write(ctx, org, f)
 }

@@ -97,7 +97,7 @@ func (db *DB) Claim(ctx context.Context, s sandbox.Sandbox, q sandbox.Quota,
 		return prior, false, fmt.Errorf("claiming sandbox %s in state %q", s.ID, s.State)
 	}
 	err = db.recordCounted(ctx, counts(s, q, once), func(tx *sql.Tx, out *outbox) error {
-		if prior, found, err = db.admitLocked(ctx, tx, s, q, once); err != nil || found {
+		if prior, found, err = db.admit(ctx, tx, s, q, once); err != nil || found {
 			return err
 		}
 		p := params{s.ID}
@@ -111,11 +111,8 @@ func (db *DB) Claim(ctx context.Context, s sandbox.Sandbox, q sandbox.Quota,
 			}
 			return fault.New(fault.Conflict, fault.CodeNoMember, "the warm pool has no sandbox %s", s.ID)
 		}
-		if err := insertSandbox(ctx, tx, out, s, once); err != nil {
-			return err
-		}
-		return out.transition(ctx, s.OrgID, sandbox.Event{SandboxID: s.ID, At: s.StartedAt, From: sandbox.Creating,
-			To: sandbox.Running})
+		return insertSandbox(ctx, tx, out, s, once,
+			sandbox.Event{SandboxID: s.ID, At: s.StartedAt, From: sandbox.Creating, To: sandbox.Running})
 	})
 	if err != nil {
 		return sandbox.Sandbox{}, false, fmt.Errorf("claiming sandbox %s: %w", s.ID, err)

@@ -316,22 +316,29 @@ func migratePostgres(ctx context.Context, db *sql.DB) (err error) {
 func cleanArgs(args []driver.NamedValue) ([]driver.NamedValue, error) {
 	cleaned := slices.Clone(args) // database/sql uses args again with another connection
 	for i := range cleaned {
-		v := &cleaned[i].Value
-		if valuer, ok := (*v).(driver.Valuer); ok {
-			var err error
-			if *v, err = valuer.Value(); err != nil {
-				return nil, err
-			}
-		}
-		r := reflect.ValueOf(*v)
-		if r.Kind() == reflect.Pointer && !r.IsNil() {
-			r = r.Elem()
-		}
-		if r.Kind() == reflect.String {
-			*v = clean(r.String())
+		var err error
+		if cleaned[i].Value, err = cleanArg(args[i].Value); err != nil {
+			return nil, err
 		}
 	}
 	return cleaned, nil
+}
+
+func cleanArg(v any) (any, error) {
+	if valuer, ok := v.(driver.Valuer); ok {
+		var err error
+		if v, err = valuer.Value(); err != nil {
+			return nil, err
+		}
+	}
+	r := reflect.ValueOf(v)
+	if r.Kind() == reflect.Pointer && !r.IsNil() {
+		r = r.Elem()
+	}
+	if r.Kind() == reflect.String {
+		return clean(r.String()), nil
+	}
+	return v, nil
 }
 
 // clean returns s as PostgreSQL can store it: without NUL bytes, and with U+FFFD for bytes that are not UTF-8. Texts of

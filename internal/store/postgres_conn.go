@@ -10,6 +10,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/stdlib"
 	"golang.org/x/sys/unix"
@@ -50,19 +51,26 @@ type connector struct{ driver.Connector }
 
 // Connect implements [driver.Connector].
 func (c connector) Connect(ctx context.Context) (driver.Conn, error) {
-	pgx, err := c.Connector.Connect(ctx)
+	made, err := c.Connector.Connect(ctx)
 	if err != nil {
 		return nil, away(ctx, err)
 	}
-	return conn{pgx.(*stdlib.Conn)}, nil
+	return conn{made.(*stdlib.Conn)}, nil
 }
 
 // conn is a connection that stores all texts, and whose errors say when the database is away. It does not change
 // [driver.ErrBadConn], at which database/sql takes another connection.
 type conn struct{ *stdlib.Conn }
 
-// ExecContext implements [driver.ExecerContext].
+// ExecContext implements [driver.ExecerContext]. Its only argument may be a list of statements, which it runs one after
+// the other, until one fails, with one round trip.
 func (c conn) ExecContext(ctx context.Context, query string, args []driver.NamedValue) (driver.Result, error) {
+	if len(args) == 1 {
+		if all, ok := args[0].Value.([]statement); ok {
+			_, err := c.run(ctx, all)
+			return driver.ResultNoRows, err
+		}
+	}
 	args, err := cleanArgs(args)
 	if err != nil {
 		return nil, err
@@ -87,13 +95,95 @@ func (c conn) QueryContext(ctx context.Context, query string, args []driver.Name
 	return r, err
 }
 
+// run runs statements one after the other, until one fails, with one round trip. It returns the number of rows that
+// each has read or written.
+func (c conn) run(ctx context.Context, all []statement) (rows []int64, err error) {
+	var b pgx.Batch
+	for _, s := range all {
+		args := make([]any, len(s.args))
+		for i, v := range s.args {
+			if args[i], err = cleanArg(v); err != nil {
+				return nil, err
+			}
+		}
+		b.Queue(s.query, args...)
+	}
+	results := c.Conn.Conn().SendBatch(ctx, &b)
+	for range all {
+		tag, err := results.Exec()
+		if err != nil {
+			_ = results.Close() // returns the same error
+			return nil, away(ctx, err)
+		}
+		rows = append(rows, tag.RowsAffected())
+	}
+	return rows, away(ctx, results.Close())
+}
+
+// opening holds the statements with which a transaction begins, and the number of rows that each wrote. [conn.BeginTx]
+// finds it in its context.
+type opening struct {
+	all   []statement
+	wrote []int64
+}
+
+type openingKey struct{}
+
 // BeginTx implements [driver.ConnBeginTx].
-func (c conn) BeginTx(ctx context.Context, opts driver.TxOptions) (driver.Tx, error) {
-	tx, err := c.Conn.BeginTx(ctx, opts)
+func (c conn) BeginTx(ctx context.Context, opts driver.TxOptions) (tx driver.Tx, err error) {
+	if open, ok := ctx.Value(openingKey{}).(*opening); ok {
+		begun := transaction{ctx, c.Conn.Conn()}
+		if open.wrote, err = c.run(ctx, open.all); err == nil {
+			return begun, nil
+		}
+		if pgconn.SafeToRetry(err) {
+			return nil, driver.ErrBadConn
+		}
+		return nil, errors.Join(err, begun.Rollback())
+	}
+	tx, err = c.Conn.BeginTx(ctx, opts)
 	if err != driver.ErrBadConn {
 		err = away(ctx, err)
 	}
 	return tx, err
+}
+
+// transaction is one that began with an opening.
+type transaction struct {
+	ctx  context.Context // of its beginning
+	conn *pgx.Conn
+}
+
+// Commit implements [driver.Tx].
+func (t transaction) Commit() error {
+	tag, err := t.conn.Exec(t.ctx, "commit")
+	switch {
+	case err != nil:
+		return errors.Join(err, t.end())
+	case tag.String() == "ROLLBACK":
+		return pgx.ErrTxCommitRollback
+	}
+	return nil
+}
+
+// Rollback implements [driver.Tx].
+func (t transaction) Rollback() error {
+	if t.conn.IsClosed() || t.conn.PgConn().TxStatus() == 'I' {
+		return nil
+	}
+	if _, err := t.conn.Exec(t.ctx, "rollback"); err != nil {
+		return errors.Join(err, t.end())
+	}
+	return nil
+}
+
+// end closes the connection of a transaction that could not be ended in order. PostgreSQL rolls it back then.
+func (t transaction) end() error {
+	if t.conn.IsClosed() || t.conn.PgConn().TxStatus() == 'I' {
+		return nil
+	}
+	_ = t.conn.Close(t.ctx) // nothing that is needed is lost
+	return nil
 }
 
 const (

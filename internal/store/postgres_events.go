@@ -43,6 +43,10 @@ func (d *postgresDialect) insertEvent(ctx context.Context, tx *sql.Tx, args []an
 	return err
 }
 
+func (d *postgresDialect) listedEvent(args []any) statement {
+	return statement{postgresInsertListed, args}
+}
+
 func (d *postgresDialect) insertListed(ctx context.Context, tx *sql.Tx, args []any) *sql.Row {
 	return tx.QueryRowContext(ctx, postgresInsertListed, args...)
 }
@@ -116,11 +120,9 @@ func (d *postgresDialect) number(ctx context.Context) error {
 // numberBatch numbers some events and returns their organizations.
 func (d *postgresDialect) numberBatch(ctx context.Context) (orgs []string, err error) {
 	var last event.Seq
-	err = d.write(ctx, func(tx *sql.Tx) error {
-		// The lock has a statement of its own, since a statement sees what was committed before it began.
-		if _, err := tx.ExecContext(ctx, "SELECT pg_advisory_xact_lock($1::int, 0)", lockClassNumbering); err != nil {
-			return err
-		}
+	// The lock has a statement of its own, since a statement sees what was committed before it began.
+	lock := statement{"SELECT pg_advisory_xact_lock($1::int, 0)", []any{lockClassNumbering}}
+	err = d.transact(ctx, []statement{lock}, func(tx *sql.Tx) error {
 		if err := d.currentIn(ctx, tx); err != nil {
 			return err
 		}

@@ -50,11 +50,19 @@ const (
 	outcomePatience = 10 * time.Second
 )
 
-// write runs f in a transaction. Rows that f has locked stay the same until it ends. If the database ended the
-// transaction because of a conflict with another one, write runs f again.
-func (d *postgresDialect) write(ctx context.Context, f func(tx *sql.Tx) error) error {
+// write runs f in a transaction. Rows that f has locked stay the same until it ends.
+func (d *postgresDialect) write(ctx context.Context, org string, f func(tx *sql.Tx) error) error {
+	if org == "" {
+		return d.transact(ctx, nil, f)
+	}
+	return d.transact(ctx, []statement{orgLock(org)}, f)
+}
+
+// transact runs statements that lock, and then f, in a transaction. If the database ended the transaction because of a
+// conflict with another one, transact runs them again.
+func (d *postgresDialect) transact(ctx context.Context, locks []statement, f func(tx *sql.Tx) error) error {
 	for try := 1; ; try++ {
-		err := away(ctx, d.writeOnce(ctx, f))
+		err := away(ctx, d.transactOnce(ctx, locks, f))
 		if code := pgCode(err); try == maxTries || code != codeSerialization && code != codeDeadlock {
 			return err
 		}
@@ -75,19 +83,21 @@ const (
 	codeUnique        = "23505"
 )
 
-func (d *postgresDialect) writeOnce(ctx context.Context, f func(tx *sql.Tx) error) error {
-	// The operator's default could be another level, at which a statement does not see what the transaction
-	// waited for.
-	tx, err := d.db.writer.BeginTx(ctx, &sql.TxOptions{Isolation: sql.LevelReadCommitted})
+func (d *postgresDialect) transactOnce(ctx context.Context, locks []statement, f func(tx *sql.Tx) error) error {
+	at, id := time.Now().UnixMicro(), rand.Int64()
+	open := &opening{all: append([]statement{begin, d.commitRow(at, id)}, locks...)}
+	tx, err := d.db.writer.BeginTx(context.WithValue(ctx, openingKey{}, open), nil)
 	if err != nil {
 		return fmt.Errorf("beginning transaction: %w", err)
 	}
 	// Rollback does nothing after a commit. After an error of f, that error is the one to report, and the
 	// database rolls back what a broken connection leaves.
 	defer func() { _ = tx.Rollback() }()
-	at, id := time.Now().UnixMicro(), rand.Int64()
-	if err := d.insertCommit(ctx, tx, at, id); err != nil {
-		return fmt.Errorf("beginning transaction: %w", err)
+	if open.wrote[1] == 0 { // no row of the transaction
+		if err := d.currentIn(ctx, tx); err != nil {
+			return err
+		}
+		return errSuperseded
 	}
 	if err := f(tx); err != nil {
 		return err
@@ -114,24 +124,23 @@ const (
 	commitsKept = time.Hour
 )
 
-// insertCommit writes the row of a transaction.
-func (d *postgresDialect) insertCommit(ctx context.Context, tx *sql.Tx, at, id int64) error {
+// begin begins a transaction. The operator's default could be another level, at which a statement does not see what the
+// transaction waited for.
+var begin = statement{query: "begin isolation level read committed"}
+
+// commitRow returns the statement that writes the row of a transaction. It writes none if the server may not write.
+func (d *postgresDialect) commitRow(at, id int64) statement {
 	s := d.db.session.Load()
 	if s == nil {
-		_, err := tx.ExecContext(ctx, insertFreeCommit, at, id)
-		return err
+		return statement{insertFreeCommit, []any{at, id}}
 	}
-	r, err := tx.ExecContext(ctx, insertCommit, at, id, s.Holder.Node, s.Holder.Fence, s.Cluster, s.Generation)
-	if err != nil {
-		return err
-	}
-	if n, err := r.RowsAffected(); err != nil || n > 0 {
-		return err
-	}
-	if err := d.currentIn(ctx, tx); err != nil {
-		return err
-	}
-	return errSuperseded
+	return statement{insertCommit, []any{at, id, s.Holder.Node, s.Holder.Fence, s.Cluster, s.Generation}}
+}
+
+// execute implements dialect; see [conn.ExecContext].
+func (d *postgresDialect) execute(ctx context.Context, tx *sql.Tx, all []statement) error {
+	_, err := tx.ExecContext(ctx, "", all)
+	return err
 }
 
 // outcome returns nil if a transaction was committed, although its commit returned the error cause.
@@ -230,11 +239,14 @@ func (d *postgresDialect) alone(ctx context.Context, name string, f func(ctx con
 	return err
 }
 
-// lockOrg takes an advisory lock. A lock of the organization's row would write the row each time, and would lock
-// nothing without a row.
+// orgLock returns the statement that locks an organization, with an advisory lock. A lock of the organization's row
+// would write the row each time, and would lock nothing without a row.
+func orgLock(org string) statement {
+	return statement{"SELECT pg_advisory_xact_lock($1::int, hashtext($2::text))", []any{lockClassOrg, org}}
+}
+
 func (d *postgresDialect) lockOrg(ctx context.Context, tx *sql.Tx, org string) error {
-	_, err := tx.ExecContext(ctx, "SELECT pg_advisory_xact_lock($1::int, hashtext($2::text))", lockClassOrg, org)
-	if err != nil {
+	if err := d.execute(ctx, tx, []statement{orgLock(org)}); err != nil {
 		return fmt.Errorf("locking the organization: %w", err)
 	}
 	return nil

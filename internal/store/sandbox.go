@@ -92,7 +92,7 @@ func (db *DB) Insert(ctx context.Context, s sandbox.Sandbox, q sandbox.Quota,
 		return prior, false, fmt.Errorf("inserting sandbox %s in state %q", s.ID, s.State)
 	}
 	err = db.recordCounted(ctx, counts(s, q, once), func(tx *sql.Tx, out *outbox) error {
-		if prior, found, err = db.admitLocked(ctx, tx, s, q, once); err != nil || found {
+		if prior, found, err = db.admit(ctx, tx, s, q, once); err != nil || found {
 			return err
 		}
 		return insertSandbox(ctx, tx, out, s, once)
@@ -110,18 +110,6 @@ func counts(s sandbox.Sandbox, quota sandbox.Quota, once sandbox.Once) string {
 		return s.OrgID
 	}
 	return ""
-}
-
-// admitLocked admits s in a transaction. Other transactions that admit sandboxes of the organization wait until tx has
-// ended, so that what tx has counted stays true.
-func (db *DB) admitLocked(ctx context.Context, tx *sql.Tx, s sandbox.Sandbox, quota sandbox.Quota,
-	once sandbox.Once) (prior sandbox.Sandbox, found bool, err error) {
-	if org := counts(s, quota, once); org != "" {
-		if err := db.lockOrg(ctx, tx, org); err != nil {
-			return prior, false, err
-		}
-	}
-	return db.admit(ctx, tx, s, quota, once)
 }
 
 // admit returns an error if s may not be inserted. If the key of once created a sandbox before, admit
@@ -193,39 +181,35 @@ func checkQuota(ctx context.Context, tx querier, s sandbox.Sandbox, q sandbox.Qu
 	return nil
 }
 
-// insertSandbox writes the row of a sandbox, its metadata, the event of its creation and the key of
-// once.
-func insertSandbox(ctx context.Context, tx *sql.Tx, out *outbox, s sandbox.Sandbox, once sandbox.Once) error {
+// insertSandbox writes the row of a sandbox, its metadata, the event of its creation, those of more transitions and the
+// key of once.
+func insertSandbox(ctx context.Context, tx *sql.Tx, out *outbox, s sandbox.Sandbox, once sandbox.Once,
+	more ...sandbox.Event) error {
 	s.Holder = out.db.holder()
 	fields := sandboxFields(&s)
-	if _, err := tx.ExecContext(ctx,
-		"INSERT INTO sandboxes ("+sandboxColumns+") VALUES ("+placeholders(len(fields))+")", fields...); err != nil {
-		return fmt.Errorf("writing row: %w", err)
-	}
+	row := "INSERT INTO sandboxes (" + sandboxColumns + ") VALUES (" + placeholders(len(fields)) + ")"
+	all := []statement{{row, fields}}
 	for name, value := range s.Metadata {
-		if _, err := tx.ExecContext(ctx,
-			`INSERT INTO sandbox_metadata (sandbox_id, org_id, name, value) VALUES ($1, $2, $3, $4)
-				ON CONFLICT DO NOTHING`, // names that PostgreSQL cannot tell apart, see clean
-			s.ID, s.OrgID, name, value); err != nil {
-			return fmt.Errorf("writing metadata: %w", err)
-		}
+		all = append(all, statement{`INSERT INTO sandbox_metadata (sandbox_id, org_id, name, value) VALUES ($1, $2, $3, $4)
+			ON CONFLICT DO NOTHING`, // names that PostgreSQL cannot tell apart, see clean
+			[]any{s.ID, s.OrgID, name, value}})
 	}
 	made := sandbox.Event{SandboxID: s.ID, At: s.CreatedAt, To: sandbox.Creating}
 	if s.Origin != "" {
 		made.Reason, made.Detail = string(s.Source), s.Origin
 	}
-	if err := out.transition(ctx, s.OrgID, made); err != nil {
-		return err
+	for _, e := range append([]sandbox.Event{made}, more...) {
+		all = append(all, out.first(s.OrgID, e))
 	}
-	if once.Key == "" {
-		return nil
+	if once.Key != "" {
+		p := params{s.OrgID, once.Key, once.Hash, s.ID}
+		query := `INSERT INTO idempotency (org_id, name, hash, sandbox_id, created_at)
+			VALUES ($1, $2, $3, $4, ` + out.db.now(&p, s.CreatedAt) + `) ON CONFLICT (org_id, name) DO UPDATE SET
+			hash = excluded.hash, sandbox_id = excluded.sandbox_id, created_at = excluded.created_at`
+		all = append(all, statement{query, p})
 	}
-	p := params{s.OrgID, once.Key, once.Hash, s.ID}
-	_, err := tx.ExecContext(ctx, `INSERT INTO idempotency (org_id, name, hash, sandbox_id, created_at)
-		VALUES ($1, $2, $3, $4, `+out.db.now(&p, s.CreatedAt)+`) ON CONFLICT (org_id, name) DO UPDATE SET
-		hash = excluded.hash, sandbox_id = excluded.sandbox_id, created_at = excluded.created_at`, p...)
-	if err != nil {
-		return fmt.Errorf("writing idempotency key: %w", err)
+	if err := out.db.execute(ctx, tx, all); err != nil {
+		return fmt.Errorf("writing rows: %w", err)
 	}
 	return nil
 }
@@ -331,7 +315,7 @@ func (db *DB) Transition(ctx context.Context, c sandbox.Change) (after sandbox.S
 	if c.Quota != nil {
 		org = c.OrgID
 	}
-	err = db.recordCounted(ctx, org, func(tx *sql.Tx, out *outbox) error {
+	move := func(tx *sql.Tx, out *outbox) error {
 		before, err := db.lockSandbox(ctx, tx, c.ID)
 		if err != nil {
 			return err
@@ -371,7 +355,8 @@ func (db *DB) Transition(ctx context.Context, c sandbox.Change) (after sandbox.S
 		}
 		after = moved
 		return nil
-	})
+	}
+	err = db.inTurn(ctx, org, func() error { return db.record(ctx, move) })
 	if err != nil {
 		return after, fmt.Errorf("moving sandbox %s to %s: %w", c.ID, c.To, err)
 	}

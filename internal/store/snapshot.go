@@ -59,9 +59,6 @@ func (db *DB) snapshots(ctx context.Context, query string, args ...any) ([]sandb
 func (db *DB) AddSnapshot(ctx context.Context, s sandbox.Snapshot, most int) error {
 	defer db.took("add_snapshot", time.Now())
 	err := db.recordCounted(ctx, s.OrgID, func(tx *sql.Tx, _ *outbox) error {
-		if err := db.lockOrg(ctx, tx, s.OrgID); err != nil {
-			return err
-		}
 		var have int
 		if err := tx.QueryRowContext(ctx, "SELECT COUNT(*) FROM snapshots WHERE org_id = $1", s.OrgID).
 			Scan(&have); err != nil {

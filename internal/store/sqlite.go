@@ -130,7 +130,7 @@ func (d *sqliteDialect) prepare(ctx context.Context) (err error) {
 }
 
 // write runs f in a transaction that holds the write lock from its beginning.
-func (d *sqliteDialect) write(ctx context.Context, f func(tx *sql.Tx) error) error {
+func (d *sqliteDialect) write(ctx context.Context, _ string, f func(tx *sql.Tx) error) error {
 	tx, err := d.db.writer.BeginTx(ctx, nil)
 	if err != nil {
 		return fmt.Errorf("beginning transaction: %w", err)
@@ -167,8 +167,26 @@ func (d *sqliteDialect) insertEvent(ctx context.Context, tx *sql.Tx, args []any)
 	return err
 }
 
+func (d *sqliteDialect) listedEvent(args []any) statement {
+	return statement{sqliteInsertListed, append(args, time.Now().UnixMicro())}
+}
+
 func (d *sqliteDialect) insertListed(ctx context.Context, tx *sql.Tx, args []any) *sql.Row {
-	return tx.StmtContext(ctx, d.listed).QueryRowContext(ctx, append(args, time.Now().UnixMicro())...)
+	return tx.StmtContext(ctx, d.listed).QueryRowContext(ctx, d.listedEvent(args).args...)
+}
+
+func (d *sqliteDialect) execute(ctx context.Context, tx *sql.Tx, all []statement) (err error) {
+	for _, s := range all {
+		if s.query == sqliteInsertListed {
+			_, err = tx.StmtContext(ctx, d.listed).ExecContext(ctx, s.args...)
+		} else {
+			_, err = tx.ExecContext(ctx, s.query, s.args...)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (d *sqliteDialect) written(orgs []string) { d.db.woken(orgs) }

@@ -62,10 +62,13 @@ type DB struct {
 
 // dialect does what each kind of database does in its own way.
 type dialect interface {
-	// write runs f in a transaction. A statement that may write several rows needs it too, since two such
-	// transactions can wait for each other. What f reads is still true when f writes, if f has locked it. After
-	// an error of the database that passes by itself, write may run f again in a new transaction.
-	write(ctx context.Context, f func(tx *sql.Tx) error) error
+	// write runs f in a transaction, which first locks the organization as lockOrg does, unless org is "". A statement
+	// that may write several rows needs it too, since two such transactions can wait for each other. What f reads is
+	// still true when f writes, if f has locked it. After an error of the database that passes by itself, write may run
+	// f again in a new transaction.
+	write(ctx context.Context, org string, f func(tx *sql.Tx) error) error
+	// execute runs statements one after the other, until one fails. In PostgreSQL they take one round trip.
+	execute(ctx context.Context, tx *sql.Tx, all []statement) error
 	// violates reports whether err is the violation of a key: of a foreign key if foreign is true,
 	// else of a unique or primary key.
 	violates(err error, foreign bool) bool
@@ -84,8 +87,10 @@ type dialect interface {
 	// several sandboxes do not wait for each other.
 	lockNoted(ctx context.Context, tx *sql.Tx, events []sandbox.Event) error
 	// insertEvent and insertListed write an event with the parameters of [outbox.eventArgs].
-	// insertListed returns the event's number in the listing of its sandbox.
+	// insertListed returns the event's number in the listing of its sandbox, and listedEvent the statement that
+	// insertListed runs.
 	insertEvent(ctx context.Context, tx *sql.Tx, args []any) error
+	listedEvent(args []any) statement
 	insertListed(ctx context.Context, tx *sql.Tx, args []any) *sql.Row
 	// written learns of the end of a transaction that wrote events of organizations, and calls woken
 	// when these can be read.
@@ -103,6 +108,12 @@ type dialect interface {
 	// database was restored.
 	current(ctx context.Context) error
 	close() error
+}
+
+// statement is one that returns no rows that matter.
+type statement struct {
+	query string
+	args  []any
 }
 
 var (

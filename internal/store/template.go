@@ -38,9 +38,6 @@ func (db *DB) InsertTemplate(ctx context.Context, t template.Template, b *templa
 	}
 	err := db.recordCounted(ctx, org, func(tx *sql.Tx, out *outbox) error {
 		if limit > 0 {
-			if err := db.lockOrg(ctx, tx, org); err != nil {
-				return err
-			}
 			var n int
 			if err := tx.QueryRowContext(ctx, "SELECT COUNT(*) FROM templates WHERE org_id = $1", t.OrgID).Scan(&n); err != nil {
 				return fmt.Errorf("counting templates: %w", err)
