@@ -40,6 +40,9 @@ type Config struct {
 	MaxKeys int
 	// Log receives a warning when a last use cannot be written. It must not be nil.
 	Log *slog.Logger
+	// Now tells the time by which keys are made and expire, which servers with the same keys must share. A nil Now is
+	// the clock of this machine.
+	Now func() time.Time
 }
 
 // Service authenticates callers and administers keys and organizations. Close it.
@@ -54,6 +57,9 @@ type Service struct {
 
 // New returns a Service on store. It starts one goroutine, which Close ends.
 func New(store Store, cfg Config) *Service {
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
 	return &Service{cfg: cfg, store: store, uses: newUses(store, cfg.Log),
 		buckets: NewBuckets(cfg.Rate, cfg.Burst), failed: NewBuckets(cfg.FailedRate, cfg.FailedBurst),
 		orgs: NewBuckets(float64(cfg.OrgFactor)*cfg.Rate, cfg.OrgFactor*cfg.Burst)}
@@ -74,8 +80,8 @@ func (s *Service) Bootstrap(ctx context.Context, save func(secret string) error)
 	if len(orgs) > 0 {
 		return false, nil
 	}
-	org := Org{ID: newID("org_"), Name: OperatorOrg, Quota: s.cfg.Quota, CreatedAt: time.Now().UTC()}
-	key, secret := newKey(org.ID, "first key of the server", []Scope{Admin}, 0, FormatCay)
+	org := Org{ID: newID("org_"), Name: OperatorOrg, Quota: s.cfg.Quota, CreatedAt: s.cfg.Now().UTC()}
+	key, secret := newKey(org.CreatedAt, org.ID, "first key of the server", []Scope{Admin}, 0, FormatCay)
 	if err := save(secret); err != nil {
 		return false, fmt.Errorf("saving the first key: %w", err)
 	}
@@ -85,11 +91,11 @@ func (s *Service) Bootstrap(ctx context.Context, save func(secret string) error)
 	return true, nil
 }
 
-func newKey(orgID, name string, scopes []Scope, expiresIn time.Duration, f Format) (Key, string) {
+func newKey(now time.Time, orgID, name string, scopes []Scope, expiresIn time.Duration, f Format) (Key, string) {
 	secret := newSecret(f)
 	hash, _ := parseSecret(secret)
 	k := Key{ID: newID("key_"), OrgID: orgID, Name: name, Hash: hash[:], Prefix: secret[:prefixLength], Scopes: scopes,
-		CreatedAt: time.Now().UTC()}
+		CreatedAt: now.UTC()}
 	if expiresIn > 0 {
 		k.ExpiresAt = k.CreatedAt.Add(expiresIn)
 	}
@@ -114,10 +120,11 @@ func (s *Service) Authenticate(ctx context.Context, secret string) (Principal, e
 	if err != nil {
 		return Principal{}, fmt.Errorf("looking up key: %w", err)
 	}
-	if subtle.ConstantTimeCompare(key.Hash, hash[:]) != 1 || !key.lives(time.Now()) {
+	now := s.cfg.Now()
+	if subtle.ConstantTimeCompare(key.Hash, hash[:]) != 1 || !key.lives(now) {
 		return Principal{}, refused
 	}
-	s.uses.note(key, time.Now())
+	s.uses.note(key, now)
 	return Principal{Org: org, Key: key}, nil
 }
 
@@ -125,7 +132,7 @@ func (s *Service) Authenticate(ctx context.Context, secret string) (Principal, e
 // the key has been revoked or has expired since, or if there is no such key.
 func (s *Service) Holder(ctx context.Context, keyID string) (Principal, error) {
 	key, org, err := s.store.GetKey(ctx, keyID)
-	if fault.Is(err, fault.NotFound) || err == nil && !key.lives(time.Now()) {
+	if fault.Is(err, fault.NotFound) || err == nil && !key.lives(s.cfg.Now()) {
 		return Principal{}, fault.New(fault.Unauthenticated, fault.CodeUnauthenticated,
 			"the API key that allowed this is no longer valid")
 	}
@@ -231,7 +238,7 @@ func (s *Service) CreateKey(ctx context.Context, p Principal, r KeyRequest) (Key
 	if r.ExpiresIn != 0 && r.ExpiresIn < minExpiry {
 		return Key{}, "", fault.InvalidField("expires_in", "must be 0 for never, or at least %s", minExpiry)
 	}
-	k, secret := newKey(p.Org.ID, r.Name, parsed, r.ExpiresIn, format)
+	k, secret := newKey(s.cfg.Now(), p.Org.ID, r.Name, parsed, r.ExpiresIn, format)
 	if err := s.store.PutKey(ctx, k, s.cfg.MaxKeys); err != nil {
 		return Key{}, "", fmt.Errorf("storing key: %w", err)
 	}
@@ -259,7 +266,7 @@ func (s *Service) RevokeKey(ctx context.Context, p Principal, id string) error {
 			return err
 		}
 	}
-	return s.store.RevokeKey(ctx, p.Org.ID, id, time.Now())
+	return s.store.RevokeKey(ctx, p.Org.ID, id, s.cfg.Now())
 }
 
 // QuotaRequest is the quota in the operator's request. A nil field takes the configured default.
@@ -299,8 +306,8 @@ func (s *Service) CreateOrg(ctx context.Context, p Principal, name string, r Quo
 	if err != nil {
 		return Org{}, Key{}, "", err
 	}
-	org := Org{ID: newID("org_"), Name: name, Quota: quota, CreatedAt: time.Now().UTC()}
-	key, secret := newKey(org.ID, "first key of "+name, []Scope{Admin}, 0, FormatCay)
+	org := Org{ID: newID("org_"), Name: name, Quota: quota, CreatedAt: s.cfg.Now().UTC()}
+	key, secret := newKey(org.CreatedAt, org.ID, "first key of "+name, []Scope{Admin}, 0, FormatCay)
 	if err := s.store.PutOrg(ctx, org, key); err != nil {
 		return Org{}, Key{}, "", fmt.Errorf("storing organization: %w", err)
 	}

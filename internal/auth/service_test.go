@@ -587,3 +587,25 @@ func TestBucketsAreBounded(t *testing.T) {
 		t.Errorf("%d buckets", len(b.byKey))
 	}
 }
+
+// TestKeysExpireByOneClock checks that keys are made, used and revoked by the clock that the service is given.
+func TestKeysExpireByOneClock(t *testing.T) {
+	now := time.Now().Add(-48 * time.Hour).UTC().Truncate(time.Second)
+	s, st, p := begin(t, Config{Now: func() time.Time { return now }})
+	k, secret, err := s.CreateKey(t.Context(), p, KeyRequest{Name: "short", Scopes: []string{"exec"}, ExpiresIn: time.Minute})
+	if err != nil || !k.CreatedAt.Equal(now) || !k.ExpiresAt.Equal(now.Add(time.Minute)) {
+		t.Fatalf("made at %s: %+v, %v", now, k, err)
+	}
+	if _, err := s.Authenticate(t.Context(), secret); err != nil {
+		t.Errorf("a new key: %v", err)
+	}
+	now = now.Add(time.Minute)
+	_, err = s.Authenticate(t.Context(), secret)
+	wantFault(t, err, fault.Unauthenticated, fault.CodeUnauthenticated)
+	if err := s.RevokeKey(t.Context(), p, k.ID); err != nil {
+		t.Fatal(err)
+	}
+	if revoked, _, err := st.GetKey(t.Context(), k.ID); err != nil || !revoked.RevokedAt.Equal(now) {
+		t.Errorf("revoked at %s, want %s, %v", revoked.RevokedAt, now, err)
+	}
+}

@@ -220,6 +220,7 @@ func (s *server) openCore(ctx context.Context) error {
 		Quota: auth.Quota{Sandboxes: cfg.Quota.Sandboxes, VCPUs: cfg.Quota.VCPUs, MemoryMB: cfg.Quota.MemoryMB},
 		Rate:  cfg.RateLimit.PerSecond, Burst: cfg.RateLimit.Burst, OrgFactor: cfg.RateLimit.OrgFactor,
 		FailedRate: cfg.RateLimit.FailedPerSecond, FailedBurst: cfg.RateLimit.FailedBurst, MaxKeys: cfg.Quota.APIKeys, Log: s.log,
+		Now: s.db.Now,
 	})
 	s.onClose(s.auth.Close)
 	if _, err := s.auth.Bootstrap(ctx, func(secret string) error {

@@ -151,14 +151,14 @@ func OpenPostgres(ctx context.Context, cfg PostgresConfig) (*DB, error) {
 	if err := CheckPostgresURL(cfg.URL); err != nil {
 		return nil, fmt.Errorf("opening PostgreSQL: its URL %w", err)
 	}
-	all := &lines{}
-	pool, err := newPool(ctx, cfg, all)
+	all, now := &lines{}, &clock{}
+	pool, err := newPool(ctx, cfg, all, now)
 	if err != nil {
 		return nil, fmt.Errorf("opening PostgreSQL: %w", err)
 	}
 	pg := openPool(pool)
 	db := &DB{writer: pg, reader: pg}
-	d := &postgresDialect{db: db, pool: pool, lines: all, mark: mark{path: cfg.MarkFile}}
+	d := &postgresDialect{db: db, pool: pool, lines: all, clock: now, mark: mark{path: cfg.MarkFile}}
 	db.dialect = d
 	err = d.prepare(ctx)
 	if err == nil {
@@ -172,8 +172,8 @@ func OpenPostgres(ctx context.Context, cfg PostgresConfig) (*DB, error) {
 	return db, nil
 }
 
-// newPool returns a pool of connections with the settings that cay needs.
-func newPool(ctx context.Context, cfg PostgresConfig, all *lines) (*pgxpool.Pool, error) {
+// newPool returns a pool of connections with the settings that cay needs. Each new connection reads the clock now.
+func newPool(ctx context.Context, cfg PostgresConfig, all *lines, now *clock) (*pgxpool.Pool, error) {
 	c, err := pgxpool.ParseConfig(cfg.URL)
 	if err != nil {
 		return nil, err
@@ -195,7 +195,7 @@ func newPool(ctx context.Context, cfg PostgresConfig, all *lines) (*pgxpool.Pool
 	// Migrations use one connection for the lock and one for the work.
 	c.MaxConns = int32(max(cfg.MaxConns, 2))
 	c.MaxConnLifetime, c.MaxConnLifetimeJitter = connLifetime, connLifetime/10
-	c.ShouldPing = shouldPing
+	c.ShouldPing, c.AfterConnect = shouldPing, now.read
 	c.ConnConfig.ConnectTimeout, c.ConnConfig.DialFunc = connectTimeout, all.dialGated
 	for name, value := range map[string]string{
 		"application_name": "cay", "idle_in_transaction_session_timeout": idleInTransaction,
@@ -263,7 +263,7 @@ func CheckPostgres(ctx context.Context, cfg PostgresConfig) (what string, err er
 	if err := CheckPostgresURL(cfg.URL); err != nil {
 		return "", fmt.Errorf("store.url %w", err)
 	}
-	pool, err := newPool(ctx, cfg, &lines{})
+	pool, err := newPool(ctx, cfg, &lines{}, &clock{})
 	if err != nil {
 		return "", err
 	}

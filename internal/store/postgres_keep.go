@@ -215,7 +215,7 @@ func (k *keeper) probe(ctx context.Context, conn *pgx.Conn, tick <-chan time.Tim
 	ctx, cancel := context.WithCancel(ctx)
 	answered := make(chan error, 1)
 	heard := k.d.lines.heard.Load()
-	go func() { answered <- conn.Ping(ctx) }()
+	go func() { answered <- k.d.clock.read(ctx, conn) }()
 	silent := 0
 	for n := 0; n < stuckTicks && silent < silentTicks; n++ {
 		select {

@@ -16,7 +16,7 @@ import (
 // another one if PostgreSQL has ended it.
 func TestPostgresIdleConnections(t *testing.T) {
 	ctx := t.Context()
-	pool, err := newPool(ctx, PostgresConfig{URL: newDatabase(t, false), MaxConns: 2}, &lines{})
+	pool, err := newPool(ctx, PostgresConfig{URL: newDatabase(t, false), MaxConns: 2}, &lines{}, &clock{})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -27,6 +27,7 @@ type postgresDialect struct {
 	retries atomic.Int64
 	mark    mark
 	lines   *lines
+	clock   *clock
 	// keeper is set by begin, before any call that reads it.
 	keeper *keeper
 
@@ -84,7 +85,7 @@ const (
 )
 
 func (d *postgresDialect) transactOnce(ctx context.Context, locks []statement, f func(tx *sql.Tx) error) error {
-	at, id := time.Now().UnixMicro(), rand.Int64()
+	at, id := d.present().UnixMicro(), rand.Int64() // servers with other clocks drop these rows
 	open := &opening{all: append([]statement{begin, d.commitRow(at, id)}, locks...)}
 	tx, err := d.db.writer.BeginTx(context.WithValue(ctx, openingKey{}, open), nil)
 	if err != nil {
@@ -119,8 +120,8 @@ const (
 	// from being committed. Repeated, it gives the same answer.
 	decideCommit = `INSERT INTO commits AS c (at, id, aborted) VALUES ($1, $2, TRUE)
 		ON CONFLICT (at, id) DO UPDATE SET at = c.at RETURNING aborted`
-	// commitsKept is the time for which rows of transactions are kept. It must be longer than outcomePatience and
-	// the differences between clocks of servers together; a longer time takes some 60 bytes for each transaction.
+	// commitsKept is the time of the database for which rows of transactions are kept. It must be longer than the longest
+	// transaction and outcomePatience together; a longer time takes some 60 bytes for each transaction.
 	commitsKept = time.Hour
 )
 
@@ -171,7 +172,7 @@ func (d *postgresDialect) outcome(ctx context.Context, at, id int64, cause error
 
 // dropCommits drops the rows of transactions whose outcome no call asks for any more.
 func (d *postgresDialect) dropCommits(ctx context.Context) error {
-	_, err := d.db.writer.ExecContext(ctx, "DELETE FROM commits WHERE at < $1", time.Now().Add(-commitsKept).UnixMicro())
+	_, err := d.db.writer.ExecContext(ctx, "DELETE FROM commits WHERE at < "+databaseNow+" - $1", commitsKept.Microseconds())
 	return err
 }
 

@@ -98,6 +98,8 @@ type dialect interface {
 	// now returns an SQL expression for the present time, for times that several machines compare: the time of the
 	// database if several machines can share it, and otherwise the process's time.
 	now(p *params, process time.Time) string
+	// present returns the time of the same clock, to some milliseconds, without asking the database.
+	present() time.Time
 	// setActivity writes the last activity of sandboxes that are not over, unless a later one is stored.
 	setActivity(ctx context.Context, tx *sql.Tx, last map[sandbox.ID]time.Time) error
 	// begin returns an error if a session may not begin, and keeps other servers of the node from beginning one.
