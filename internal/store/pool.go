@@ -49,7 +49,7 @@ func (db *DB) AddPooled(ctx context.Context, m sandbox.Pooled) error {
 func (db *DB) DropPooled(ctx context.Context, id sandbox.ID) error {
 	defer db.took("drop_pooled", time.Now())
 	p := params{id}
-	if _, err := db.writer.ExecContext(ctx, "DELETE FROM pool WHERE id = $1"+db.mine(&p), p...); err != nil {
+	if err := db.change(ctx, "DELETE FROM pool WHERE id = $1"+db.mine(&p), p...); err != nil {
 		return fmt.Errorf("dropping sandbox %s from the warm pool: %w", id, err)
 	}
 	return nil

@@ -29,6 +29,10 @@ func TestPostgresClock(t *testing.T) {
 		}
 	}
 	near("the present time", db.Now())
+	if _, err := CheckPostgres(t.Context(), PostgresConfig{URL: address + "&search_path=public,pg_catalog"}); err == nil ||
+		!strings.Contains(err.Error(), "its clock and this machine's differ by 48h") {
+		t.Errorf("the check of the doctor: %v", err)
+	}
 	mustInsert(t, db, small("org_a", 0))
 	d := db.dialect.(*postgresDialect)
 	if err := d.dropCommits(t.Context()); err != nil {

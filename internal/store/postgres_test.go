@@ -1,6 +1,7 @@
 package store
 
 import (
+	"flag"
 	"fmt"
 	"slices"
 	"strings"
@@ -227,21 +228,32 @@ func TestPostgresTexts(t *testing.T) {
 	}
 }
 
-// TestPostgresQuota makes 40 creates at once at a quota of 10, many times, half of them with a key of their own.
+// quotaRounds is how often TestPostgresQuota makes its creates. 1000 take a minute.
+var quotaRounds = flag.Int("quota.rounds", 25, "how often to make 40 creates at a quota of 10")
+
+// TestPostgresQuota makes 40 creates at once at a quota of 10, many times: with and without a key of their own, cold and
+// from the warm pool.
 func TestPostgresQuota(t *testing.T) {
 	db := openPostgres(t)
-	for round := range 25 {
+	for round := range *quotaRounds {
 		org := fmt.Sprint("org_", round)
 		var made, refused atomic.Int64
 		var wg sync.WaitGroup
 		for i := range 40 {
+			s := small(org, i)
+			create := db.Insert
+			if i%4 == 1 {
+				if err := db.AddPooled(t.Context(), sandbox.Pooled{ID: s.ID, Run: s.Run, CreatedAt: start}); err != nil {
+					t.Fatal(err)
+				}
+				create, s.State, s.StartedAt = db.Claim, sandbox.Running, start
+			}
 			wg.Go(func() {
-				s := small(org, i)
 				once := sandbox.Once{}
 				if i%2 == 0 {
 					once = sandbox.Once{Key: fmt.Sprint(i), Hash: "h"}
 				}
-				switch _, _, err := db.Insert(t.Context(), s, sandbox.Quota{Sandboxes: 10}, once); {
+				switch _, _, err := create(t.Context(), s, sandbox.Quota{Sandboxes: 10}, once); {
 				case err == nil:
 					made.Add(1)
 				case fault.Is(err, fault.Exhausted):

@@ -218,7 +218,7 @@ func insertSandbox(ctx context.Context, tx *sql.Tx, out *outbox, s sandbox.Sandb
 func (db *DB) Forget(ctx context.Context, id sandbox.ID) error {
 	defer db.took("forget", time.Now())
 	p := params{id}
-	if _, err := db.writer.ExecContext(ctx, `DELETE FROM idempotency WHERE sandbox_id = $1
+	if err := db.change(ctx, `DELETE FROM idempotency WHERE sandbox_id = $1
 		AND EXISTS (SELECT 1 FROM sandboxes WHERE id = $1`+db.mine(&p)+")", p...); err != nil {
 		return fmt.Errorf("forgetting the idempotency key of %s: %w", id, err)
 	}

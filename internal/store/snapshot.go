@@ -137,7 +137,7 @@ func (db *DB) EndSnapshot(ctx context.Context, id sandbox.SnapshotID) error {
 func (db *DB) DropSnapshot(ctx context.Context, id sandbox.SnapshotID) error {
 	defer db.took("drop_snapshot", time.Now())
 	p := params{id}
-	if _, err := db.writer.ExecContext(ctx, "DELETE FROM snapshots WHERE id = $1"+db.mine(&p), p...); err != nil {
+	if err := db.change(ctx, "DELETE FROM snapshots WHERE id = $1"+db.mine(&p), p...); err != nil {
 		return fmt.Errorf("dropping snapshot %s: %w", id, err)
 	}
 	return nil
