@@ -47,6 +47,8 @@ func TestPlans(t *testing.T) {
 		{"SELECT id FROM snapshots WHERE node_id = $1 AND state <> 'ready' ORDER BY created_at, id", []any{"n"}, "snapshots_unready"},
 		{keyByHash, []any{"x"}, "sqlite_autoindex_api_keys"},
 		{keyByID, []any{"x"}, "sqlite_autoindex_api_keys"},
+		{keyAndSandbox, []any{"x", "s"}, "sqlite_autoindex_api_keys"},
+		{keyAndSandbox, []any{"x", "s"}, "sqlite_autoindex_sandboxes"},
 		{liveKeys, []any{"o", 5}, "api_keys_page"},
 		{crowded, []any{5}, "sandboxes_over"},
 		{purgeMany, []any{"o", 5, 5}, "sandboxes_over"},
