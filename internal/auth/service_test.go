@@ -592,7 +592,8 @@ func TestBucketsAreBounded(t *testing.T) {
 func TestKeysExpireByOneClock(t *testing.T) {
 	now := time.Now().Add(-48 * time.Hour).UTC().Truncate(time.Second)
 	s, st, p := begin(t, Config{Now: func() time.Time { return now }})
-	k, secret, err := s.CreateKey(t.Context(), p, KeyRequest{Name: "short", Scopes: []string{"exec"}, ExpiresIn: time.Minute})
+	short := KeyRequest{Name: "short", Scopes: []string{"exec"}, ExpiresIn: time.Minute}
+	k, secret, err := s.CreateKey(t.Context(), p, short)
 	if err != nil || !k.CreatedAt.Equal(now) || !k.ExpiresAt.Equal(now.Add(time.Minute)) {
 		t.Fatalf("made at %s: %+v, %v", now, k, err)
 	}

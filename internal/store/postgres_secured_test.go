@@ -54,7 +54,8 @@ func TestPostgresSecured(t *testing.T) {
 		t.Fatal(err)
 	}
 	secured := func(root string) string {
-		return strings.NewReplacer("cay@", "owner@", "sslmode=disable", "sslmode=verify-full&sslrootcert="+root).Replace(plain)
+		return strings.NewReplacer("cay@", "owner@", "sslmode=disable",
+			"sslmode=verify-full&sslrootcert="+root).Replace(plain)
 	}
 	password := filepath.Join(t.TempDir(), "password")
 	if err := os.WriteFile(password, []byte("first\n"), 0o600); err != nil {

@@ -228,11 +228,11 @@ func TestPostgresTexts(t *testing.T) {
 	}
 }
 
-// quotaRounds is how often TestPostgresQuota makes its creates. 1000 take a minute.
+// quotaRounds sets how often TestPostgresQuota makes its creates. 1000 rounds take a minute.
 var quotaRounds = flag.Int("quota.rounds", 25, "how often to make 40 creates at a quota of 10")
 
-// TestPostgresQuota makes 40 creates at once at a quota of 10, many times: with and without a key of their own, cold and
-// from the warm pool.
+// TestPostgresQuota makes 40 creates at once at a quota of 10, many times: with and without a key of their own, cold
+// and from the warm pool.
 func TestPostgresQuota(t *testing.T) {
 	db := openPostgres(t)
 	for round := range *quotaRounds {

@@ -172,7 +172,8 @@ func (d *postgresDialect) outcome(ctx context.Context, at, id int64, cause error
 
 // dropCommits drops the rows of transactions whose outcome no call asks for any more.
 func (d *postgresDialect) dropCommits(ctx context.Context) error {
-	_, err := d.db.writer.ExecContext(ctx, "DELETE FROM commits WHERE at < "+databaseNow+" - $1", commitsKept.Microseconds())
+	_, err := d.db.writer.ExecContext(ctx, "DELETE FROM commits WHERE at < "+databaseNow+" - $1",
+		commitsKept.Microseconds())
 	return err
 }
 

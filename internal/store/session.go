@@ -86,8 +86,8 @@ func (db *DB) mine(p *params) string {
 	return " AND node_id = " + p.add(me.Node) + " AND fence <= " + p.add(me.Fence)
 }
 
-// change runs a statement that writes rows of the node in a transaction of its own. A statement without one would change
-// restored records too.
+// change runs a statement that writes rows of the node in a transaction of its own. A statement without one would
+// change restored records too.
 func (db *DB) change(ctx context.Context, query string, args ...any) error {
 	return db.write(ctx, func(tx *sql.Tx) error {
 		_, err := tx.ExecContext(ctx, query, args...)
