@@ -44,8 +44,9 @@ func TestPostgresSecured(t *testing.T) {
 	dir := server.Socket() // which the server can read
 	cert := selfSigned(t, dir)
 	access := filepath.Join(dir, "access")
-	err = os.WriteFile(access, []byte("local all all trust\nhostssl all owner 127.0.0.1/32 scram-sha-256\n"), 0o644)
-	for _, statement := range []string{"CREATE ROLE owner LOGIN PASSWORD 'first'", "ALTER DATABASE secured OWNER TO owner",
+	err = os.WriteFile(access, []byte("local all all trust\nhostssl all all 127.0.0.1/32 scram-sha-256\n"), 0o644)
+	for _, statement := range []string{"CREATE ROLE owner LOGIN PASSWORD 'first'",
+		"CREATE ROLE reader LOGIN PASSWORD 'first'", "ALTER DATABASE secured OWNER TO owner",
 		"ALTER SYSTEM SET ssl_cert_file = '" + cert + "'", "ALTER SYSTEM SET ssl_key_file = '" + cert + ".key'",
 		"ALTER SYSTEM SET ssl = on", "ALTER SYSTEM SET hba_file = '" + access + "'"} {
 		err = errors.Join(err, server.Exec("postgres", statement))
@@ -74,6 +75,11 @@ func TestPostgresSecured(t *testing.T) {
 		} else if !strings.Contains(err.Error(), c.want) || strings.Contains(err.Error(), "sesame") {
 			t.Errorf("%s: %v", what, err)
 		}
+	}
+	reader := PostgresConfig{URL: strings.Replace(secured(cert), "owner@", "reader@", 1), PasswordFile: password}
+	_, err = CheckPostgres(t.Context(), reader)
+	if err == nil || !strings.Contains(err.Error(), "may not create tables") {
+		t.Errorf("a user who may only read: %v", err)
 	}
 	db, err := OpenPostgres(t.Context(), PostgresConfig{URL: secured(cert), MaxConns: 4, PasswordFile: password})
 	if err != nil {
