@@ -99,6 +99,17 @@ func (s *S3) Stop() {
 	s.server = nil
 }
 
+// Busy returns the CPU time that the server has taken since it was started.
+func (s *S3) Busy(t testing.TB) time.Duration {
+	t.Helper()
+	var busy unix.Timespec
+	clock := int32(^s.server.Process.Pid<<3 | 2) // of the process, see clock_getcpuclockid(3)
+	if err := unix.ClockGettime(clock, &busy); err != nil {
+		t.Fatal(err)
+	}
+	return time.Duration(busy.Nano())
+}
+
 // freePort returns an address of the loopback that nothing listens on.
 func freePort() (string, error) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")

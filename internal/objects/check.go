@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"io/fs"
 	"strings"
 	"time"
@@ -44,7 +45,8 @@ func Check(ctx context.Context, b Bucket) []Finding {
 		conditions.OK, conditions.Detail = false, err.Error()
 	}
 	sums := Finding{Name: "checksums", OK: true, Detail: "the server refuses content that changed on the way",
-		Fix: "use an S3 server that compares X-Amz-Content-Sha256 and X-Amz-Checksum-Sha256, and https"}
+		Fix: "use an S3 server that compares X-Amz-Content-Sha256, X-Amz-Checksum-Sha256 and X-Amz-Checksum-Crc32c, " +
+			"and https"}
 	if !rights.OK {
 		sums.OK, sums.Detail = false, conditions.Detail
 	} else if err := checkSums(ctx, b, key); err != nil {
@@ -53,13 +55,31 @@ func Check(ctx context.Context, b Bucket) []Finding {
 	return []Finding{rights, conditions, sums, checkClock(ctx, b)}
 }
 
-// checkSums writes content with the sum of other content, after some with its own.
+// checkSums writes an object and a part with the sum of other content, after some with their own.
 func checkSums(ctx context.Context, b Bucket, key string) (err error) {
 	defer func() { err = errors.Join(err, b.Delete(ctx, key)) }()
-	if _, err := Write(ctx, b, key, []byte("4"), Condition{}); err != nil {
+	right, wrong := []byte("4"), []byte("5")
+	if _, err := Write(ctx, b, key, right, Condition{}); err != nil {
 		return err
 	}
-	_, err = b.Put(ctx, key, section([]byte("4")), sha256.Sum256([]byte("5")), Condition{})
+	_, err = b.Put(ctx, key, section(right), sha256.Sum256(wrong), Condition{})
+	if err := refusesSum(err); err != nil {
+		return err
+	}
+	id, err := b.Begin(ctx, key)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, b.Abort(ctx, key, id)) }()
+	if _, err := b.PutPart(ctx, key, id, 1, section(right), crc32.Checksum(right, castagnoli)); err != nil {
+		return err
+	}
+	_, err = b.PutPart(ctx, key, id, 2, section(right), crc32.Checksum(wrong, castagnoli))
+	return refusesSum(err)
+}
+
+// refusesSum returns an error unless err says that a write was refused because its content has another sum.
+func refusesSum(err error) error {
 	if errors.Is(err, ErrDamaged) {
 		return nil
 	}
@@ -124,7 +144,7 @@ func checkParts(ctx context.Context, b Bucket, key string) (err error) {
 	}
 	defer func() { err = errors.Join(err, b.Abort(ctx, key, id)) }()
 	data := []byte("3")
-	p, err := b.PutPart(ctx, key, id, 1, section(data), sha256.Sum256(data))
+	p, err := b.PutPart(ctx, key, id, 1, section(data), crc32.Checksum(data, castagnoli))
 	if err != nil {
 		return err
 	}

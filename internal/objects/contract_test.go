@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"io"
 	"io/fs"
 	"slices"
@@ -128,9 +129,9 @@ func contractRanges(t *testing.T, b Bucket) {
 	}
 }
 
-// contractSums sends content whose SHA-256 is another one, as a fault on the way would.
+// contractSums sends content whose SHA-256 or CRC-32C is another one, as a fault on the way would.
 func contractSums(t *testing.T, b Bucket) {
-	other := sha256.Sum256([]byte("other"))
+	other, otherCRC := sha256.Sum256([]byte("other")), crcOf([]byte("other"))
 	write(t, b, "sums/right", "text", Condition{}) // after it a server with checksums gets no sum in the signature
 	if _, err := b.Put(t.Context(), "sums/a", section([]byte("text")), other, Condition{}); !errors.Is(err, ErrDamaged) {
 		t.Errorf("a put of other content: %v", err)
@@ -142,11 +143,15 @@ func contractSums(t *testing.T, b Bucket) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := b.PutPart(t.Context(), "sums/a", id, 1, section([]byte("text")), other); !errors.Is(err, ErrDamaged) {
+	if _, err := b.PutPart(t.Context(), "sums/a", id, 1, section([]byte("text")), otherCRC); !errors.Is(err, ErrDamaged) {
 		t.Errorf("a part of other content: %v", err)
 	}
 	if parts, err := b.Parts(t.Context(), "sums/a", id); err != nil || len(parts) != 0 {
 		t.Errorf("after that there are parts %v, %v", parts, err)
+	}
+	putPart(t, b, "sums/a", id, 1, []byte("text")) // after it a server with checksums gets no sum in the signature
+	if _, err := b.PutPart(t.Context(), "sums/a", id, 2, section([]byte("text")), otherCRC); !errors.Is(err, ErrDamaged) {
+		t.Errorf("a second part of other content: %v", err)
 	}
 	if err := b.Abort(t.Context(), "sums/a", id); err != nil {
 		t.Error(err)
@@ -248,9 +253,11 @@ func contractLists(t *testing.T, b Bucket) {
 	}
 }
 
+func crcOf(data []byte) uint32 { return crc32.Checksum(data, castagnoli) }
+
 func putPart(t *testing.T, b Bucket, key, id string, number int, data []byte) Part {
 	t.Helper()
-	p, err := b.PutPart(t.Context(), key, id, number, section(data), sha256.Sum256(data))
+	p, err := b.PutPart(t.Context(), key, id, number, section(data), crcOf(data))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -317,7 +324,7 @@ func contractUploads(t *testing.T, b Bucket) {
 				t.Error(err)
 			}
 		}
-		_, err := b.PutPart(t.Context(), u.Key, u.ID, 1, section(nil), sha256.Sum256(nil))
+		_, err := b.PutPart(t.Context(), u.Key, u.ID, 1, section(nil), crcOf(nil))
 		if !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("a part of an upload that was ended: %v", err)
 		}

@@ -1,12 +1,17 @@
 package objects
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
 	"errors"
 	"fmt"
+	"hash"
+	"hash/crc32"
 	"io"
 	"io/fs"
 	"os"
@@ -73,7 +78,7 @@ func (d *Dir) path(key string) (string, error) {
 
 // Put implements [Bucket].
 func (d *Dir) Put(ctx context.Context, key string, body *io.SectionReader, sum Sum, when Condition) (string, error) {
-	f, err := d.write(ctx, body, sum)
+	f, err := d.write(ctx, body, sha256.New(), sum[:])
 	if err != nil {
 		return "", err
 	}
@@ -82,18 +87,17 @@ func (d *Dir) Put(ctx context.Context, key string, body *io.SectionReader, sum S
 	return d.place(f, key, when)
 }
 
-// write writes a synced file below dirTmp.
-func (d *Dir) write(ctx context.Context, body *io.SectionReader, sum Sum) (*os.File, error) {
+// write writes a synced file below dirTmp, whose content must have a sum.
+func (d *Dir) write(ctx context.Context, body *io.SectionReader, sum hash.Hash, want []byte) (*os.File, error) {
 	f, err := os.CreateTemp(filepath.Join(d.dir, dirTmp), "put-")
 	if err != nil {
 		return nil, fmt.Errorf("making object: %w", err)
 	}
-	hash := sha256.New()
 	_, err = body.Seek(0, io.SeekStart)
 	if err == nil {
-		_, err = io.CopyBuffer(io.MultiWriter(f, hash), onlyReader{ctx, body}, make([]byte, bufferSize))
+		_, err = io.CopyBuffer(io.MultiWriter(f, sum), onlyReader{ctx, body}, make([]byte, bufferSize))
 	}
-	if err == nil && Sum(hash.Sum(nil)) != sum {
+	if err == nil && !bytes.Equal(sum.Sum(nil), want) {
 		err = ErrDamaged
 	}
 	if err := errors.Join(err, f.Sync()); err != nil {
@@ -279,13 +283,14 @@ func (d *Dir) upload(key, id string) (string, error) {
 	return dir, nil
 }
 
-// PutPart implements [Bucket]. The name of a part's file has its number and its sum.
-func (d *Dir) PutPart(ctx context.Context, key, id string, number int, body *io.SectionReader, sum Sum) (Part, error) {
+// PutPart implements [Bucket]. The name of a part's file has its number and its ETag, the CRC-32C in hexadecimal.
+func (d *Dir) PutPart(ctx context.Context, key, id string, number int, body *io.SectionReader, crc uint32) (Part,
+	error) {
 	dir, err := d.upload(key, id)
 	if err != nil {
 		return Part{}, err
 	}
-	f, err := d.write(ctx, body, sum)
+	f, err := d.write(ctx, body, crc32.New(castagnoli), bigEndian(crc))
 	if err != nil {
 		return Part{}, err
 	}
@@ -297,16 +302,17 @@ func (d *Dir) PutPart(ctx context.Context, key, id string, number int, body *io.
 	if err != nil {
 		return Part{}, err
 	}
-	name := filepath.Join(dir, fmt.Sprintf("%d-%s", number, sum))
+	etag := hex.EncodeToString(bigEndian(crc))
+	name := filepath.Join(dir, fmt.Sprintf("%d-%s", number, etag))
 	if err := os.Rename(f.Name(), name); err != nil {
 		return Part{}, fmt.Errorf("naming part: %w", err)
 	}
 	for _, other := range older {
 		if other != name {
-			_ = os.Remove(other) // Complete names the part by its sum
+			_ = os.Remove(other) // Complete names the part by its ETag
 		}
 	}
-	return Part{Number: number, ETag: sum.String(), Size: body.Size(), Sum: sum}, nil
+	return Part{Number: number, ETag: etag, Size: body.Size(), CRC: crc}, nil
 }
 
 // Parts implements [Bucket].
@@ -321,17 +327,16 @@ func (d *Dir) Parts(_ context.Context, key, id string) ([]Part, error) {
 	}
 	var parts []Part
 	for _, e := range entries {
-		number, sum, ok := strings.Cut(e.Name(), "-")
-		if !ok {
-			continue
-		}
-		p := Part{ETag: sum}
+		number, etag, _ := strings.Cut(e.Name(), "-")
+		p := Part{ETag: etag}
 		if p.Number, err = strconv.Atoi(number); err != nil {
 			continue
 		}
-		if p.Sum, err = ParseSum(sum); err != nil {
-			continue
+		crc, err := hex.DecodeString(etag)
+		if err != nil || len(crc) != crc32.Size {
+			continue // of an earlier version
 		}
+		p.CRC = binary.BigEndian.Uint32(crc)
 		info, err := e.Info()
 		if err != nil {
 			continue // replaced meanwhile

@@ -29,14 +29,16 @@ func TestBodiesAreSigned(t *testing.T) {
 		t.Run(c.name+" "+c.scheme, func(t *testing.T) {
 			start := map[string]func(http.Handler) *httptest.Server{"http": httptest.NewServer,
 				"https": httptest.NewTLSServer}[c.scheme]
-			requests := make(chan *http.Request, len(c.want))
+			requests := make(chan *http.Request, 2*len(c.want))
 			server := start(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 				if got, err := io.ReadAll(r.Body); err != nil || string(got) != "body" {
 					t.Errorf("the body is %q, %v", got, err)
 				}
 				requests <- r
-				if c.compares {
-					w.Header().Set("X-Amz-Checksum-Sha256", r.Header.Get("X-Amz-Checksum-Sha256"))
+				for _, header := range []string{"X-Amz-Checksum-Sha256", "X-Amz-Checksum-Crc32c"} {
+					if c.compares && r.Header.Get(header) != "" {
+						w.Header().Set(header, r.Header.Get(header))
+					}
 				}
 				if c.denies && r.Header.Get("X-Amz-Content-Sha256") == unsigned {
 					w.WriteHeader(http.StatusForbidden)
@@ -52,24 +54,31 @@ func TestBodiesAreSigned(t *testing.T) {
 			if c.scheme == "https" {
 				b.wire.transport.TLSClientConfig = server.Client().Transport.(*http.Transport).TLSClientConfig
 			}
-			if _, err := b.Put(t.Context(), "a", section(body), sum, Condition{Absent: true}); err != nil {
-				t.Fatal(err)
-			}
-			for range 2 {
-				if _, err := b.PutPart(t.Context(), "a", "id", 1, section(body), sum); err != nil {
+			crc := crcOf(body)
+			for range 3 {
+				if _, err := b.Put(t.Context(), "a", section(body), sum, Condition{Absent: true}); err != nil {
 					t.Fatal(err)
 				}
 			}
-			for _, want := range c.want {
-				r := <-requests
-				if got := r.Header.Get("X-Amz-Content-Sha256"); got != want {
-					t.Errorf("%s %s: signed is %q, want %s", r.Method, r.URL, got, want)
+			for range 3 {
+				if _, err := b.PutPart(t.Context(), "a", "id", 1, section(body), crc); err != nil {
+					t.Fatal(err)
 				}
-				if got := r.Header.Get("X-Amz-Checksum-Sha256"); got != *encoded(sum) {
-					t.Errorf("%s %s: the checksum is %q", r.Method, r.URL, got)
-				}
-				if got := r.Header.Get("Authorization"); !strings.Contains(got, ";x-amz-checksum-sha256;") {
-					t.Errorf("%s %s: the checksum is not signed: %s", r.Method, r.URL, got)
+			}
+			for _, of := range []struct{ header, checksum string }{
+				{"X-Amz-Checksum-Sha256", *encoded(sum[:])}, {"X-Amz-Checksum-Crc32c", *encoded(bigEndian(crc))}} {
+				for _, want := range c.want {
+					r := <-requests
+					if got := r.Header.Get("X-Amz-Content-Sha256"); got != want {
+						t.Errorf("%s %s: signed is %q, want %s", r.Method, r.URL, got, want)
+					}
+					if got := r.Header.Get(of.header); got != of.checksum {
+						t.Errorf("%s %s: the checksum is %q, want %s", r.Method, r.URL, got, of.checksum)
+					}
+					signed := r.Header.Get("Authorization")
+					if !strings.Contains(signed, ";"+strings.ToLower(of.header)+";") {
+						t.Errorf("%s %s: the checksum is not signed: %s", r.Method, r.URL, signed)
+					}
 				}
 			}
 		})

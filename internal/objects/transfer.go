@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"hash"
+	"hash/crc32"
 	"io"
 	"io/fs"
 	"os"
@@ -161,73 +162,112 @@ func (t *Transfer) upload(ctx context.Context, key string, f io.ReaderAt, size i
 	return err
 }
 
-// wrongSum returns the error of a file that could not be read or has another sum.
+// errWrongSum reports a local file that does not have its SHA-256.
+var errWrongSum = fmt.Errorf("the local file: %w", ErrDamaged)
+
+// wrongSum returns the error of a local file that could not be read or has another sum.
 func wrongSum(key string, err error) error {
 	if err != nil {
 		return fmt.Errorf("reading the file of object %s: %w", key, err)
 	}
-	return fmt.Errorf("object %s: %w", key, ErrDamaged)
+	return fmt.Errorf("object %s: %w", key, errWrongSum)
 }
 
 // sumOf returns the SHA-256 of what r has, and rewinds it. With an error it returns the zero Sum.
 func sumOf(ctx context.Context, r *io.SectionReader, buf []byte) (Sum, error) {
 	hash := sha256.New()
-	_, err := io.CopyBuffer(struct{ io.Writer }{hash}, onlyReader{ctx, r}, buf)
-	if err == nil {
-		_, err = r.Seek(0, io.SeekStart)
-	}
-	if err != nil {
+	if err := readAll(ctx, r, hash, buf); err != nil {
 		return Sum{}, err
 	}
 	return Sum(hash.Sum(nil)), nil
 }
 
+// readAll writes what r has to sums, and rewinds it.
+func readAll(ctx context.Context, r *io.SectionReader, sums io.Writer, buf []byte) error {
+	_, err := io.CopyBuffer(struct{ io.Writer }{sums}, onlyReader{ctx, r}, buf)
+	if err == nil {
+		_, err = r.Seek(0, io.SeekStart)
+	}
+	return err
+}
+
+// parts sums the parts of a file, which several goroutines take one after the other.
+type parts struct {
+	file io.ReaderAt
+	size int64 // bytes
+	// sums has the SHA-256 of each part that was taken. If whole is set, it has that of the file up to the part's end.
+	sums []Sum
+	// whole is the SHA-256 that the file must have, nil if it is not known.
+	whole *Sum
+	taken atomic.Int64
+
+	inOrder sync.Mutex // held while a part is taken and read, if whole is set
+	// +checklocks:inOrder
+	soFar hash.Hash // of the parts that were taken, if whole is set
+}
+
+// next takes the next part and returns its index, its content and its CRC-32C. The content is nil if all parts are
+// taken. It returns [ErrDamaged] with the last part of a file that does not have the SHA-256 whole.
+func (p *parts) next(ctx context.Context, key string, buf []byte) (i int, body *io.SectionReader, crc uint32,
+	err error) {
+	sum := sha256.New()
+	if p.whole != nil {
+		p.inOrder.Lock()
+		defer p.inOrder.Unlock()
+		sum = p.soFar
+	}
+	i = int(p.taken.Add(1)) - 1
+	if i >= len(p.sums) {
+		return i, nil, 0, nil
+	}
+	body = pieceOf(p.file, p.size, i)
+	check := crc32.New(castagnoli)
+	if err := readAll(ctx, body, io.MultiWriter(sum, check), buf); err != nil {
+		p.taken.Store(int64(len(p.sums))) // soFar lacks a part of this one
+		return i, nil, 0, wrongSum(key, err)
+	}
+	p.sums[i] = Sum(sum.Sum(nil))
+	if p.whole != nil && i == len(p.sums)-1 && p.sums[i] != *p.whole {
+		return i, nil, 0, wrongSum(key, nil)
+	}
+	return i, body, check.Sum32(), nil
+}
+
 // uploadParts uploads a file in parts. Each of several goroutines takes the next part, sums it, and sends it unless it
-// has arrived, so that some sum while others wait for the server. Another goroutine compares the sum of the whole file.
+// has arrived, so that some sum while others wait for the server.
 func (t *Transfer) uploadParts(ctx context.Context, key string, f io.ReaderAt, size int64, sums []Sum,
 	whole *Sum) error {
 	id, arrived, err := t.resume(ctx, key)
 	if err != nil {
 		return err
 	}
-	parts := make([]Part, len(sums))
-	var next atomic.Int64 // the first part that no goroutine has taken
-	damaged := false
+	rest := &parts{file: f, size: size, sums: sums, whole: whole, soFar: sha256.New()}
+	sent := make([]Part, len(sums))
 	g, sending := errgroup.WithContext(ctx)
-	if whole != nil {
+	for range min(perFile, len(sent)) {
 		g.Go(func() error {
-			got, err := sumOf(sending, io.NewSectionReader(f, 0, size), make([]byte, bufferSize))
-			if damaged = err == nil && got != *whole; damaged || err != nil {
-				return wrongSum(key, err)
-			}
-			return nil
-		})
-	}
-	for range min(perFile, len(parts)) {
-		g.Go(func() (err error) {
 			buf := make([]byte, bufferSize)
-			for i := int(next.Add(1)) - 1; i < len(parts); i = int(next.Add(1)) - 1 {
-				body := pieceOf(f, size, i)
-				if sums[i], err = sumOf(sending, body, buf); err != nil {
-					return wrongSum(key, err)
+			for {
+				i, body, crc, err := rest.next(sending, key, buf)
+				if body == nil || err != nil {
+					return err
 				}
-				if old := arrived[i+1]; old.Sum == sums[i] && old.Size == body.Size() {
-					parts[i] = old
-				} else if parts[i], err = t.sendPart(sending, key, id, i+1, body, sums[i]); err != nil {
+				if old := arrived[i+1]; old.CRC == crc && old.Size == body.Size() {
+					sent[i] = old
+				} else if sent[i], err = t.sendPart(sending, key, id, i+1, body, crc); err != nil {
 					return err
 				}
 			}
-			return nil
 		})
 	}
 	err = g.Wait()
-	if damaged {
+	if errors.Is(err, errWrongSum) {
 		return errors.Join(err, t.bucket.Abort(ctx, key, id))
 	}
 	if err != nil {
 		return err
 	}
-	_, err = t.bucket.Complete(ctx, key, id, parts, Condition{Absent: true})
+	_, err = t.bucket.Complete(ctx, key, id, sent, Condition{Absent: true})
 	if errors.Is(err, ErrCondition) {
 		_ = t.bucket.Abort(ctx, key, id) // the object is there; UploadKept ends what stays
 	}
@@ -235,13 +275,13 @@ func (t *Transfer) uploadParts(ctx context.Context, key string, f io.ReaderAt, s
 }
 
 // sendPart sends a part when a request may be made.
-func (t *Transfer) sendPart(ctx context.Context, key, id string, number int, body *io.SectionReader, sum Sum) (Part,
+func (t *Transfer) sendPart(ctx context.Context, key, id string, number int, body *io.SectionReader, crc uint32) (Part,
 	error) {
 	if err := t.up.acquire(ctx); err != nil {
 		return Part{}, err
 	}
 	defer t.up.release()
-	return t.bucket.PutPart(ctx, key, id, number, body, sum)
+	return t.bucket.PutPart(ctx, key, id, number, body, crc)
 }
 
 // resume returns an upload of a key with the parts that arrived, by their numbers. It begins one if there is none.
@@ -257,12 +297,16 @@ func (t *Transfer) resume(ctx context.Context, key string) (id string, arrived m
 	}
 	newest := slices.MaxFunc(uploads, func(a, b Upload) int { return a.Begun.Compare(b.Begun) })
 	parts, err := t.bucket.Parts(ctx, key, newest.ID)
+	if errors.Is(err, fs.ErrNotExist) { // it ended meanwhile, or an earlier version began it; UploadKept ends what stays
+		id, err = t.bucket.Begin(ctx, key)
+		return id, nil, err
+	}
 	if err != nil {
 		return "", nil, err
 	}
 	arrived = map[int]Part{}
 	for _, p := range parts {
-		if p.Sum != (Sum{}) {
+		if p.CRC != 0 {
 			arrived[p.Number] = p
 		}
 	}

@@ -18,6 +18,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/aws/aws-sdk-go-v2/service/s3"
+	"github.com/aws/aws-sdk-go-v2/service/s3/types"
 	"golang.org/x/sys/unix"
 
 	"github.com/cayhq/cay/internal/caytest"
@@ -72,14 +74,15 @@ func (c *counted) Put(ctx context.Context, key string, body *io.SectionReader, s
 	return c.Bucket.Put(ctx, key, body, sum, when)
 }
 
-func (c *counted) PutPart(ctx context.Context, key, id string, n int, body *io.SectionReader, sum Sum) (Part, error) {
+func (c *counted) PutPart(ctx context.Context, key, id string, n int, body *io.SectionReader, crc uint32) (Part,
+	error) {
 	if from := c.failFrom.Load(); from > 0 && n >= int(from) {
 		for c.parts.Load() == 0 && ctx.Err() == nil { // so that there is something to continue
 			time.Sleep(time.Millisecond)
 		}
 		return Part{}, errBroken
 	}
-	p, err := c.Bucket.PutPart(ctx, key, id, n, body, sum)
+	p, err := c.Bucket.PutPart(ctx, key, id, n, body, crc)
 	if err == nil {
 		c.parts.Add(1)
 	}
@@ -199,6 +202,31 @@ func TestTransferResumes(t *testing.T) {
 			t.Error(err)
 		}
 	})
+}
+
+// TestTransferPassesOlderUploads begins an upload as an earlier version did, with a checksum that parts do not have.
+func TestTransferPassesOlderUploads(t *testing.T) {
+	b := openS3(t, caytest.StartS3(t), "").(*S3)
+	const size = minPart + 1
+	f, sum := testFile(t, size)
+	key := "older/a"
+	begun, err := b.client.CreateMultipartUpload(t.Context(), &s3.CreateMultipartUploadInput{Bucket: b.bucket, Key: &key,
+		ChecksumAlgorithm: types.ChecksumAlgorithmSha256})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.PutPart(t.Context(), key, *begun.UploadId, 1, section([]byte("a")), crcOf([]byte("a"))); err == nil {
+		t.Error("the older upload took a part with another checksum, so the test shows nothing")
+	}
+	if err := NewTransfer(b).Upload(t.Context(), key, f, size, sum); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := NewTransfer(b).Download(t.Context(), key, emptyFile(t), sum, size, 0); err != nil {
+		t.Error(err)
+	}
+	if left, err := b.Uploads(t.Context(), key); err != nil || len(left) != 1 || left[0].ID != *begun.UploadId {
+		t.Errorf("the uploads are %v, %v; want the older one", left, err)
+	}
 }
 
 func promisedBy(transfer *Transfer) int64 {
