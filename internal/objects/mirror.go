@@ -205,7 +205,7 @@ func (m *Mirror) upload(ctx context.Context, name string) error {
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return nil // no longer needed, or evicted, since the bucket has it
-	case errors.Is(err, ErrDamaged) && !wrongSize: // it is found and moved away at its next use
+	case errors.Is(err, errWrongSum): // it is found and moved away at its next use
 		m.cfg.Log.Error("cannot upload a file, which is damaged", "file", m.key(name), "error", err)
 		return nil
 	case err == nil:

@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"os"
@@ -237,6 +238,38 @@ func TestMirrorRetries(t *testing.T) {
 		w.pass(lastRetry)
 		return w.Stored(name)
 	})
+}
+
+// faulty is a bucket that finds the first content changed on the way.
+type faulty struct {
+	Bucket
+	puts atomic.Int32
+}
+
+func (f *faulty) Put(ctx context.Context, key string, body *io.SectionReader, sum Sum, when Condition) (string, error) {
+	if f.puts.Add(1) == 1 {
+		return "", ErrDamaged
+	}
+	return f.Bucket.Put(ctx, key, body, sum, when)
+}
+
+// TestMirrorRetriesFaultOnTheWay lets the bucket refuse content that is not damaged here.
+func TestMirrorRetriesFaultOnTheWay(t *testing.T) {
+	dir, err := OpenDir(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := &faulty{Bucket: dir}
+	w := newWorld(t, b, t.TempDir(), 0)
+	name := w.shelf.put(t, "text", time.Now())
+	w.Offer(name)
+	eventually(t, "it is uploaded", func() bool {
+		w.pass(lastRetry)
+		return w.Stored(name)
+	})
+	if tries := b.puts.Load(); tries != 2 {
+		t.Errorf("it was sent %d times, want 2", tries)
+	}
 }
 
 // TestMirrorReplacesDamage changes objects in the server's own files.
