@@ -2,14 +2,21 @@ package objects
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"runtime"
+	"strconv"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 )
 
 // hostile opens a bucket whose server answers with a handler.
@@ -100,6 +107,151 @@ func TestLyingAnswers(t *testing.T) {
 	}
 	if _, err := NewTransfer(b).Download(t.Context(), "a", emptyFile(t), Sum{1}, 1<<30, 0); !errors.Is(err, ErrDamaged) {
 		t.Errorf("an object of a terabyte: %v", err)
+	}
+}
+
+// lies are the ways in which a server answers a request for n bytes of content, from off on, with something else. Each
+// says what a download must return.
+var lies = map[string]struct {
+	answer func(w http.ResponseWriter, content []byte, off, n int)
+	want   string // "damaged", "failed", or "" for none
+}{
+	"other bytes": {func(w http.ResponseWriter, content []byte, off, n int) {
+		w.WriteHeader(http.StatusPartialContent)
+		w.Write([]byte{content[off] + 1})
+		w.Write(content[off+1 : off+n])
+	}, "damaged"},
+	"the beginning of the object": {func(w http.ResponseWriter, content []byte, _, _ int) { w.Write(content) }, "damaged"},
+	"more and more": {func(w http.ResponseWriter, content []byte, off, n int) {
+		w.Write(content[off : off+n])
+		for {
+			if _, err := w.Write(content); err != nil {
+				return
+			}
+		}
+	}, ""},
+	"an error with status 200": {func(w http.ResponseWriter, _ []byte, _, _ int) {
+		w.Write([]byte("<Error><Code>InternalError</Code></Error>"))
+	}, "failed"},
+	"half of it": {func(w http.ResponseWriter, content []byte, off, n int) {
+		w.WriteHeader(http.StatusPartialContent)
+		w.Write(content[off : off+n/2])
+	}, "failed"},
+	"half of it and a broken connection": {func(w http.ResponseWriter, content []byte, off, n int) {
+		w.Header().Set("Content-Length", strconv.Itoa(n))
+		w.Write(content[off : off+n/2])
+		panic(http.ErrAbortHandler)
+	}, "failed"},
+	"a byte from time to time": {func(w http.ResponseWriter, content []byte, off, n int) {
+		for _, b := range content[off : off+n] {
+			if _, err := w.Write([]byte{b}); err != nil {
+				return
+			}
+			http.NewResponseController(w).Flush()
+			time.Sleep(10 * time.Millisecond)
+		}
+	}, "failed"},
+}
+
+// TestDownloadsFromLiars downloads objects, of two pieces so that there are ranges, from servers that lie. Each download
+// must end, and none with a wrong file.
+func TestDownloadsFromLiars(t *testing.T) {
+	const size = minPart + 1000
+	f, sum := testFile(t, size)
+	content := make([]byte, size)
+	if _, err := f.ReadAt(content, 0); err != nil {
+		t.Fatal(err)
+	}
+	sums := []Sum{sha256.Sum256(content[:minPart]), sha256.Sum256(content[minPart:])}
+	for name, lie := range lies {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := hostile(t, func(w http.ResponseWriter, r *http.Request) {
+				if r.Method == http.MethodHead {
+					w.Header().Set("Content-Length", strconv.Itoa(size))
+					return
+				}
+				var from, to int
+				if _, err := fmt.Sscanf(r.Header.Get("Range"), "bytes=%d-%d", &from, &to); err != nil {
+					t.Error(err)
+				}
+				lie.answer(w, content, from, to+1-from)
+			})
+			if name == "a byte from time to time" {
+				b.(*S3).wire.patience, b.(*S3).wire.rate = 200*time.Millisecond, math.MaxInt64 // it would need days
+			}
+			var wg sync.WaitGroup
+			defer wg.Wait()
+			for how, download := range map[string]func(transfer *Transfer, to *os.File) error{
+				"whole": func(transfer *Transfer, to *os.File) error {
+					_, err := transfer.Download(t.Context(), "a", to, sum, size, 0)
+					return err
+				},
+				"pieces": func(transfer *Transfer, to *os.File) error {
+					return transfer.DownloadPieces(t.Context(), "a", to, size, sums, 0)
+				},
+			} {
+				to, transfer := emptyFile(t), NewTransfer(b)
+				wg.Go(func() {
+					err := download(transfer, to)
+					got := "failed"
+					if err == nil {
+						got = ""
+					} else if errors.Is(err, ErrDamaged) {
+						got = "damaged"
+					}
+					if got != lie.want || errors.Is(err, fs.ErrNotExist) {
+						t.Errorf("%s: %v; want %q", how, err, lie.want)
+					}
+					data, readErr := os.ReadFile(to.Name())
+					if readErr != nil || len(data) > size || err == nil && sha256.Sum256(data) != sum {
+						t.Errorf("%s: the file has %d bytes, %v", how, len(data), readErr)
+					}
+					if left := promisedBy(transfer); left != 0 {
+						t.Errorf("%s: %d bytes are still promised", how, left)
+					}
+				})
+			}
+		})
+	}
+}
+
+// TestUploadsToLiars uploads a file to servers that do not store it and say so in an unusual place.
+func TestUploadsToLiars(t *testing.T) {
+	const size = minPart + 1000
+	f, sum := testFile(t, size)
+	fine := map[string]string{
+		"begin": "<InitiateMultipartUploadResult><UploadId>id</UploadId></InitiateMultipartUploadResult>",
+		"list":  "<ListMultipartUploadsResult/>", "complete": "<CompleteMultipartUploadResult/>"}
+	fault := "<Error><Code>InternalError</Code></Error>"
+	for name, lie := range map[string]struct{ complete, checksum string }{
+		"an error with status 200":   {complete: fault},
+		"spaces and then an error":   {complete: strings.Repeat(" ", 1000) + fault},
+		"the checksum of other data": {complete: fine["complete"], checksum: *encoded(bigEndian(1))},
+	} {
+		b := hostile(t, func(w http.ResponseWriter, r *http.Request) {
+			io.Copy(io.Discard, r.Body)
+			switch query := r.URL.Query(); {
+			case r.Method == http.MethodHead:
+				w.WriteHeader(http.StatusNotFound)
+			case r.Method == http.MethodPut:
+				w.Header().Set("ETag", `"a"`)
+				if lie.checksum != "" {
+					w.Header().Set("X-Amz-Checksum-Crc32c", lie.checksum)
+				}
+			case r.Method == http.MethodPost && query.Has("uploads"):
+				w.Write([]byte(fine["begin"]))
+			case r.Method == http.MethodPost:
+				w.Write([]byte(lie.complete))
+			default:
+				w.Write([]byte(fine["list"]))
+			}
+		})
+		if err := NewTransfer(b).Upload(t.Context(), "a", f, size, sum); err == nil {
+			t.Errorf("%s: the upload succeeded", name)
+		} else if errors.Is(err, errWrongSum) {
+			t.Errorf("%s: the local file is blamed: %v", name, err)
+		}
 	}
 }
 

@@ -147,8 +147,15 @@ const (
 // the SHA-256 out of the signature.
 func (s *checksums) send(body *io.SectionReader, sum func() (Sum, error), checksum *string,
 	do func(options func(*s3.Options)) (*string, error)) error {
+	checked := func(options func(*s3.Options)) (compared bool, err error) {
+		got, err := do(options)
+		if err == nil && got != nil && *got != *checksum {
+			err = fmt.Errorf("the server has got other content: %w", ErrDamaged)
+		}
+		return got != nil, err
+	}
 	if s.state.Load() == checksumCompared {
-		_, err := do(signed(unsigned))
+		_, err := checked(signed(unsigned))
 		var answer smithy.APIError
 		if !errors.As(err, &answer) || answer.ErrorCode() != "AccessDenied" {
 			return err
@@ -162,8 +169,8 @@ func (s *checksums) send(body *io.SectionReader, sum func() (Sum, error), checks
 	if err != nil {
 		return err
 	}
-	got, err := do(signed(inSignature.String()))
-	if err == nil && aws.ToString(got) == *checksum {
+	compared, err := checked(signed(inSignature.String()))
+	if err == nil && compared {
 		s.state.CompareAndSwap(checksumUnknown, checksumCompared)
 	}
 	return err
@@ -204,7 +211,7 @@ func (s *S3) Get(ctx context.Context, key string, off, n int64) (io.ReadCloser, 
 	if err != nil {
 		return nil, err
 	}
-	out, err := s.client.GetObject(content(ctx), &s3.GetObjectInput{Bucket: s.bucket, Key: name,
+	out, err := s.client.GetObject(content(ctx, n), &s3.GetObjectInput{Bucket: s.bucket, Key: name,
 		Range: aws.String(fmt.Sprintf("bytes=%d-%d", off, off+n-1))})
 	if err != nil {
 		return nil, fail("reading", key, err)

@@ -3,6 +3,7 @@ package objects
 import (
 	"context"
 	"errors"
+	"io"
 	"io/fs"
 	"net"
 	"net/http"
@@ -15,6 +16,10 @@ const (
 	// work, such as the joining of the parts of a large object. A shorter one fails requests of slow servers; with a
 	// longer one a dead connection delays its request by that much.
 	stall = 2 * time.Minute
+	// leastRate is the speed in bytes per second that a request must reach after stall. Without it, a server that sends a
+	// byte from time to time would hold requests, of which there are few, for ever. A higher one fails requests over a
+	// slow line, which up to 2*maxRequests of them share.
+	leastRate = 16 << 10
 	// maxAnswer bounds an answer without the content of an object, in bytes: a list of 1000 objects has at most 2 MiB.
 	maxAnswer = 4 << 20
 	// bufferSize is the size of a buffer that a transfer copies through, in bytes. There is one
@@ -25,6 +30,8 @@ const (
 // wire makes the HTTP requests to an S3 server. It bounds answers and silence, and reads the server's clock.
 type wire struct {
 	transport http.Transport
+	patience  time.Duration // stall, but for tests
+	rate      int64         // leastRate, but for tests
 
 	mu sync.Mutex
 	// +checklocks:mu
@@ -35,7 +42,7 @@ type wire struct {
 
 func newWire() *wire {
 	dialer := &net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second}
-	return &wire{transport: http.Transport{
+	return &wire{patience: stall, rate: leastRate, transport: http.Transport{
 		Proxy: http.ProxyFromEnvironment,
 		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
 			c, err := dialer.DialContext(ctx, network, addr)
@@ -68,24 +75,48 @@ func (c stallConn) Write(p []byte) (int, error) {
 
 type contentKey struct{}
 
-// content marks a request whose answer is the content of an object, which the caller bounds.
-func content(ctx context.Context) context.Context { return context.WithValue(ctx, contentKey{}, true) }
+// content marks a request whose answer is content of an object, of which the caller reads n bytes.
+func content(ctx context.Context, n int64) context.Context {
+	return context.WithValue(ctx, contentKey{}, n)
+}
+
+var errSlow = errors.New("the S3 server is too slow")
 
 // RoundTrip implements [http.RoundTripper].
 func (w *wire) RoundTrip(r *http.Request) (*http.Response, error) {
-	answer, err := w.transport.RoundTrip(r)
+	most, isContent := r.Context().Value(contentKey{}).(int64)
+	if !isContent {
+		most = maxAnswer
+	}
+	limit := w.patience + time.Duration((max(r.ContentLength, 0)+most)/w.rate)*time.Second
+	ctx, cancel := context.WithTimeoutCause(r.Context(), limit, errSlow)
+	answer, err := w.transport.RoundTrip(r.WithContext(ctx))
 	if err != nil {
+		cancel()
 		return nil, err
 	}
+	answer.Body = &endingBody{answer.Body, cancel}
 	if at, err := http.ParseTime(answer.Header.Get("Date")); err == nil {
 		w.mu.Lock()
 		w.ahead, w.seen = at.Sub(time.Now().Truncate(time.Second)), true
 		w.mu.Unlock()
 	}
-	if r.Context().Value(contentKey{}) == nil || answer.StatusCode >= 300 {
+	if !isContent || answer.StatusCode >= 300 {
 		answer.Body = http.MaxBytesReader(nil, answer.Body, maxAnswer)
 	}
 	return answer, nil
+}
+
+// endingBody is the body of an answer, which ends the context of its request when it is closed.
+type endingBody struct {
+	io.ReadCloser
+	end context.CancelFunc
+}
+
+// Close implements [io.Closer].
+func (b *endingBody) Close() error {
+	defer b.end()
+	return b.ReadCloser.Close()
 }
 
 // skew returns how far the server's clock is ahead.
