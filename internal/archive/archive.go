@@ -109,14 +109,18 @@ type Archive struct {
 	programs    *objects.Sweep
 	uploaded    atomic.Int64
 
-	// programsMu keeps a collection from removing a program that was just found in the bucket.
+	// programsMu is held while a program is uploaded, so that two checkpoints do not upload the same one.
 	programsMu sync.Mutex
+	// removing is held while a program is removed, and taken before mu.
+	removing sync.Mutex
 
 	mu sync.Mutex
 	// +checklocks:mu
 	stored map[string]copied // the newest copy, by name
 	// +checklocks:mu
 	sums map[string]objects.Sum // of the programs that the bucket has, by path
+	// +checklocks:mu
+	wanted map[string]bool // keys of the programs that this process uploads, or that the bucket has
 }
 
 // copied names a copy: number orders the copies of a name, and made is the time of the checkpoint.
@@ -130,10 +134,12 @@ func New(cfg Config) *Archive {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
-	return &Archive{cfg: cfg, queue: objects.NewQueue(checkpointPrefix, cfg.Log, cfg.Now),
+	a := &Archive{cfg: cfg, queue: objects.NewQueue(checkpointPrefix, cfg.Log, cfg.Now),
 		checkpoints: objects.NewSweep(cfg.Transfer, checkpointPrefix, cfg.MaxUnneeded, cfg.Log, cfg.Now),
 		programs:    objects.NewSweep(cfg.Transfer, programPrefix, 0, cfg.Log, cfg.Now),
-		stored:      map[string]copied{}, sums: map[string]objects.Sum{}}
+		stored:      map[string]copied{}, sums: map[string]objects.Sum{}, wanted: map[string]bool{}}
+	a.programs.Guard = &a.removing
+	return a
 }
 
 // Offer queues the upload of the latest checkpoint of a sandbox or snapshot, which has about that many bytes. It does
@@ -307,7 +313,9 @@ func (a *Archive) uploadProgram(ctx context.Context, path string) (string, error
 	if sum, err = sumFile(f); err != nil {
 		return "", fmt.Errorf("reading a program: %w", err)
 	}
-	if err := a.cfg.Transfer.Upload(ctx, programPrefix+sum.String(), f, info.Size(), sum); err != nil {
+	key := programPrefix + sum.String()
+	a.want(key) // from here on it is not removed if it is found
+	if err := a.cfg.Transfer.Upload(ctx, key, f, info.Size(), sum); err != nil {
 		return "", away(err)
 	}
 	a.mu.Lock()

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -334,6 +335,103 @@ func TestArchiveUploadsAgain(t *testing.T) {
 	})
 	if got, err := w.fetch(t, w.rows(t)[0]); err != nil || got != "text" {
 		t.Errorf("fetched %q, %v", got, err)
+	}
+}
+
+// TestArchiveUploadsProgramsAgain takes the programs out of the bucket, which the same process has uploaded.
+func TestArchiveUploadsProgramsAgain(t *testing.T) {
+	w := newWorld(t, directory(t))
+	box := w.sandbox(t)
+	w.copied(t, box, w.save(t, box, "text"))
+	w.stop()
+	programs := w.keys(t, programPrefix)
+	if err := w.bucket.Delete(t.Context(), programs[0]); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.collect(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.upload(t.Context(), box); err != nil {
+		t.Fatal(err)
+	}
+	if got := w.keys(t, programPrefix); !slices.Equal(got, programs) {
+		t.Errorf("the programs are %q, want %q", got, programs)
+	}
+}
+
+// paged is a bucket whose lists of programs have two pages. Between them it calls between.
+type paged struct {
+	objects.Bucket
+	between func()
+}
+
+func (p *paged) List(ctx context.Context, prefix, after string, most int) ([]objects.Info, error) {
+	if prefix != programPrefix || p.between == nil {
+		return p.Bucket.List(ctx, prefix, after, most)
+	}
+	if after != "" {
+		p.between()
+		return nil, nil
+	}
+	all, err := p.Bucket.List(ctx, prefix, after, most)
+	for len(all) < most {
+		young := objects.Info{Key: fmt.Sprintf("%sz%d", prefix, len(all)), Modified: time.Now().Add(10 * objects.Grace)}
+		all = append(all, young)
+	}
+	return all, err
+}
+
+// TestArchiveUploadsDuringCollection uploads a checkpoint while a collection lists programs, which have not been needed
+// for long. They are found in the bucket, so they must not be removed.
+func TestArchiveUploadsDuringCollection(t *testing.T) {
+	b := &paged{Bucket: directory(t)}
+	w := newWorld(t, b)
+	w.stop()
+	for i, name := range []string{"agent", "runsc"} {
+		text, err := os.ReadFile(filepath.Join(w.dir, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, text := range [][]byte{text, fmt.Appendf(nil, "older program %d", i)} {
+			_, err := objects.Write(t.Context(), b, programPrefix+sumOf(text).String(), text, objects.Condition{})
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if err := w.collect(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	w.pass(objects.Grace + time.Minute)
+	if got := w.keys(t, programPrefix); len(got) != 4 {
+		t.Fatalf("the programs are %q before the grace has passed", got)
+	}
+	box := w.sandbox(t)
+	made := w.save(t, box, "text")
+	b.between = func() {
+		uploaded := make(chan error)
+		go func() { uploaded <- w.upload(t.Context(), box) }()
+		select {
+		case err := <-uploaded:
+			if err != nil {
+				t.Error(err)
+			}
+		case <-time.After(time.Minute):
+			t.Error("the upload waits for the collection")
+		}
+	}
+	if err := w.collect(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	b.between = nil
+	if !w.Stored(box, made) {
+		t.Error("the checkpoint is not stored")
+	}
+	row := w.rows(t)[0]
+	want := []string{programPrefix + row.Agent, programPrefix + row.Runsc}
+	slices.Sort(want)
+	if got := w.keys(t, programPrefix); !slices.Equal(got, want) {
+		t.Errorf("the programs are %q, want %q", got, want)
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/cayhq/cay/internal/objects"
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
@@ -34,19 +35,33 @@ func (a *Archive) collect(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	found := map[string]bool{}
+	wholePrograms, err := a.programs.Run(ctx, func(key string) bool {
+		if programs[key] {
+			found[key] = true
+		}
+		return programs[key] || a.wants(key)
+	})
+	if err != nil {
+		return err
+	}
 	for _, c := range rows {
-		if whole && !c.UploadedAt.IsZero() && !sealed[strings.TrimSuffix(home(c), "/")] {
+		missing := whole && !sealed[strings.TrimSuffix(home(c), "/")]
+		for _, program := range []string{c.Agent, c.Runsc} {
+			if wholePrograms && !found[programPrefix+program] {
+				a.forget(program)
+				missing = true
+			}
+		}
+		if missing && !c.UploadedAt.IsZero() {
 			a.lost(c)
 		}
 	}
-	a.programsMu.Lock()
-	defer a.programsMu.Unlock()
-	_, err = a.programs.Run(ctx, func(key string) bool { return programs[key] || a.wants(key) })
-	return err
+	return nil
 }
 
-// lost has a checkpoint uploaded again whose copy is not in the bucket: files.url names another bucket now, or
-// somebody removed it.
+// lost has a checkpoint uploaded again whose copy is not in the bucket, or a program of it: files.url names another
+// bucket now, or somebody removed it.
 func (a *Archive) lost(c sandbox.StoredCheckpoint) {
 	a.cfg.Log.Warn("the copy of a checkpoint is not in the bucket, and will be uploaded again", "of", c.Name)
 	a.mu.Lock()
@@ -93,15 +108,25 @@ func (a *Archive) learn(stored map[string]copied, before []string) {
 	}
 }
 
-// wants reports whether a key is that of a program that this process has uploaded or found in the bucket. A row that is
-// being written may name it.
+// want keeps a program from being removed. A row that is being written may name it.
+func (a *Archive) want(key string) {
+	a.removing.Lock()
+	defer a.removing.Unlock()
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.wanted[key] = true
+}
+
+// wants reports whether a key was given to want.
 func (a *Archive) wants(key string) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	for _, sum := range a.sums {
-		if key == programPrefix+sum.String() {
-			return true
-		}
-	}
-	return false
+	return a.wanted[key]
+}
+
+// forget has a program with a SHA-256 uploaded again that the bucket has lost.
+func (a *Archive) forget(sum string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	maps.DeleteFunc(a.sums, func(_ string, s objects.Sum) bool { return s.String() == sum })
 }

@@ -3,6 +3,7 @@ package objects
 import (
 	"context"
 	"log/slog"
+	"sync"
 	"time"
 )
 
@@ -13,6 +14,10 @@ const maxRemembered = 100_000
 // Sweep removes the objects of a prefix that nothing needs, as a [Mirror] does, but its caller decides which these are.
 // Its methods must not be called concurrently.
 type Sweep struct {
+	// Guard, if it is not nil, is held while Run asks once more whether an object is needed, and removes it. A caller that
+	// holds it when an object becomes needed thus knows that the object is not being removed. It is set before Run.
+	Guard sync.Locker
+
 	transfer *Transfer
 	prefix   string
 	most     int64
@@ -53,10 +58,22 @@ func (s *Sweep) Run(ctx context.Context, needed func(key string) bool) (whole bo
 	}
 	s.unneeded = found
 	for _, o := range expired(all, s.most, s.now()) {
-		if err := s.transfer.remove(ctx, o, s.log); err != nil {
+		if err := s.remove(ctx, o, needed); err != nil {
 			return false, err
 		}
 		delete(s.unneeded, o.key)
 	}
 	return whole, s.transfer.abortOld(ctx, s.prefix, s.now)
+}
+
+// remove removes an object, unless it is needed by now.
+func (s *Sweep) remove(ctx context.Context, o unneeded, needed func(key string) bool) error {
+	if s.Guard != nil {
+		s.Guard.Lock()
+		defer s.Guard.Unlock()
+	}
+	if needed(o.key) {
+		return nil
+	}
+	return s.transfer.remove(ctx, o, s.log)
 }
