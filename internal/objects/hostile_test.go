@@ -12,6 +12,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -153,8 +154,8 @@ var lies = map[string]struct {
 	}, "failed"},
 }
 
-// TestDownloadsFromLiars downloads objects, of two pieces so that there are ranges, from servers that lie. Each download
-// must end, and none with a wrong file.
+// TestDownloadsFromLiars downloads an object of two pieces, so that there are ranges, from servers that lie. Each
+// download must end, and none with a wrong file.
 func TestDownloadsFromLiars(t *testing.T) {
 	const size = minPart + 1000
 	f, sum := testFile(t, size)
@@ -298,15 +299,73 @@ func (c careless) Put(ctx context.Context, key string, body *io.SectionReader, _
 	return c.Bucket.Put(ctx, key, body, sum, when)
 }
 
-// TestCheckFindsMissingSums has the doctor check a bucket that compares no checksums.
-func TestCheckFindsMissingSums(t *testing.T) {
+// carelessParts is a bucket that writes whatever parts arrive.
+type carelessParts struct{ Bucket }
+
+func (c carelessParts) PutPart(ctx context.Context, key, id string, number int, body *io.SectionReader, _ uint32) (
+	Part, error) {
+	data, err := io.ReadAll(body)
+	if err != nil {
+		return Part{}, err
+	}
+	return c.Bucket.PutPart(ctx, key, id, number, section(data), crcOf(data))
+}
+
+// overwriting is a bucket that ignores conditions.
+type overwriting struct{ Bucket }
+
+func (o overwriting) Put(ctx context.Context, key string, body *io.SectionReader, sum Sum, _ Condition) (string,
+	error) {
+	return o.Bucket.Put(ctx, key, body, sum, Condition{})
+}
+
+// joining is a bucket that ignores the conditions of uploads in parts.
+type joining struct{ Bucket }
+
+func (j joining) Complete(ctx context.Context, key, id string, parts []Part, _ Condition) (string, error) {
+	return j.Bucket.Complete(ctx, key, id, parts, Condition{})
+}
+
+// unlisted is a bucket that may not be listed.
+type unlisted struct{ Bucket }
+
+func (u unlisted) List(context.Context, string, string, int) ([]Info, error) {
+	return nil, errors.New("AccessDenied")
+}
+
+// early is a bucket whose clock is an hour behind.
+type early struct{ Bucket }
+
+func (e early) Skew(context.Context) (time.Duration, error) { return -time.Hour, nil }
+
+// TestCheckFindsFaults has the doctor check buckets that lack what cay needs.
+func TestCheckFindsFaults(t *testing.T) {
 	dir, err := OpenDir(t.TempDir())
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, f := range Check(t.Context(), careless{dir}) {
-		if f.OK != (f.Name != "checksums") {
-			t.Errorf("%s: %t, %s", f.Name, f.OK, f.Detail)
+	for _, c := range []struct {
+		bucket Bucket
+		wrong  []string // findings
+	}{
+		{dir, nil},
+		{careless{dir}, []string{"checksums"}},
+		{carelessParts{dir}, []string{"checksums"}},
+		{overwriting{dir}, []string{"conditional writes"}},
+		{joining{dir}, []string{"conditional writes"}},
+		{unlisted{dir}, []string{"bucket", "conditional writes", "checksums"}}, // without rights the others are not known
+		{early{dir}, []string{"bucket's clock"}},
+	} {
+		for _, f := range Check(t.Context(), c.bucket) {
+			if f.OK == slices.Contains(c.wrong, f.Name) {
+				t.Errorf("%T: %s: %t, %s", c.bucket, f.Name, f.OK, f.Detail)
+			}
+		}
+		if left, err := dir.List(t.Context(), "", "", 10); err != nil || len(left) != 0 {
+			t.Errorf("%T: left are %v, %v", c.bucket, left, err)
+		}
+		if left, err := dir.Uploads(t.Context(), ""); err != nil || len(left) != 0 {
+			t.Errorf("%T: left are the uploads %v, %v", c.bucket, left, err)
 		}
 	}
 }

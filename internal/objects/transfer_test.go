@@ -16,6 +16,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/iotest"
 	"time"
 
 	"github.com/aws/aws-sdk-go-v2/service/s3"
@@ -367,9 +368,123 @@ func TestTransferTwice(t *testing.T) {
 	})
 }
 
-// TestTransferMemory bounds the heap while many large files go up and down at once.
+// brittle is a bucket whose answers break in their middle, the first one from each offset.
+type brittle struct {
+	Bucket
+
+	mu     sync.Mutex
+	broken map[int64]bool // by offset
+	asked  []int64        // bytes, of each request
+}
+
+func (b *brittle) Get(ctx context.Context, key string, off, n int64) (io.ReadCloser, error) {
+	r, err := b.Bucket.Get(ctx, key, off, n)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.asked = append(b.asked, n)
+	if err != nil || b.broken[off] || n < minPart {
+		return r, err
+	}
+	b.broken[off] = true
+	half := io.MultiReader(io.LimitReader(r, n/2), iotest.ErrReader(errBroken))
+	return struct {
+		io.Reader
+		io.Closer
+	}{half, r}, nil
+}
+
+// TestDownloadContinues breaks the connection of a download, which continues behind what has arrived.
+func TestDownloadContinues(t *testing.T) {
+	dir, err := OpenDir(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	const size = minPart + 1000
+	f, sum := testFile(t, size)
+	sums, err := NewTransfer(dir).UploadPieces(t.Context(), "a", f, size)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for how, download := range map[string]func(b Bucket) error{
+		"whole": func(b Bucket) error {
+			_, err := NewTransfer(b).Download(t.Context(), "a", emptyFile(t), sum, size, 0)
+			return err
+		},
+		"pieces": func(b Bucket) error {
+			return NewTransfer(b).DownloadPieces(t.Context(), "a", emptyFile(t), size, sums, 0)
+		},
+	} {
+		b := &brittle{Bucket: dir, broken: map[int64]bool{}}
+		if err := download(b); err != nil {
+			t.Errorf("%s: %v", how, err)
+		}
+		slices.Sort(b.asked)
+		if want := []int64{1000, minPart / 2, minPart}; !slices.Equal(b.asked, want) {
+			t.Errorf("%s: the requests were for %d bytes, want %d", how, b.asked, want)
+		}
+	}
+}
+
+// crowded is a bucket that counts the requests with content at once: uploading and downloading ones, of all and of each
+// key.
+type crowded struct {
+	Bucket
+
+	mu        sync.Mutex
+	now, most map[string]int // by direction and key; with an empty key all of them
+}
+
+// begin counts a request until the returned function is called.
+func (c *crowded) begin(direction, key string) (end func()) {
+	add := func(n int) {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		for _, of := range []string{direction + " ", direction + " " + key} {
+			c.now[of] += n
+			c.most[of] = max(c.most[of], c.now[of])
+		}
+	}
+	add(1)
+	return sync.OnceFunc(func() { add(-1) })
+}
+
+func (c *crowded) PutPart(ctx context.Context, key, id string, n int, body *io.SectionReader, crc uint32) (Part,
+	error) {
+	defer c.begin("up", key)()
+	return c.Bucket.PutPart(ctx, key, id, n, body, crc)
+}
+
+func (c *crowded) Get(ctx context.Context, key string, off, n int64) (io.ReadCloser, error) {
+	end := c.begin("down", key)
+	r, err := c.Bucket.Get(ctx, key, off, n)
+	if err != nil {
+		end()
+		return nil, err
+	}
+	return &endingBody{r, end}, nil
+}
+
+// check compares the largest numbers with the bounds.
+func (c *crowded) check(t *testing.T) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for of, most := range c.most {
+		least, bound := 1, perFile
+		if strings.HasSuffix(of, " ") {
+			least, bound = 2, maxRequests
+		}
+		if most < least || most > bound {
+			t.Errorf("%s: %d requests at once, want %d to %d", of, most, least, bound)
+		}
+	}
+	if len(c.most) == 0 {
+		t.Error("no request was counted")
+	}
+}
+
+// TestTransferMemory bounds the heap, and the requests at once, while many large files go up and down at once.
 func TestTransferMemory(t *testing.T) {
-	b := openS3(t, caytest.StartS3(t), "")
+	b := &crowded{Bucket: openS3(t, caytest.StartS3(t), ""), now: map[string]int{}, most: map[string]int{}}
 	transfer := NewTransfer(b)
 	const files, size = 6, 3*minPart + 1
 	f, sum := testFile(t, size)
@@ -409,4 +524,5 @@ func TestTransferMemory(t *testing.T) {
 	} else {
 		t.Logf("%d files took at most %d KiB of memory", files, used>>10)
 	}
+	b.check(t)
 }
