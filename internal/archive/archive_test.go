@@ -359,6 +359,33 @@ func TestArchiveUploadsProgramsAgain(t *testing.T) {
 	}
 }
 
+// TestArchiveTriesAgainWithoutProgram removes a program of this machine after the checkpoint that needs it was found.
+func TestArchiveTriesAgainWithoutProgram(t *testing.T) {
+	w := newWorld(t, directory(t))
+	w.stop()
+	box := w.sandbox(t)
+	made := w.save(t, box, "text")
+	runsc := filepath.Join(w.dir, "runsc")
+	if err := os.Rename(runsc, runsc+".away"); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.upload(t.Context(), box); err == nil {
+		t.Error("an upload without a program is over")
+	}
+	if w.Stored(box, made) || len(w.rows(t)) != 0 || len(w.keys(t, checkpointPrefix)) != 0 {
+		t.Errorf("without a program there are %+v", w.rows(t))
+	}
+	if err := os.Rename(runsc+".away", runsc); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.upload(t.Context(), box); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := w.fetch(t, w.copied(t, box, made)); err != nil || got != "text" {
+		t.Errorf("fetched %q, %v", got, err)
+	}
+}
+
 // paged is a bucket whose lists of programs have two pages. Between them it calls between.
 type paged struct {
 	objects.Bucket
