@@ -111,6 +111,21 @@ func TestLyingAnswers(t *testing.T) {
 	}
 }
 
+// TestKindsOfErrors lets the server refuse a write with the codes that servers of several makers use.
+func TestKindsOfErrors(t *testing.T) {
+	for code, want := range map[string]error{"NoSuchUpload": fs.ErrNotExist, "PreconditionFailed": ErrCondition,
+		"ConditionalRequestConflict": ErrCondition, "BadDigest": ErrDamaged, "XAmzContentSHA256Mismatch": ErrDamaged,
+		"XAmzContentChecksumMismatch": ErrDamaged} {
+		b := hostile(t, func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(http.StatusBadRequest)
+			fmt.Fprintf(w, "<Error><Code>%s</Code></Error>", code)
+		})
+		if _, err := b.PutPart(t.Context(), "a", "id", 1, section([]byte("b")), 0); !errors.Is(err, want) {
+			t.Errorf("%s: %v; want %v", code, err, want)
+		}
+	}
+}
+
 // lies are the ways in which a server answers a request for n bytes of content, from off on, with something else. Each
 // says what a download must return.
 var lies = map[string]struct {

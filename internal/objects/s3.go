@@ -98,7 +98,7 @@ func fail(doing, key string, err error) error {
 		kind = notExist(key)
 	case "PreconditionFailed", "ConditionalRequestConflict":
 		kind = ErrCondition
-	case "XAmzContentSHA256Mismatch", "BadDigest", "InvalidDigest":
+	case "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch", "BadDigest", "InvalidDigest":
 		kind = ErrDamaged
 	default:
 		return fmt.Errorf("%s object %s: %w", doing, key, err)
