@@ -144,10 +144,14 @@ func (s *server) ListSandboxes(w http.ResponseWriter, r *http.Request, params Li
 // statesOf returns the states of the given statuses, or without any the states of all statuses but
 // destroyed.
 func statesOf(statuses []SandboxStatus) ([]sandbox.State, error) {
-	if len(statuses) == 0 {
-		statuses = []SandboxStatus{SandboxStatusCreating, SandboxStatusRunning, SandboxStatusSuspended}
-	}
 	var states []sandbox.State
+	if len(statuses) == 0 {
+		for _, state := range sandbox.States() {
+			if state.Status() != sandbox.StatusDestroyed {
+				states = append(states, state)
+			}
+		}
+	}
 	for _, status := range statuses {
 		of := sandbox.Status(status).Of()
 		if len(of) == 0 {

@@ -14,6 +14,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/cayhq/cay/internal/caytest"
 	"github.com/cayhq/cay/internal/fault"
 )
 
@@ -250,6 +251,9 @@ func TestE2BKeyHasDefaultScopes(t *testing.T) {
 }
 
 func TestMay(t *testing.T) {
+	if all := caytest.Constants[Scope](t, "Scope"); !slices.Equal(all, Scopes()) {
+		t.Errorf("the constants are %q, Scopes returns %q", all, Scopes())
+	}
 	implied := map[Scope][]Scope{SandboxesWrite: {SandboxesRead}, TemplatesWrite: {TemplatesRead}, Admin: Scopes()}
 	for _, have := range Scopes() {
 		p := Principal{Key: Key{Scopes: []Scope{have}}}

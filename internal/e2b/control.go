@@ -47,7 +47,7 @@ func (s *Surface) table() map[string]route {
 	return map[string]route{
 		"POST /sandboxes":                            {write, s.create(createV1)},
 		"POST /v2/sandboxes":                         {write, s.create(createV2)},
-		"GET /sandboxes":                             {read, s.list(running)},
+		"GET /sandboxes":                             {read, s.list(listedAs(stateRunning))},
 		"GET /v2/sandboxes":                          {read, s.list(nil)},
 		"GET /sandboxes/metrics":                     {read, s.latestMetrics},
 		"GET /sandboxes/{id}":                        {read, s.get},
@@ -229,7 +229,7 @@ func (s *Surface) present(r *http.Request, id sandbox.ID) (sandbox.Sandbox, erro
 	if err != nil {
 		return sb, hidden(err, id)
 	}
-	if sb.State.Over() || sb.State == sandbox.Destroying {
+	if stateOf(sb) == "" {
 		return sb, noSandbox(id)
 	}
 	return sb, nil

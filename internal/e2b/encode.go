@@ -73,21 +73,44 @@ func listed(sb sandbox.Sandbox) listedBody {
 	}
 }
 
-// stateOf returns the state of a live sandbox on this API. A sandbox that is being suspended
-// takes no traffic any more, so it is paused; all others are running.
-func stateOf(sb sandbox.Sandbox) string {
-	switch sb.State {
-	case sandbox.Suspending, sandbox.Suspended, sandbox.Waking:
-		return statePaused
-	}
-	return stateRunning
-}
-
 // The states of this API.
 const (
 	stateRunning = "running"
 	statePaused  = "paused"
 )
+
+// apiState says how this API shows a state of the core.
+type apiState struct {
+	name   string // "" is a sandbox that this API does not have any more
+	listed bool   // listings have it
+}
+
+// apiStates has every state of the core. A sandbox that is being suspended takes no traffic any
+// more, so it is paused. One that is being created is in no listing until it takes traffic.
+var apiStates = map[sandbox.State]apiState{
+	sandbox.Creating:   {name: stateRunning},
+	sandbox.Running:    {name: stateRunning, listed: true},
+	sandbox.Suspending: {name: statePaused, listed: true},
+	sandbox.Suspended:  {name: statePaused, listed: true},
+	sandbox.Waking:     {name: statePaused, listed: true},
+	sandbox.Destroying: {},
+	sandbox.Destroyed:  {},
+	sandbox.Failed:     {},
+}
+
+// stateOf returns the state of a sandbox on this API, "" for one that it does not have any more.
+func stateOf(sb sandbox.Sandbox) string { return apiStates[sb.State].name }
+
+// listedAs returns the core's states that listings show under a name.
+func listedAs(name string) []sandbox.State {
+	var states []sandbox.State
+	for _, s := range sandbox.States() {
+		if shown := apiStates[s]; shown.listed && shown.name == name {
+			states = append(states, s)
+		}
+	}
+	return states
+}
 
 // never is the end of a sandbox without one, since the field is required.
 var never = time.Date(9999, 12, 31, 0, 0, 0, 0, time.UTC)

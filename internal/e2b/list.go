@@ -20,12 +20,6 @@ const maxPage = 100
 // nextHeader holds the cursor of the next page; the last page has none.
 const nextHeader = "X-Next-Token"
 
-// running and paused are the core's states for each state of this API.
-var (
-	running = []sandbox.State{sandbox.Running}
-	paused  = []sandbox.State{sandbox.Suspending, sandbox.Suspended, sandbox.Waking}
-)
-
 // list answers GET /v2/sandboxes, and GET /sandboxes with fixed states.
 func (s *Surface) list(states []sandbox.State) func(http.ResponseWriter, *http.Request) error {
 	return func(w http.ResponseWriter, r *http.Request) error {
@@ -164,16 +158,14 @@ func states(values []string) ([]sandbox.State, error) {
 	for word := range strings.SplitSeq(strings.Join(values, ","), ",") {
 		switch word {
 		case "":
-		case stateRunning:
-			out = append(out, running...)
-		case statePaused:
-			out = append(out, paused...)
+		case stateRunning, statePaused:
+			out = append(out, listedAs(word)...)
 		default:
 			return nil, fault.InvalidField("state", "must be running or paused, not %.40q", word)
 		}
 	}
 	if len(out) == 0 {
-		out = slices.Concat(running, paused)
+		out = slices.Concat(listedAs(stateRunning), listedAs(statePaused))
 	}
 	return out, nil
 }

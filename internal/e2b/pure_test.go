@@ -167,6 +167,12 @@ func TestStates(t *testing.T) {
 	if _, err := states([]string{"running,dead"}); !fault.Is(err, fault.Invalid) {
 		t.Errorf("dead: %v", err)
 	}
+	for _, s := range sandbox.States() {
+		shown, ok := apiStates[s]
+		if over := s.Status() == sandbox.StatusDestroyed; !ok || (shown.name == "") != over {
+			t.Errorf("this API shows %s as %+v, %v", s, shown, ok)
+		}
+	}
 }
 
 func TestServed(t *testing.T) {

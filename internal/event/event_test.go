@@ -5,6 +5,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/cayhq/cay/internal/caytest"
 )
 
 func TestIDs(t *testing.T) {
@@ -37,6 +39,9 @@ func FuzzParseID(f *testing.F) {
 
 func TestTypes(t *testing.T) {
 	all := Types()
+	if constants := caytest.Constants[Type](t, "Type"); !slices.Equal(all, constants) {
+		t.Errorf("the types are %q, the constants %q", all, constants)
+	}
 	for i, typ := range all {
 		if !typ.Known() || !slices.Contains([]string{"sandbox", "snapshot", "template", "api_key", "org"},
 			typ.Subject()) || slices.Index(all, typ) != i {

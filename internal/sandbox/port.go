@@ -18,7 +18,7 @@ func (s *Service) SetPublicPort(ctx context.Context, orgID string, id ID, port i
 	if err != nil {
 		return err
 	}
-	if sbx.State == Destroying || sbx.State.Over() {
+	if sbx.State.Status() == StatusDestroyed {
 		return notRunning(sbx)
 	}
 	return s.store.SetPublicPort(ctx, id, port, public)

@@ -18,6 +18,7 @@ type outbox struct {
 	db   *DB
 	tx   *sql.Tx
 	orgs []string // the organizations of the events written so far
+	err  error    // of an event that may not be written; the transaction fails with it
 }
 
 // record runs f in a transaction, as write does, with an outbox for its events. If f wrote events,
@@ -30,7 +31,10 @@ func (db *DB) recordLocked(ctx context.Context, org string, f func(tx *sql.Tx, o
 	var out *outbox
 	err := db.writeLocked(ctx, org, func(tx *sql.Tx) error {
 		out = &outbox{db: db, tx: tx} // of this try alone
-		return f(tx, out)
+		if err := f(tx, out); err != nil {
+			return err
+		}
+		return out.err
 	})
 	if out != nil && len(out.orgs) > 0 {
 		db.written(out.orgs)
@@ -69,7 +73,11 @@ const (
 )
 
 // eventArgs returns the parameters of an insert of e, with room for one more, and adds e's organization to the outbox.
+// A type that is not among [event.Types] fails the transaction: keys without the scope admin would never see the event.
 func (o *outbox) eventArgs(e *event.Event) []any {
+	if !e.Type.Known() {
+		o.err = fmt.Errorf("there is no type of events %q", e.Type)
+	}
 	o.orgs = append(o.orgs, e.OrgID)
 	return append(make([]any, 0, 10), e.OrgID, at(e.At), e.Type, e.SandboxID, e.From, e.To, e.Reason, e.Detail,
 		jsonColumn{&e.About})

@@ -398,3 +398,12 @@ func feedClock(t *testing.T, db *DB) {
 		}
 	}
 }
+
+// TestStatesHaveEvents fails for a state whose transition has no type of events.
+func TestStatesHaveEvents(t *testing.T) {
+	for _, s := range sandbox.States() {
+		if typ := event.Transition(string(s)); !typ.Known() {
+			t.Errorf("there is no type of events %q", typ)
+		}
+	}
+}

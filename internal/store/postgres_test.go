@@ -220,7 +220,8 @@ func TestPostgresTexts(t *testing.T) {
 	if len(ids) != 1 {
 		t.Errorf("found %v", ids)
 	}
-	if err := db.Note(ctx, []sandbox.Event{{SandboxID: s.ID, At: start, Reason: "x\x00", Detail: "\xff"}}); err != nil {
+	note := sandbox.Event{SandboxID: s.ID, At: start, Reason: "forked", Detail: "\x00\xff"}
+	if err := db.Note(ctx, []sandbox.Event{note}); err != nil {
 		t.Error(err)
 	}
 	if _, err := db.GetTemplate(ctx, "org_a", "\x00\xff"); !fault.Is(err, fault.NotFound) {

@@ -56,7 +56,8 @@ func TestPostgresDeadlock(t *testing.T) {
 			err := db.record(ctx, func(tx *sql.Tx, out *outbox) error {
 				tries.Add(1)
 				note := func(id sandbox.ID) error {
-					_, err := out.note(ctx, "sandbox.note", sandbox.Event{SandboxID: id, At: start, Reason: "note"}, event.About{})
+					e := sandbox.Event{SandboxID: id, At: start, Reason: "note"}
+					_, err := out.note(ctx, event.SandboxForked, e, event.About{})
 					return err
 				}
 				if err := note(ids[i]); err != nil {

@@ -146,20 +146,21 @@ func (db *DB) first(ctx context.Context, tx querier, s sandbox.Sandbox,
 	return prior, err == nil, err
 }
 
-// checkQuota returns Exhausted if the organization of s would exceed q with s. It counts the
-// organization's sandboxes that are not over. Suspended sandboxes count without CPU and memory, which
-// they do not use. Sandboxes that are being destroyed do not count, because their owner no longer
-// uses them. A row of s itself does not count, so that a sandbox to be woken is counted like a new
-// one.
+// checkQuota returns Exhausted if the organization of s would exceed q with s. It counts what the
+// organization's sandboxes take in their states (see [sandbox.Charge]). A row of s itself does not
+// count, so that a sandbox to be woken is counted like a new one.
 func checkQuota(ctx context.Context, tx querier, s sandbox.Sandbox, q sandbox.Quota) error {
 	if q == (sandbox.Quota{}) {
 		return nil
 	}
+	var p params
+	all := states(&p, sandbox.ChargeAll.Of())
 	var have sandbox.Quota
 	err := tx.QueryRowContext(ctx, `SELECT COUNT(*),
-		COALESCE(SUM(CASE WHEN state = $1 THEN 0 ELSE vcpus END), 0),
-		COALESCE(SUM(CASE WHEN state = $1 THEN 0 ELSE memory_mb END), 0)
-		FROM sandboxes WHERE org_id = $2 AND ended_at IS NULL AND id <> $3 AND state <> $4`, sandbox.Suspended, s.OrgID, s.ID, sandbox.Destroying).
+		COALESCE(SUM(CASE WHEN state IN (`+all+`) THEN vcpus ELSE 0 END), 0),
+		COALESCE(SUM(CASE WHEN state IN (`+all+`) THEN memory_mb ELSE 0 END), 0)
+		FROM sandboxes WHERE ended_at IS NULL AND org_id = `+p.add(s.OrgID)+` AND id <> `+p.add(s.ID)+
+		` AND state IN (`+states(&p, sandbox.ChargeItself.Of())+`)`, p...).
 		Scan(&have.Sandboxes, &have.VCPUs, &have.MemoryMB)
 	if err != nil {
 		return fmt.Errorf("counting the organization's sandboxes: %w", err)

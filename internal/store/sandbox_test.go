@@ -96,6 +96,7 @@ func testSandboxStore(t *testing.T, open func(t *testing.T) sandbox.Store) {
 		"not found":              sandboxNotFound,
 		"quota":                  sandboxQuota,
 		"quota in a race":        sandboxQuotaRace,
+		"quota of each state":    sandboxQuotaOfStates,
 		"quota of a wake":        sandboxQuotaWake,
 		"wakes in a race":        sandboxQuotaWakeRace,
 		"activity":               sandboxActivity,
@@ -174,6 +175,27 @@ func sandboxNotFound(t *testing.T, st sandbox.Store) {
 	events, next, err := st.Events(t.Context(), id, 5, "")
 	if len(events) != 0 || next != "" || err != nil {
 		t.Errorf("events of a sandbox that does not exist: %v, %q, %v", events, next, err)
+	}
+}
+
+// sandboxQuotaOfStates checks that a sandbox counts against a quota as its state says.
+func sandboxQuotaOfStates(t *testing.T, st sandbox.Store) {
+	for i, state := range sandbox.States() {
+		org := fmt.Sprint("org_", i)
+		mustMove(t, st, mustInsert(t, st, small(org, 0)).ID, sandbox.Creating, state, start)
+		for _, c := range []struct {
+			quota   sandbox.Quota
+			charged []sandbox.State
+		}{
+			{sandbox.Quota{Sandboxes: 1}, sandbox.ChargeItself.Of()},
+			{sandbox.Quota{VCPUs: 1}, sandbox.ChargeAll.Of()},
+			{sandbox.Quota{MemoryMB: 600}, sandbox.ChargeAll.Of()},
+		} {
+			_, _, err := st.Admit(t.Context(), small(org, 1), c.quota, sandbox.Once{})
+			if over, want := fault.Is(err, fault.Exhausted), slices.Contains(c.charged, state); over != want {
+				t.Errorf("with one that is %s the quota %+v is exceeded: %v, want %v; %v", state, c.quota, over, want, err)
+			}
+		}
 	}
 }
 
@@ -846,16 +868,20 @@ func sandboxEgress(t *testing.T, st sandbox.Store) {
 func sandboxNotes(t *testing.T, st sandbox.Store) {
 	lives, over := mustInsert(t, st, small("org_a", 0)).ID, mustInsert(t, st, small("org_a", 1)).ID
 	mustMove(t, st, lives, sandbox.Creating, sandbox.Running, start)
+	if err := st.Note(t.Context(), []sandbox.Event{{SandboxID: lives, At: start, Reason: "unheard_of"}}); err == nil {
+		t.Error("noted a reason that is no type of events")
+	}
 	mustMove(t, st, over, sandbox.Creating, sandbox.Failed, start)
 	for i := range 150 {
 		at := start.Add(time.Duration(i) * time.Second)
-		err := st.Note(t.Context(), []sandbox.Event{{SandboxID: lives, At: at, Reason: "noise", Detail: fmt.Sprint(i)},
-			{SandboxID: over, At: at, Reason: "noise"}, {SandboxID: sandbox.NewID(), At: at, Reason: "noise"}})
+		denied := sandbox.Event{SandboxID: lives, At: at, Reason: "egress_denied", Detail: fmt.Sprint(i)}
+		err := st.Note(t.Context(), []sandbox.Event{denied, {SandboxID: over, At: at, Reason: "egress_denied"},
+			{SandboxID: sandbox.NewID(), At: at, Reason: "egress_denied"}})
 		if err != nil {
 			t.Fatal(err)
 		}
 		if i == 10 {
-			if err := st.Note(t.Context(), []sandbox.Event{{SandboxID: lives, At: at, Reason: "rare"}}); err != nil {
+			if err := st.Note(t.Context(), []sandbox.Event{{SandboxID: lives, At: at, Reason: "forked"}}); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -869,11 +895,11 @@ func sandboxNotes(t *testing.T, st sandbox.Store) {
 		t.Fatalf("there are %d events", len(all))
 	}
 	want := sandbox.Event{ID: all[0].ID, SandboxID: lives, At: start.Add(149 * time.Second),
-		From: sandbox.Running, To: sandbox.Running, Reason: "noise", Detail: "149"}
+		From: sandbox.Running, To: sandbox.Running, Reason: "egress_denied", Detail: "149"}
 	if diff := cmp.Diff(want, all[0]); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
-	if all[99].Detail != "50" || all[100].Reason != "rare" ||
+	if all[99].Detail != "50" || all[100].Reason != "forked" ||
 		all[101].To != sandbox.Running || all[102].To != sandbox.Creating {
 		t.Errorf("the oldest are %+v", all[99:])
 	}

@@ -91,7 +91,7 @@ func checkRefused(t *testing.T, db *DB, r rowsOf) {
 	// These skip rows that are not there, and so those of others. In PostgreSQL they fail if the server has a newer one.
 	for name, err := range map[string]error{
 		"activity":      db.SetActivity(ctx, map[sandbox.ID]time.Time{r.running.ID: start.Add(time.Hour)}),
-		"note":          db.Note(ctx, []sandbox.Event{{SandboxID: r.running.ID, At: start, Reason: "note"}}),
+		"note":          db.Note(ctx, []sandbox.Event{{SandboxID: r.running.ID, At: start, Reason: "forked"}}),
 		"forget":        db.Forget(ctx, r.running.ID),
 		"drop pooled":   db.DropPooled(ctx, r.pooled.ID),
 		"drop snapshot": db.DropSnapshot(ctx, r.ready.ID),

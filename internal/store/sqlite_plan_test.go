@@ -52,7 +52,7 @@ func TestPlans(t *testing.T) {
 		{liveKeys, []any{"o", 5}, "api_keys_page"},
 		{crowded, []any{5}, "sandboxes_over"},
 		{purgeMany, []any{"o", 5, 5}, "sandboxes_over"},
-		{"SELECT COUNT(*) FROM sandboxes WHERE org_id = $1 AND ended_at IS NULL", []any{"o"}, "sandboxes_live_page"},
+		{"SELECT COUNT(*) FROM sandboxes WHERE ended_at IS NULL AND org_id = $1 AND id <> $2 AND state IN ($3, $4)", []any{"o", "i", "s", "t"}, "sandboxes_live_page"},
 		{"SELECT id FROM sandboxes WHERE node_id = $1 AND ended_at IS NULL ORDER BY created_at, id", []any{"n"}, "sandboxes_live"},
 		{"SELECT id FROM sandboxes WHERE ended_at IS NOT NULL AND ended_at < $1 ORDER BY ended_at LIMIT 5", []any{5}, "sandboxes_ended"},
 		{"SELECT COUNT(*) FROM sandboxes WHERE template_id = $1 AND ended_at IS NULL", []any{"t"}, "sandboxes_of_template"},
