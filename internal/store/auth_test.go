@@ -11,6 +11,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/caytest"
 	"github.com/cayhq/cay/internal/fault"
 )
 
@@ -21,9 +22,17 @@ func aKey(org string, i int) auth.Key {
 		Scopes: []auth.Scope{auth.Exec, auth.Admin}, CreatedAt: start.Add(time.Duration(i) * time.Second)}
 }
 
+// anOrg returns an organization with a value in every field, and its first key.
 func anOrg(name string, i int) (auth.Org, auth.Key) {
-	return auth.Org{ID: "org_" + name, Name: name, Quota: auth.Quota{Sandboxes: 1, VCPUs: 2, MemoryMB: 3},
-		CreatedAt: start.Add(time.Duration(i) * time.Second)}, aKey(name, 0)
+	var o auth.Org
+	caytest.Fill(&o, 7)
+	n := 0 // another number for each, so that two columns that are mixed up are noticed
+	for _, f := range reflect.ValueOf(&o.Quota).Elem().Fields() {
+		n++
+		caytest.Fill(f.Addr().Interface(), n)
+	}
+	o.ID, o.Name, o.CreatedAt = "org_"+name, name, start.Add(time.Duration(i)*time.Second)
+	return o, aKey(name, 0)
 }
 
 func mustPutOrg(t *testing.T, st auth.Store, name string, i int) (auth.Org, auth.Key) {
