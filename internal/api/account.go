@@ -102,11 +102,7 @@ func (s *server) CreateOrg(w http.ResponseWriter, r *http.Request) {
 		s.fail(w, r, err)
 		return
 	}
-	var quota auth.QuotaRequest
-	if q := in.Quota; q != nil {
-		quota = auth.QuotaRequest{Sandboxes: q.Sandboxes, VCPUs: q.VCPUs, MemoryMB: q.MemoryMB}
-	}
-	o, k, secret, err := s.Auth.CreateOrg(r.Context(), callOf(r).Who, in.Name, quota)
+	o, k, secret, err := s.Auth.CreateOrg(r.Context(), callOf(r).Who, in.Name, quotaRequestOf(in.Quota))
 	if err != nil {
 		s.fail(w, r, err)
 		return
@@ -114,6 +110,13 @@ func (s *server) CreateOrg(w http.ResponseWriter, r *http.Request) {
 	s.answer(w, r, http.StatusCreated, NewOrg{
 		ID: o.ID, Name: o.Name, Quota: quotaOf(o.Quota), CreatedAt: o.CreatedAt.UTC(), APIKey: secret, APIKeyID: k.ID,
 	})
+}
+
+func quotaRequestOf(in *QuotaRequest) auth.QuotaRequest {
+	if in == nil {
+		return auth.QuotaRequest{}
+	}
+	return auth.QuotaRequest{Sandboxes: in.Sandboxes, VCPUs: in.VCPUs, MemoryMB: in.MemoryMB}
 }
 
 // ListOrgs answers GET /v1/orgs.

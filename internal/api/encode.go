@@ -61,15 +61,6 @@ func (s *server) durable(id string, made time.Time) *Durable {
 
 // sandboxOf encodes a sandbox.
 func (s *server) sandboxOf(b sandbox.Sandbox) Sandbox {
-	out := sandboxOf(b)
-	if !b.SuspendedAt.IsZero() && !b.State.Over() {
-		out.Durable = s.durable(string(b.ID), b.SuspendedAt)
-	}
-	return out
-}
-
-// sandboxOf encodes a sandbox apart from where its checkpoint is.
-func sandboxOf(b sandbox.Sandbox) Sandbox {
 	out := Sandbox{
 		ID:              string(b.ID),
 		Template:        b.Template,
@@ -95,6 +86,9 @@ func sandboxOf(b sandbox.Sandbox) Sandbox {
 	}
 	if !b.SuspendedAt.IsZero() {
 		out.MemoryKept = new(b.Kept == sandbox.KeepAll)
+		if !b.State.Over() {
+			out.Durable = s.durable(string(b.ID), b.SuspendedAt)
+		}
 	}
 	switch b.Mode {
 	case sandbox.Ephemeral:
@@ -259,9 +253,9 @@ func (s *server) snapshotOf(snap sandbox.Snapshot) Snapshot {
 	}
 }
 
-func childOf(c sandbox.Child) ForkChild {
+func (s *server) childOf(c sandbox.Child) ForkChild {
 	if c.Err == nil {
-		return ForkChild{Sandbox: new(sandboxOf(c.Sandbox))}
+		return ForkChild{Sandbox: new(s.sandboxOf(c.Sandbox))}
 	}
 	status, f := statusOf(c.Err)
 	return ForkChild{Error: &ForkError{Status: status, Code: f.Code, Detail: f.Detail}}

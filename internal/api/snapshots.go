@@ -83,20 +83,12 @@ func (s *server) ForkSandbox(w http.ResponseWriter, r *http.Request, id SandboxI
 		s.fail(w, r, err)
 		return
 	}
-	request, err := requestOf(CreateSandboxRequest{Mode: in.Mode, Timeout: in.Timeout, IdleTimeout: in.IdleTimeout,
-		RecoveryInterval: in.RecoveryInterval, Env: in.Env, Metadata: in.Metadata, Egress: in.Egress})
+	request, err := forkRequestOf(in)
 	if err != nil {
 		s.fail(w, r, err)
 		return
 	}
-	count := 1
-	if in.Count != nil {
-		if count = *in.Count; count == 0 {
-			count = -1 // the core refuses -1, but takes 0 as the default
-		}
-	}
-	children, err := s.Sandboxes.Fork(r.Context(), callerOf(r), sandbox.ID(id),
-		sandbox.ForkRequest{Count: count, Request: request})
+	children, err := s.Sandboxes.Fork(r.Context(), callerOf(r), sandbox.ID(id), request)
 	if err != nil {
 		s.fail(w, r, err)
 		return
@@ -111,5 +103,17 @@ func (s *server) ForkSandbox(w http.ResponseWriter, r *http.Request, id SandboxI
 		s.fail(w, r, children[0].Err)
 		return
 	}
-	s.answer(w, r, http.StatusCreated, ForkResult{Children: each(children, childOf)})
+	s.answer(w, r, http.StatusCreated, ForkResult{Children: each(children, s.childOf)})
+}
+
+func forkRequestOf(in ForkRequest) (sandbox.ForkRequest, error) {
+	request, err := requestOf(CreateSandboxRequest{Mode: in.Mode, Timeout: in.Timeout, IdleTimeout: in.IdleTimeout,
+		RecoveryInterval: in.RecoveryInterval, Env: in.Env, Metadata: in.Metadata, Egress: in.Egress})
+	out := sandbox.ForkRequest{Count: 1, Request: request}
+	if in.Count != nil {
+		if out.Count = *in.Count; out.Count == 0 {
+			out.Count = -1 // the core refuses -1, but takes 0 as the default
+		}
+	}
+	return out, err
 }

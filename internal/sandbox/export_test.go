@@ -1,5 +1,7 @@
 package sandbox
 
+import "time"
+
 // Rule is the rule of an operation, for tests.
 type Rule struct {
 	Asked, Acts, Failed []State
@@ -22,3 +24,14 @@ func Operations() (names []string) {
 
 // Moves returns the states that a state may lead to.
 func Moves(from State) []State { return moves[from] }
+
+// Summary returns the text for the policy in the event of its change.
+func Summary(e Egress) string { return e.summary() }
+
+// Resolve checks a request and returns the sandbox that it asks for.
+func Resolve(r Request, cfg Config, v TemplateVersion, now time.Time) (Sandbox, error) {
+	if err := r.check(cfg); err != nil {
+		return Sandbox{}, err
+	}
+	return r.resolve(cfg, "org_a", v, now)
+}

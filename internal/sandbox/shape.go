@@ -6,7 +6,6 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"maps"
-	"slices"
 )
 
 // Shape describes what a machine makes a sandbox from, apart from its identity. It is embedded in
@@ -26,11 +25,11 @@ type Shape struct {
 	Start Start `json:"start,omitzero"`
 }
 
-// Clone returns a copy that shares no map or list that a caller may change.
+// Clone returns a copy that shares no map, list or pointer.
 func (s Shape) Clone() Shape {
 	s.Env = maps.Clone(s.Env)
 	s.Egress = s.Egress.Clone()
-	s.Start.Args = slices.Clone(s.Start.Args)
+	s.Start = s.Start.Clone()
 	return s
 }
 

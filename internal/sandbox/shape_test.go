@@ -148,3 +148,40 @@ func TestPoolTellsShapesApart(t *testing.T) {
 		}
 	}
 }
+
+// TestShapeClone fails for a map, a list or a pointer that a copy of a shape shares, also one in a
+// field that is added later.
+func TestShapeClone(t *testing.T) {
+	var s sandbox.Shape
+	caytest.Fill(&s, 7)
+	clone := s.Clone()
+	if diff := cmp.Diff(s, clone, cmpopts.EquateComparable(netip.Prefix{})); diff != "" {
+		t.Errorf("(-shape +clone):\n%s", diff)
+	}
+	if path := caytest.Shared(s, clone); path != "" {
+		t.Errorf("a copy shares %s", path)
+	}
+}
+
+// TestEgressEqual gives a policy another value of each field, also of one that is added later. A
+// field that Equal lacks would never be put in force again after a crash, and one that the summary
+// lacks would be in no event.
+func TestEgressEqual(t *testing.T) {
+	var e sandbox.Egress
+	caytest.Fill(&e, 7)
+	if !e.Equal(e.Clone()) {
+		t.Error("a policy differs from its copy")
+	}
+	for i := range reflect.TypeFor[sandbox.Egress]().NumField() {
+		name := reflect.TypeFor[sandbox.Egress]().Field(i).Name
+		other, without := e.Clone(), e.Clone()
+		caytest.Fill(reflect.ValueOf(&other).Elem().Field(i).Addr().Interface(), 8)
+		reflect.ValueOf(&without).Elem().Field(i).SetZero()
+		if e.Equal(other) || other.Equal(e) {
+			t.Errorf("policies with another %s are equal", name)
+		}
+		if sandbox.Summary(e) == sandbox.Summary(without) {
+			t.Errorf("the summary does not tell of %s", name)
+		}
+	}
+}

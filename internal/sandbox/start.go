@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"net/url"
+	"slices"
 	"strings"
 	"time"
 
@@ -46,6 +47,19 @@ const (
 	// MaxReadyPath limits the bytes of the path of a check.
 	MaxReadyPath = 2048
 )
+
+// Clone returns a copy that shares no list or pointer.
+func (s Start) Clone() Start {
+	s.Args = slices.Clone(s.Args)
+	if s.Ready != nil {
+		ready := *s.Ready
+		if ready.HTTP != nil {
+			ready.HTTP = new(*ready.HTTP)
+		}
+		s.Ready = &ready
+	}
+	return s
+}
 
 // None reports whether there is no start command.
 func (s Start) None() bool { return s.Command == "" && len(s.Args) == 0 }
