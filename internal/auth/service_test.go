@@ -281,6 +281,19 @@ func TestRevoke(t *testing.T) {
 	}
 }
 
+// TestQuotaIsTaken fails for a field of the quota, also for one that is added later, that an operator's
+// request does not set.
+func TestQuotaIsTaken(t *testing.T) {
+	s, _, operator := begin(t, Config{})
+	var asked QuotaRequest // with a value in every field
+	var want Quota
+	caytest.Fill(&asked, 7)
+	caytest.Fill(&want, 7)
+	if full, _, _, err := s.CreateOrg(t.Context(), operator, "full", asked); err != nil || full.Quota != want {
+		t.Errorf("made %+v, %v, want the quota %+v", full, err, want)
+	}
+}
+
 func TestOrganizationsAreApart(t *testing.T) {
 	s, _, operator := begin(t, Config{Quota: Quota{Sandboxes: 10, VCPUs: 20, MemoryMB: 30}})
 	none := 0

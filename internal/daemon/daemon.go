@@ -213,15 +213,21 @@ func (s *server) openHost(ctx context.Context) error {
 	return nil
 }
 
+// limitsOf returns the quotas, limits and rates of the settings.
+func limitsOf(cfg config.Config) auth.Config {
+	return auth.Config{
+		Quota: auth.Quota{Sandboxes: cfg.Quota.Sandboxes, VCPUs: cfg.Quota.VCPUs, MemoryMB: cfg.Quota.MemoryMB},
+		Rate:  cfg.RateLimit.PerSecond, Burst: cfg.RateLimit.Burst, OrgFactor: cfg.RateLimit.OrgFactor,
+		FailedRate: cfg.RateLimit.FailedPerSecond, FailedBurst: cfg.RateLimit.FailedBurst, MaxKeys: cfg.Quota.APIKeys,
+	}
+}
+
 // openCore opens the core rooms, which decide, and reconciles them with the machine.
 func (s *server) openCore(ctx context.Context) error {
 	cfg := s.cfg
-	s.auth = auth.New(s.db, auth.Config{
-		Quota: auth.Quota{Sandboxes: cfg.Quota.Sandboxes, VCPUs: cfg.Quota.VCPUs, MemoryMB: cfg.Quota.MemoryMB},
-		Rate:  cfg.RateLimit.PerSecond, Burst: cfg.RateLimit.Burst, OrgFactor: cfg.RateLimit.OrgFactor,
-		FailedRate: cfg.RateLimit.FailedPerSecond, FailedBurst: cfg.RateLimit.FailedBurst, MaxKeys: cfg.Quota.APIKeys, Log: s.log,
-		Now: s.db.Now,
-	})
+	limits := limitsOf(cfg)
+	limits.Log, limits.Now = s.log, s.db.Now
+	s.auth = auth.New(s.db, limits)
 	s.onClose(s.auth.Close)
 	if _, err := s.auth.Bootstrap(ctx, func(secret string) error {
 		return os.WriteFile(filepath.Join(cfg.DataDir, keyFile), []byte(secret+"\n"), 0o600)

@@ -15,6 +15,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/caytest"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/template"
@@ -474,4 +475,31 @@ func TestSizes(t *testing.T) {
 	if _, err := sizeFor(sizes, 8, 1); err == nil || !strings.Contains(err.Error(), "s4") {
 		t.Errorf("more than there is: %v", err)
 	}
+}
+
+// TestRegistryBodyIsRead fails for a field of the credentials that no type of them uses.
+func TestRegistryBodyIsRead(t *testing.T) {
+	used := map[string]bool{"Type": true}
+	for kind, ref := range map[string]string{"registry": "ghcr.io/x", "gcp": "gcr.io/x",
+		"aws": "123456789012.dkr.ecr.us-east-1.amazonaws.com/x"} {
+		full := func() (in registryBody) {
+			caytest.Fill(&in, 7)
+			in.Type, in.AWSRegion = kind, "us-east-1"
+			return in
+		}
+		in := full()
+		want, err := registryCredentials(ref, &in)
+		if err != nil {
+			t.Fatal(err)
+		}
+		caytest.EachWithout(full, func(name string, without registryBody) {
+			got, err := registryCredentials(ref, &without)
+			used[name] = used[name] || err != nil || *got != *want
+		})
+	}
+	caytest.EachWithout(func() (in registryBody) { return in }, func(name string, _ registryBody) {
+		if !used[name] {
+			t.Errorf("no type of credentials uses %s", name)
+		}
+	})
 }

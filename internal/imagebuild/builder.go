@@ -83,6 +83,11 @@ func (b *Builder) auth(j template.Job, ref string) *image.Auth {
 	if c == nil || c.Registry != "" && !image.AskedOf(ref, c.Registry) {
 		return nil
 	}
+	return authOf(*c)
+}
+
+// authOf returns the credentials as package image takes them.
+func authOf(c template.Credentials) *image.Auth {
 	return &image.Auth{Username: c.Username, Password: c.Password, AWSRegion: c.AWSRegion}
 }
 

@@ -16,6 +16,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 
 	"github.com/cayhq/cay/internal/buildkit"
+	"github.com/cayhq/cay/internal/caytest"
 	"github.com/cayhq/cay/internal/image"
 	"github.com/cayhq/cay/internal/template"
 )
@@ -140,4 +141,20 @@ func TestStepsAreOver(t *testing.T) {
 	if over != 1 {
 		t.Errorf("over %d times", over)
 	}
+}
+
+// TestCredentialsAreGiven fails for a field of the credentials, also for one that is added later, that
+// does not reach package image.
+func TestCredentialsAreGiven(t *testing.T) {
+	full := func() (c template.Credentials) {
+		caytest.Fill(&c, 7)
+		return c
+	}
+	want := *authOf(full())
+	caytest.EachWithout(full, func(name string, without template.Credentials) {
+		// The registry decides whether the credentials are given at all.
+		if lost := *authOf(without) == want; lost != (name == "Registry") {
+			t.Errorf("the credentials of a build without %s are the same: %v", name, lost)
+		}
+	})
 }

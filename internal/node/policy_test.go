@@ -4,10 +4,12 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"reflect"
 	"testing"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/cayhq/cay/internal/caytest"
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
@@ -93,4 +95,22 @@ func TestPolicyThatCannotBeRecorded(t *testing.T) {
 		t.Fatal(err)
 	}
 	m.wantPolicy(spec.ID, rangePolicy)
+}
+
+// TestPolicyOf fails for a field of a policy, also for one that is added later, that makes no
+// difference to the rules of a slot.
+func TestPolicyOf(t *testing.T) {
+	full := func() (e sandbox.Egress) {
+		caytest.Fill(&e, 7)
+		e.Mode = sandbox.DenyAll
+		return e
+	}
+	caytest.EachWithout(full, func(name string, without sandbox.Egress) {
+		if name == "Mode" {
+			without.Mode = sandbox.AllowAll
+		}
+		if reflect.DeepEqual(policyOf(without), policyOf(full())) {
+			t.Errorf("the rules are the same without %s", name)
+		}
+	})
 }
