@@ -67,6 +67,7 @@ func (s *server) servePort(w http.ResponseWriter, r *http.Request, p portRequest
 	c.Route, c.page = portPathRoute, true
 	if p.byHost {
 		c.Route = portHostRoute
+		c.names(p.id)
 	}
 	if p.id.Valid() {
 		r = s.expecting(r, p.id)

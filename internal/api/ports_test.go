@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -358,4 +359,47 @@ func TestTunnel(t *testing.T) {
 		t.Errorf("logged %v", line)
 	}
 	h.released(t)
+}
+
+// TestCallsNameTheirSandbox calls every route of a sandbox, and a port of one without a key, and checks
+// that the log has the sandbox and the organization that the call is for.
+func TestCallsNameTheirSandbox(t *testing.T) {
+	h := newPortServer(t)
+	sbx := h.newSandbox(t)
+	calls := 0
+	call := func(method, target, key, body string, id string, org any) reply {
+		t.Helper()
+		calls++
+		request := fmt.Sprint("call-", calls)
+		r := h.send(t, method, target, key, body, header("X-Request-Id", request))
+		if line := h.log.line(t, request); id != "" && line["sandbox"] != id || line["org"] != org {
+			t.Errorf("%s %s: status %d, the log has %v", method, target, r.status, line)
+		}
+		return r
+	}
+	made := as[Sandbox](t, 201, call("POST", "/v1/sandboxes", h.key, `{"template":"python"}`, "", h.org.Org.ID)).ID
+	if line := h.log.line(t, "call-1"); line["sandbox"] != made {
+		t.Errorf("a create: the log has %v", line)
+	}
+	call("GET", "/v1/sandboxes/nonsense", h.key, "", "", h.org.Org.ID)
+	if line := h.log.line(t, "call-2"); line["sandbox"] != nil {
+		t.Errorf("a text that is no id: the log has %v", line)
+	}
+	parameter := regexp.MustCompile(`\{[a-z]+\}`)
+	for pattern := range routes {
+		method, path, _ := strings.Cut(pattern, " ")
+		if rest, ok := strings.CutPrefix(path, "/v1/sandboxes/{id}"); ok {
+			path = "/v1/sandboxes/" + sbx.ID + parameter.ReplaceAllString(rest, "1")
+			call(method, path, "", "", sbx.ID, nil)
+			if method != "DELETE" {
+				call(method, path, h.key, "", sbx.ID, h.org.Org.ID)
+			}
+		}
+	}
+	call("PUT", "/v1/sandboxes/"+sbx.ID+"/ports/8080", h.key, `{"public":true}`, sbx.ID, h.org.Org.ID)
+	call("GET", portproxy.Path(sbx.ID, 8080)+"/", "", "", sbx.ID, h.org.Org.ID)
+	h.visit(t, "GET", hostOf(sbx.ID, 8080)+"/", header("X-Request-Id", "by-host"))
+	if line := h.log.line(t, "by-host"); line["sandbox"] != sbx.ID || line["org"] != h.org.Org.ID {
+		t.Errorf("a public port by its host name: the log has %v", line)
+	}
 }

@@ -9,6 +9,7 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/httpserver"
 	"github.com/cayhq/cay/internal/portproxy"
+	"github.com/cayhq/cay/internal/sandbox"
 )
 
 // unsupported is an error that names something this server does not have; it is answered with
@@ -37,6 +38,13 @@ type call struct {
 
 // trafficCost is the memory that a request to the agent holds, in bytes.
 const trafficCost = httpserver.CallCost + httpserver.InsideCost
+
+// names records the sandbox that a call names, if the text is an id.
+func (c *call) names(id sandbox.ID) {
+	if id.Valid() {
+		c.Sandbox = string(id)
+	}
+}
 
 type callKey struct{}
 

@@ -103,6 +103,7 @@ func (s *Surface) routes() *http.ServeMux {
 	mux.HandleFunc("GET /health", func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(http.StatusOK) })
 	for pattern, route := range s.table() {
 		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
+			callOf(r).names(sandboxID(r))
 			if err := s.admitted(w, r, route); err != nil {
 				s.front.Fail(w, r, err)
 			}
@@ -211,9 +212,7 @@ func read(w http.ResponseWriter, r *http.Request, dst any) error {
 // sandboxID returns the core's id of the sandbox in the path. A malformed one is the id of no
 // sandbox.
 func sandboxID(r *http.Request) sandbox.ID {
-	id := sandbox.ID(idPrefix + r.PathValue("id"))
-	callOf(r).Sandbox = string(id)
-	return id
+	return sandbox.ID(idPrefix + r.PathValue("id"))
 }
 
 func shown(id sandbox.ID) string { return strings.TrimPrefix(string(id), idPrefix) }

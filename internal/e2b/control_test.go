@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/fault"
@@ -333,4 +334,52 @@ func TestRebootEndsNoOthersUse(t *testing.T) {
 	if sb := h.row(id); sb.State != sandbox.Running || sb.Run != run || run == "" {
 		t.Errorf("it is %s in run %q, and the first client uses run %q", sb.State, sb.Run, run)
 	}
+}
+
+// TestCallsNameTheirSandbox calls every route of a sandbox, and the sandbox itself without a key, and
+// checks that the log has the sandbox and the organization that the call is for.
+func TestCallsNameTheirSandbox(t *testing.T) {
+	h := newHarness(t)
+	calls := 0
+	check := func(what, sandbox, org string) {
+		t.Helper()
+		calls++
+		var lines []string
+		for deadline := time.Now().Add(5 * time.Second); len(lines) < calls && time.Now().Before(deadline); {
+			lines = nil
+			for line := range strings.Lines(h.log.String()) {
+				if strings.Contains(line, " msg=request ") {
+					lines = append(lines, line)
+				}
+			}
+			time.Sleep(time.Millisecond) // between two polls, until the deadline
+		}
+		if len(lines) != calls {
+			t.Fatalf("%s: the log has %d calls, want %d", what, len(lines), calls)
+		}
+		line := strings.ReplaceAll(lines[calls-1], "\n", " ")
+		if !strings.Contains(line, " sandbox="+sandbox+" ") || strings.Contains(line, " org=") != (org != "") ||
+			!strings.Contains(line, " org="+org) && org != "" {
+			t.Errorf("%s: the log has %s", what, line)
+		}
+	}
+	id, token := h.create(`{"templateID":"base"}`)
+	sbx := idPrefix + id
+	check("a create", sbx, h.org.Org.ID)
+	for pattern := range h.surface.table() {
+		method, path, _ := strings.Cut(pattern, " ")
+		if strings.Contains(path, "sandboxes/{id}") && method != http.MethodDelete {
+			path = strings.Replace(path, "{id}", id, 1)
+			h.send(method, path, "nonsense")
+			check(pattern+" without a key", sbx, "")
+			h.control(method, path, "nonsense")
+			check(pattern, sbx, h.org.Org.ID)
+		}
+	}
+	h.send("GET", "/envs", "", toEnvd(id, token)...)
+	check("a call of the agent", sbx, h.org.Org.ID)
+	h.send("GET", "/", "", idHeader, id, portHeader, "8080")
+	check("a port", sbx, h.org.Org.ID)
+	h.control("DELETE", "/sandboxes/"+id, "")
+	check("a kill", sbx, h.org.Org.ID)
 }

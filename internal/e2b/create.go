@@ -70,6 +70,7 @@ func (s *Surface) create(v version) func(http.ResponseWriter, *http.Request) err
 		if err != nil {
 			return createError(err)
 		}
+		callOf(r).names(sb.ID)
 		s.Samples.Follow(sb.ID, sb.OrgID)
 		reply(w, r, http.StatusCreated, s.sandboxOf(sb))
 		return nil

@@ -172,7 +172,11 @@ func (s *Surface) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		s.handle(w, r, false, s.answerControl)
 	case preflight(r) && strings.Contains(strings.ToLower(r.Header.Get("Access-Control-Request-Headers")),
 		strings.ToLower(idHeader)):
-		allowOrigins(w, r) // a browser asks whether it may send the headers that name a sandbox
+		// A browser asks whether it may send the headers that name a sandbox.
+		s.handle(w, r, true, func(w http.ResponseWriter, r *http.Request) error {
+			allowOrigins(w, r)
+			return nil
+		})
 	default:
 		s.next.ServeHTTP(w, r)
 	}

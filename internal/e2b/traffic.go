@@ -52,7 +52,7 @@ func served(r *http.Request) bool {
 
 // traffic passes a request to a port of a sandbox.
 func (s *Surface) traffic(w http.ResponseWriter, r *http.Request, to place) error {
-	callOf(r).Sandbox = string(to.sandbox())
+	callOf(r).names(to.sandbox())
 	sb, err := s.Sandboxes.GetAny(r.Context(), to.sandbox())
 	if fault.Is(err, fault.NotFound) {
 		return gone{to, notFoundText, false}

@@ -56,16 +56,17 @@ func newAccessLog(to *slog.Logger) *accessLog {
 
 // entry describes a finished request.
 type entry struct {
-	Level    slog.Level
-	ID       string // of the request: ours, or checked
-	Route    string // one of few
-	Status   int
-	Took     time.Duration
-	In, Out  int64  // bytes
-	Org, Key string // "" is a caller without a key
-	Sandbox  string // as the caller named it; "" is none
-	Code     string // of the problem that was answered; "" is none
-	Err      error
+	Level   slog.Level
+	ID      string // of the request: ours, or checked
+	Route   string // one of few
+	Status  int
+	Took    time.Duration
+	In, Out int64  // bytes
+	Org     string // "" is not known
+	Key     string // "" is a caller without a key
+	Sandbox string // as the caller named it; "" is none
+	Code    string // of the problem that was answered; "" is none
+	Err     error
 }
 
 // write writes the line of a request. It leaves out the query, which may hold a signature, paths
@@ -91,8 +92,11 @@ func (l *accessLog) write(r *http.Request, e entry) {
 		slog.Int64("bytes_out", e.Out),
 		slog.String("remote", cut(r.RemoteAddr, maxText)),
 	}
+	if e.Org != "" {
+		attrs = append(attrs, slog.String("org", e.Org))
+	}
 	if e.Key != "" {
-		attrs = append(attrs, slog.String("org", e.Org), slog.String("key", e.Key))
+		attrs = append(attrs, slog.String("key", e.Key))
 	}
 	if e.Sandbox != "" {
 		attrs = append(attrs, slog.String("sandbox", cut(e.Sandbox, maxText)))

@@ -10,6 +10,7 @@
 package httpserver
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -82,15 +83,22 @@ type Call struct {
 	ID       string
 	Route    string         // one of few, for the log and the metrics; "" if no route matches
 	Who      auth.Principal // the zero value is a caller without a key
-	Sandbox  string         // for the log
+	Sandbox  string         // the sandbox that the call names, or made; "" if there is none
 	Patience Patience
 	Body     *Body
 	Account  budget.Account // the memory that the call holds
+
+	payer string // the organization that OpenAccount was given
 
 	Code string // of the problem that was answered
 	Err  error  // for the log, when the server or the connection failed
 	Gone bool   // the caller left before the answer
 }
+
+// Org returns the organization that the call is made for: that of the key, or without a key that of
+// the sandbox whose signature, token or public port let the caller in. It is "" for a caller whose right
+// is not known, or not known yet.
+func (c *Call) Org() string { return cmp.Or(c.Who.Org.ID, c.payer) }
 
 type callKey struct{}
 
@@ -202,7 +210,7 @@ func (f *Front) finish(w *Recorder, r *http.Request, took time.Duration) {
 	}
 	f.log.write(r, entry{
 		Level: level, ID: c.ID, Route: f.Name + c.Route, Status: status, Took: took, In: c.Body.Received(), Out: w.bytes,
-		Org: c.Who.Org.ID, Key: c.Who.Key.ID, Sandbox: c.Sandbox, Code: c.Code, Err: c.Err,
+		Org: c.Org(), Key: c.Who.Key.ID, Sandbox: c.Sandbox, Code: c.Code, Err: c.Err,
 	})
 	if f.Done != nil {
 		f.Done(r, status, took)
@@ -227,6 +235,7 @@ const (
 // OpenAccount opens the account of a call once its organization is known, and takes the cost of the
 // call and of its head. Until then the call holds nothing that lasts.
 func (c *Call) OpenAccount(b *budget.Budget, r *http.Request, orgID string, cost int64) error {
+	c.payer = orgID
 	cost += int64(3 * len(r.RequestURI)) // the path and the parameters are copied from it
 	for name, values := range r.Header {
 		cost += int64(headLineCost + len(name))
