@@ -1,8 +1,8 @@
 // Package api implements the HTTP API of cay. It decodes a request, authenticates the caller,
 // checks the scopes of the key, calls one method of the core, and encodes the answer. It owns the
-// wire format of openapi.yaml and the body of errors; what all fronts do alike is in httpserver. It
-// holds no state of its own and decides nothing about sandboxes: a core room refuses a
-// request with a fault, and only this package turns a fault into a status.
+// wire format of openapi.yaml and the body of errors; what all fronts do alike is in httpserver, also
+// the status of a fault. It holds no state of its own and decides nothing about sandboxes: a core room
+// refuses a request with a fault.
 //
 // The handler is safe for concurrent use. Files stream in both directions and are never held in
 // memory whole. A failed call leaves nothing behind: the call releases every lease that it took,

@@ -7,6 +7,10 @@
 // returns a secret once. After an error nothing has changed. A [Service] is safe for concurrent
 // use. Of cay it imports only fault.
 //
+// The package counts no sandboxes: the store holds an organization to its [Quota] in the transaction
+// that adds a row. The fronts decide which scope a call needs, and ask [Service.Allow] for each call
+// with a key.
+//
 // A key with the scope admin administers its own organization: its keys, and nothing of others.
 // Admin keys of the operator's organization also make and list organizations. That organization
 // has the name [OperatorOrg] and is made when the server first starts. Names of organizations are

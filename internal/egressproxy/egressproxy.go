@@ -14,6 +14,10 @@
 // sandbox's link, so nothing that a sandbox says about itself counts. The package knows nothing
 // of the rules; a [Host] joins both.
 //
+// Only a sandbox whose policy has names uses the resolver and the proxy, and the proxy does not carry
+// what the ranges of the policy allow. The proxy writes requests of HTTP anew, and changes nothing
+// else that it carries.
+//
 // The package cannot see inside TLS. A server that serves other names than the one in the
 // ClientHello (by domain fronting, or by an encrypted ClientHello inside one for an allowed name)
 // opens those names to every sandbox that may reach it at all.

@@ -2,8 +2,8 @@
 //
 // A room sets a kind where a caller acts on it (a failed lookup is [NotFound], a lost race for a
 // sandbox is [Conflict]). Every other error is a plain wrapped error and counts as internal: its
-// text reaches the log and never a user. The texts of an [Error] are written for the user. Only
-// the fronts, api and e2b, turn kinds into HTTP statuses.
+// text reaches the log and never a user. The texts of an [Error] are written for the user. Package
+// httpserver has the HTTP status of each kind.
 //
 // The package imports nothing of cay. Errors are immutable and safe to share.
 package fault

@@ -4,6 +4,9 @@
 // error. It also writes streams of server-sent events. It knows no operation and no shape of an
 // error's body; a [Front] is given those.
 //
+// Each call of a Front ends in its method finish, also after a panic. The access log leaves out lines
+// of callers without a key that call too often, so nothing that must be complete may depend on it.
+//
 // A Front is safe for concurrent use. A [Call] belongs to the goroutine that answers it, except its
 // Body. The server drops the connections that exceed its limits, but never one on which a call is
 // answered.

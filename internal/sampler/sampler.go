@@ -1,6 +1,6 @@
 // Package sampler measures regularly what sandboxes use of their machine, and keeps the samples of
-// the last hours. It asks the agents of those sandboxes that a front follows; a sandbox that no
-// caller has used lately costs nothing.
+// the last hours. It asks the agents of those sandboxes that a front follows ([Sampler.Follow]); only
+// e2b does so now. A sandbox that no caller has used lately costs nothing.
 //
 // A Sampler is safe for concurrent use. Its memory is bounded for each sandbox that it follows. The
 // samples are lost with the process. A sample is no activity of a sandbox, delays none of its

@@ -21,7 +21,9 @@
 //
 // The SQL uses only what SQLite and PostgreSQL share (numbered parameters, RETURNING, ON
 // CONFLICT, row values, partial indexes). What differs is behind the interface dialect:
-// sqlite.go and postgres.go with its neighbours hold it.
+// sqlite.go and postgres.go with its neighbours hold it. A transaction that counts rows of an
+// organization runs in recordCounted with the organization's lock: SQLite needs neither to be right,
+// PostgreSQL both.
 package store
 
 import (

@@ -206,7 +206,7 @@ func digest(parts ...any) string {
 	return hex.EncodeToString(sum[:])
 }
 
-//go:embed builtin/*.toml builtin/*.py
+//go:embed builtin
 var builtinFiles embed.FS
 
 // Builtins returns the built-in definitions in the order they are built in.
