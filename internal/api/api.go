@@ -42,7 +42,7 @@ type Sandboxes interface {
 	Destroy(ctx context.Context, orgID string, id sandbox.ID) error
 	Keepalive(ctx context.Context, orgID string, id sandbox.ID, timeout *time.Duration) (sandbox.Sandbox, error)
 	Wake(ctx context.Context, c sandbox.Caller, id sandbox.ID) (sandbox.Sandbox, error)
-	Connect(ctx context.Context, c sandbox.Caller, id sandbox.ID) (*sandbox.Lease, error)
+	Connect(ctx context.Context, c sandbox.Caller, id sandbox.ID, use sandbox.Cause) (*sandbox.Lease, error)
 	Suspend(ctx context.Context, orgID string, id sandbox.ID, keep sandbox.Kept) (sandbox.Sandbox, error)
 	Checkpoint(ctx context.Context, orgID string, id sandbox.ID) (sandbox.Checkpoint, error)
 	SetEgress(ctx context.Context, orgID string, id sandbox.ID, e sandbox.Egress) (sandbox.Sandbox, error)

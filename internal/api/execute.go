@@ -25,15 +25,16 @@ const (
 	maxCommandTimeout     = 5 * time.Minute
 )
 
-// inside runs do with a lease of the sandbox, which it wakes if the sandbox is suspended. It
+// inside runs do with a lease of the sandbox, which it wakes for the use if the sandbox is suspended. It
 // releases the lease when do returns. It answers an error of the lease or of do; if do returns nil,
 // do has answered.
-func (s *server) inside(w http.ResponseWriter, r *http.Request, id SandboxID, do func(agentapi.Target) error) {
+func (s *server) inside(w http.ResponseWriter, r *http.Request, id SandboxID, use sandbox.Cause,
+	do func(agentapi.Target) error) {
 	if err := callOf(r).Account.Take(httpserver.InsideCost); err != nil {
 		s.fail(w, r, err) // before the sandbox is woken
 		return
 	}
-	lease, err := s.Sandboxes.Connect(r.Context(), callerOf(r), sandbox.ID(id))
+	lease, err := s.Sandboxes.Connect(r.Context(), callerOf(r), sandbox.ID(id), use)
 	if err != nil {
 		s.fail(w, r, err)
 		return
@@ -72,7 +73,7 @@ func (s *server) ExecuteCommand(w http.ResponseWriter, r *http.Request, id Sandb
 		s.streamCommand(w, r, id, request, detach)
 		return
 	}
-	s.inside(w, r, id, func(t agentapi.Target) error {
+	s.inside(w, r, id, sandbox.ForCommand, func(t agentapi.Target) error {
 		account := &callOf(r).Account
 		stdout, stderr := budget.Bytes{Account: account}, budget.Bytes{Account: account}
 		end := trace.Start(r.Context(), "agent")

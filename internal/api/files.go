@@ -12,6 +12,7 @@ import (
 
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/sandbox"
 )
 
 const (
@@ -30,7 +31,7 @@ func (s *server) WriteFile(w http.ResponseWriter, r *http.Request, id SandboxID,
 		s.fail(w, r, err)
 		return
 	}
-	s.inside(w, r, id, func(t agentapi.Target) error {
+	s.inside(w, r, id, sandbox.ForFiles, func(t agentapi.Target) error {
 		err := s.Agent.Upload(r.Context(), t, upload)
 		if err == nil {
 			w.WriteHeader(http.StatusNoContent)
@@ -117,7 +118,7 @@ func (s *server) ReadFile(w http.ResponseWriter, r *http.Request, id SandboxID, 
 		s.fail(w, r, err)
 		return
 	}
-	s.inside(w, r, id, func(t agentapi.Target) error {
+	s.inside(w, r, id, sandbox.ForFiles, func(t agentapi.Target) error {
 		if err := callOf(r).Account.Take(passCost); err != nil {
 			return err
 		}
@@ -200,7 +201,7 @@ func (s *server) RemoveFile(w http.ResponseWriter, r *http.Request, id SandboxID
 		return
 	}
 	recursive := params.Recursive != nil && *params.Recursive
-	s.inside(w, r, id, func(t agentapi.Target) error {
+	s.inside(w, r, id, sandbox.ForFiles, func(t agentapi.Target) error {
 		err := s.Agent.Remove(r.Context(), t, params.Path, "", recursive)
 		if err == nil {
 			w.WriteHeader(http.StatusNoContent)
@@ -223,7 +224,7 @@ func (s *server) ListFiles(w http.ResponseWriter, r *http.Request, id SandboxID,
 		s.fail(w, r, err)
 		return
 	}
-	s.inside(w, r, id, func(t agentapi.Target) error {
+	s.inside(w, r, id, sandbox.ForFiles, func(t agentapi.Target) error {
 		if err := callOf(r).Account.Take(passCost); err != nil {
 			return err
 		}

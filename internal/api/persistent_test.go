@@ -81,12 +81,22 @@ func TestLifeOfAPersistentSandbox(t *testing.T) {
 var insideCalls = []struct {
 	method, path, body string
 	status             int
+	use                sandbox.Cause
 }{
-	{"POST", "/execute", `{"command":"id"}`, 200},
-	{"PUT", "/files?path=/new", "x", 204},
-	{"GET", "/files?path=/a", "", 200},
-	{"GET", "/files/list?path=/", "", 200},
-	{"DELETE", "/files?path=/a", "", 204},
+	{"POST", "/execute", `{"command":"id"}`, 200, sandbox.ForCommand},
+	{"PUT", "/files?path=/new", "x", 204, sandbox.ForFiles},
+	{"GET", "/files?path=/a", "", 200, sandbox.ForFiles},
+	{"GET", "/files/list?path=/", "", 200, sandbox.ForFiles},
+	{"DELETE", "/files?path=/a", "", 204, sandbox.ForFiles},
+}
+
+// wantWake checks that the last events of a sandbox are those of a wake, with its cause.
+func (h *testServer) wantWake(t *testing.T, id, reason string) {
+	t.Helper()
+	all := as[EventList](t, 200, h.send(t, "GET", "/v1/sandboxes/"+id+"/events", h.key, "")).Events
+	if all[0].To != "running" || all[0].Reason != reason || all[1].To != "waking" || all[1].Reason != reason {
+		t.Errorf("the last events are %+v, want a wake with the reason %q", all[:2], reason)
+	}
 }
 
 // TestUseWakes checks that every call into a suspended sandbox wakes it, does its work in the new
@@ -110,6 +120,19 @@ func TestUseWakes(t *testing.T) {
 		if n := h.sandboxes.InUse(); n != 0 {
 			t.Errorf("%s %s: %d leases are still held", c.method, c.path, n)
 		}
+		h.wantWake(t, sbx.ID, string(c.use))
+	}
+	for _, c := range []struct {
+		method, path string
+		use          sandbox.Cause
+	}{
+		{"GET", "/processes", sandbox.ForProcess},
+		{"GET", "/ports/8080/", sandbox.ForPort},
+		{"POST", "/wake", sandbox.Cause(sandbox.Requested)},
+	} {
+		sbx := h.newAsleep(t)
+		h.send(t, c.method, "/v1/sandboxes/"+sbx.ID+c.path, h.key, "")
+		h.wantWake(t, sbx.ID, string(c.use))
 	}
 	row, err := h.sandboxes.Get(t.Context(), h.org.Org.ID, sandbox.ID(h.agent.targets[0].SandboxID))
 	if err != nil || h.agent.targets[0].Run != row.Run {

@@ -84,7 +84,7 @@ func (s *server) servePort(w http.ResponseWriter, r *http.Request, p portRequest
 		s.fail(w, r, err)
 		return
 	}
-	lease, err := s.Sandboxes.Connect(r.Context(), caller, p.id)
+	lease, err := s.Sandboxes.Connect(r.Context(), caller, p.id, sandbox.ForPort)
 	if err != nil {
 		s.fail(w, r, err)
 		return
@@ -214,7 +214,7 @@ func (s *server) OpenTunnel(w http.ResponseWriter, r *http.Request, id SandboxID
 			"a tunnel needs HTTP/1.1 with Connection: Upgrade and Upgrade: %s", agentapi.TunnelProtocol))
 		return
 	}
-	s.inside(w, r, id, func(t agentapi.Target) error { return s.Ports.Tunnel(w, r, t, params.Port) })
+	s.inside(w, r, id, sandbox.ForPort, func(t agentapi.Target) error { return s.Ports.Tunnel(w, r, t, params.Port) })
 }
 
 // GetPort answers GET /v1/sandboxes/{id}/ports/{port}.

@@ -15,6 +15,7 @@ import (
 	"github.com/cayhq/cay/internal/budget"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/httpserver"
+	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/terminal"
 )
 
@@ -66,7 +67,7 @@ func (s *server) StartProcess(w http.ResponseWriter, r *http.Request, id Sandbox
 		s.fail(w, r, err)
 		return
 	}
-	s.inside(w, r, id, func(t agentapi.Target) error {
+	s.inside(w, r, id, sandbox.ForProcess, func(t agentapi.Target) error {
 		p, err := s.Agent.StartProcess(r.Context(), t, start)
 		if err == nil {
 			s.answer(w, r, http.StatusCreated, processOf(p))
@@ -113,7 +114,7 @@ func startOf(in StartProcessRequest) (agentapi.StartProcess, error) {
 
 // ListProcesses answers GET /v1/sandboxes/{id}/processes.
 func (s *server) ListProcesses(w http.ResponseWriter, r *http.Request, id SandboxID) {
-	s.inside(w, r, id, func(t agentapi.Target) error {
+	s.inside(w, r, id, sandbox.ForProcess, func(t agentapi.Target) error {
 		all, err := s.Agent.Processes(r.Context(), t)
 		if err == nil {
 			s.answer(w, r, http.StatusOK, ProcessList{Processes: each(all, processOf)})
@@ -129,7 +130,7 @@ func (s *server) withProcess(w http.ResponseWriter, r *http.Request, id SandboxI
 		s.fail(w, r, err)
 		return
 	}
-	s.inside(w, r, id, do)
+	s.inside(w, r, id, sandbox.ForProcess, do)
 }
 
 // GetProcess answers GET /v1/sandboxes/{id}/processes/{process}.

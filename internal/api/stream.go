@@ -11,6 +11,7 @@ import (
 	"github.com/cayhq/cay/internal/budget"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/httpserver"
+	"github.com/cayhq/cay/internal/sandbox"
 )
 
 const (
@@ -84,7 +85,7 @@ func (e *eventReply) fail(err error) {
 // streamCommand runs a command and streams its output as events.
 func (s *server) streamCommand(w http.ResponseWriter, r *http.Request, id SandboxID, request agentapi.ExecuteRequest,
 	detach bool) {
-	s.inside(w, r, id, func(t agentapi.Target) error {
+	s.inside(w, r, id, sandbox.ForCommand, func(t agentapi.Target) error {
 		reply := s.newEventReply(w, r)
 		defer reply.Close()
 		if detach {

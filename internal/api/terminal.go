@@ -16,6 +16,7 @@ import (
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/httpserver"
+	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/terminal"
 )
 
@@ -65,7 +66,7 @@ func (s *server) OpenTerminal(w http.ResponseWriter, r *http.Request, id Sandbox
 	}
 	s.Hijacked.Add(1)
 	defer s.Hijacked.Done()
-	s.inside(w, r, id, func(t agentapi.Target) error {
+	s.inside(w, r, id, sandbox.ForTerminal, func(t agentapi.Target) error {
 		ctx, stop := s.untilStop(r.Context())
 		defer stop()
 		session, err := terminal.Open(ctx, s.Agent, t, spec, &callOf(r).Account)

@@ -12,6 +12,7 @@ import (
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/httpserver"
+	"github.com/cayhq/cay/internal/sandbox"
 )
 
 // StatFile answers GET /v1/sandboxes/{id}/files/stat.
@@ -20,7 +21,7 @@ func (s *server) StatFile(w http.ResponseWriter, r *http.Request, id SandboxID, 
 		s.fail(w, r, err)
 		return
 	}
-	s.inside(w, r, id, func(t agentapi.Target) error {
+	s.inside(w, r, id, sandbox.ForFiles, func(t agentapi.Target) error {
 		e, err := s.Agent.Stat(r.Context(), t, params.Path, "")
 		if err == nil {
 			s.answer(w, r, http.StatusOK, entryOf(e))
@@ -50,7 +51,7 @@ func (s *server) MakeDirectory(w http.ResponseWriter, r *http.Request, id Sandbo
 		s.fail(w, r, err)
 		return
 	}
-	s.inside(w, r, id, func(t agentapi.Target) error {
+	s.inside(w, r, id, sandbox.ForFiles, func(t agentapi.Target) error {
 		e, err := s.Agent.MakeDirectory(r.Context(), t, in.Path, owner, mode)
 		if err == nil {
 			s.answer(w, r, http.StatusOK, entryOf(e))
@@ -85,7 +86,7 @@ func (s *server) RenameFile(w http.ResponseWriter, r *http.Request, id SandboxID
 		return
 	}
 	overwrite := in.Overwrite != nil && *in.Overwrite
-	s.inside(w, r, id, func(t agentapi.Target) error {
+	s.inside(w, r, id, sandbox.ForFiles, func(t agentapi.Target) error {
 		e, err := s.Agent.Rename(r.Context(), t, in.From, in.To, "", overwrite)
 		if err == nil {
 			s.answer(w, r, http.StatusOK, entryOf(e))
@@ -113,7 +114,7 @@ func (s *server) WatchFiles(w http.ResponseWriter, r *http.Request, id SandboxID
 		return
 	}
 	recursive := params.Recursive != nil && *params.Recursive
-	s.inside(w, r, id, func(t agentapi.Target) error {
+	s.inside(w, r, id, sandbox.ForFiles, func(t agentapi.Target) error {
 		ctx, cancel := s.untilStop(r.Context())
 		defer cancel()
 		reply := s.newEventReply(w, r)
@@ -141,7 +142,7 @@ func (s *server) DownloadTree(w http.ResponseWriter, r *http.Request, id Sandbox
 		s.fail(w, r, err)
 		return
 	}
-	s.inside(w, r, id, func(t agentapi.Target) error {
+	s.inside(w, r, id, sandbox.ForFiles, func(t agentapi.Target) error {
 		if err := callOf(r).Account.Take(passCost); err != nil {
 			return err
 		}
@@ -187,7 +188,7 @@ func (s *server) UploadTree(w http.ResponseWriter, r *http.Request, id SandboxID
 	if r.Body != nil {
 		body = newUpload(r, agentapi.MaxTar, errTarTooLarge)
 	}
-	s.inside(w, r, id, func(t agentapi.Target) error {
+	s.inside(w, r, id, sandbox.ForFiles, func(t agentapi.Target) error {
 		err := s.Agent.UploadTree(r.Context(), t, params.Path, owner, body)
 		if err == nil {
 			w.WriteHeader(http.StatusNoContent)

@@ -50,7 +50,7 @@ type Sandboxes interface {
 	DropMemory(ctx context.Context, c sandbox.Caller, id sandbox.ID) (sandbox.Sandbox, error)
 	WakeFor(ctx context.Context, c sandbox.Caller, id sandbox.ID, timeout time.Duration) (sandbox.Sandbox, error)
 	Attach(ctx context.Context, id sandbox.ID) (*sandbox.Lease, error)
-	Connect(ctx context.Context, c sandbox.Caller, id sandbox.ID) (*sandbox.Lease, error)
+	Connect(ctx context.Context, c sandbox.Caller, id sandbox.ID, use sandbox.Cause) (*sandbox.Lease, error)
 	Fork(ctx context.Context, c sandbox.Caller, id sandbox.ID, r sandbox.ForkRequest) ([]sandbox.Child, error)
 	SaveSnapshot(ctx context.Context, orgID string, id sandbox.ID, name string) (sandbox.Snapshot, error)
 	ListSnapshots(ctx context.Context, f sandbox.SnapshotFilter) ([]sandbox.Snapshot, string, error)

@@ -53,7 +53,7 @@ func (s *Surface) servePort(w http.ResponseWriter, r *http.Request, sb sandbox.S
 	if err := callOf(r).OpenAccount(s.Budget, r, sb.OrgID, httpserver.PortCost); err != nil {
 		return err
 	}
-	lease, err := s.lease(r.Context(), sb, opts)
+	lease, err := s.lease(r.Context(), sb, opts, sandbox.ForPort)
 	if err != nil {
 		return goneError(err, to)
 	}

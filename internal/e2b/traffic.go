@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httputil"
+	"strings"
 
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/fault"
@@ -82,7 +83,7 @@ func (s *Surface) traffic(w http.ResponseWriter, r *http.Request, to place) erro
 	if err := callOf(r).OpenAccount(s.Budget, r, sb.OrgID, trafficCost); err != nil {
 		return err // before waking the sandbox
 	}
-	lease, err := s.lease(r.Context(), sb, opts)
+	lease, err := s.lease(r.Context(), sb, opts, useOf(r.URL.Path))
 	if err != nil {
 		return goneError(err, to)
 	}
@@ -111,8 +112,17 @@ func (s *Surface) admitEnvd(r *http.Request, sb sandbox.Sandbox, o options) erro
 	return errNoToken
 }
 
+// useOf returns what a path of the agent is for.
+func useOf(path string) sandbox.Cause {
+	if strings.HasPrefix(path, "/file") { // also the procedures of filesystem.Filesystem
+		return sandbox.ForFiles
+	}
+	return sandbox.ForProcess
+}
+
 // lease leases a running sandbox, and first wakes one that wakes when traffic comes.
-func (s *Surface) lease(ctx context.Context, sb sandbox.Sandbox, o options) (*sandbox.Lease, error) {
+func (s *Surface) lease(ctx context.Context, sb sandbox.Sandbox, o options, use sandbox.Cause) (*sandbox.Lease,
+	error) {
 	lease, err := s.Sandboxes.Attach(ctx, sb.ID)
 	if err == nil || !o.wakes(sb) || !fault.Is(err, fault.Conflict) {
 		return lease, err
@@ -121,7 +131,7 @@ func (s *Surface) lease(ctx context.Context, sb sandbox.Sandbox, o options) (*sa
 	if err != nil {
 		return nil, err
 	}
-	return s.Sandboxes.Connect(ctx, sandbox.Caller{OrgID: org.ID, Quota: sandbox.Quota(org.Quota)}, sb.ID)
+	return s.Sandboxes.Connect(ctx, sandbox.Caller{OrgID: org.ID, Quota: sandbox.Quota(org.Quota)}, sb.ID, use)
 }
 
 // goneError returns the answer for a sandbox that existed a moment ago.

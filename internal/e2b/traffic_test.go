@@ -470,6 +470,23 @@ func TestTrafficWakes(t *testing.T) {
 	if r := h.send("GET", "/envs", "", toEnvd(id, token)...); r.status != 204 || h.row(id).State != sandbox.Running {
 		t.Errorf("with one: %d %s, %s", r.status, r.body, h.row(id).State)
 	}
+	for _, c := range []struct {
+		path, port string
+		use        sandbox.Cause
+	}{
+		{"/process.Process/List", "49983", sandbox.ForProcess},
+		{"/filesystem.Filesystem/Stat", "49983", sandbox.ForFiles},
+		{"/", "8080", sandbox.ForPort},
+	} {
+		if r := h.control("POST", "/sandboxes/"+id+"/pause", `{}`); r.status != 204 {
+			t.Fatalf("pause: %d", r.status)
+		}
+		h.send("GET", c.path, "", append(toEnvd(id, token), portHeader, c.port)...)
+		last, _, err := h.sandboxes.Events(ctx, h.org.Org.ID, sandbox.ID(idPrefix+id), 1, "")
+		if err != nil || last[0].To != sandbox.Running || last[0].Reason != string(c.use) {
+			t.Errorf("GET %s wakes with the event %+v, %v, want the reason %s", c.path, last, err, c.use)
+		}
+	}
 	if r := h.send("GET", "/envs", "", toEnvd(quiet, quietToken)...); r.status != 502 ||
 		h.row(quiet).State != sandbox.Suspended {
 		t.Errorf("one that is not to wake: %d, %s", r.status, h.row(quiet).State)

@@ -20,7 +20,7 @@ var asks = map[string]func(f *fixture, id sandbox.ID) error{
 		return err
 	},
 	"wake": func(f *fixture, id sandbox.ID) error {
-		lease, err := f.Connect(context.Background(), f.caller(), id)
+		lease, err := f.Connect(context.Background(), f.caller(), id, sandbox.ForCommand)
 		if err == nil {
 			lease.Release()
 		}

@@ -46,7 +46,7 @@ func (h *fixture) mustWake(id sandbox.ID) sandbox.Sandbox {
 
 func (h *fixture) mustConnect(id sandbox.ID) *sandbox.Lease {
 	h.t.Helper()
-	lease, err := h.Connect(context.Background(), h.caller(), id)
+	lease, err := h.Connect(context.Background(), h.caller(), id, sandbox.ForCommand)
 	if err != nil {
 		h.t.Fatal(err)
 	}
@@ -315,7 +315,7 @@ func TestRefusedWhenNotRunning(t *testing.T) {
 		_, err = h.SetEgress(ctx, org, gone, sandbox.Egress{Mode: sandbox.AllowAll})
 		wantCode(t, err, fault.Conflict, "sandbox_not_running")
 		// A call waits for a create under way.
-		lease, err := h.Connect(ctx, h.caller(), starting.ID)
+		lease, err := h.Connect(ctx, h.caller(), starting.ID, sandbox.ForCommand)
 		if err != nil || lease.Sandbox.State != sandbox.Running {
 			t.Fatalf("%v", err)
 		}

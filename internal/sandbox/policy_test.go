@@ -56,7 +56,7 @@ func TestPolicyOfARunningSandbox(t *testing.T) {
 		ctx := context.Background()
 		id := h.mustCreate(sandbox.Request{Egress: &closed}).ID
 		h.wantPolicy(id, closed)
-		lease, err := h.Connect(ctx, h.caller(), id)
+		lease, err := h.Connect(ctx, h.caller(), id, sandbox.ForCommand)
 		if err != nil {
 			t.Fatal(err)
 		}

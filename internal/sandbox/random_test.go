@@ -267,7 +267,7 @@ func (l *scenario) take(s step) error {
 		_, err := l.Keepalive(ctx, org, id, ptr(time.Minute))
 		return expected(err)
 	case "call", "connect":
-		lease, err := l.Connect(ctx, l.caller(), id)
+		lease, err := l.Connect(ctx, l.caller(), id, sandbox.ForCommand)
 		if err != nil {
 			return expected(err)
 		}

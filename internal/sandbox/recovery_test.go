@@ -263,7 +263,7 @@ func TestLostThatCannotBeCleared(t *testing.T) {
 		if s := h.get(id).State; s != sandbox.Running {
 			t.Errorf("sandbox is %s", s)
 		}
-		if _, err := h.Connect(context.Background(), h.caller(), id); err == nil {
+		if _, err := h.Connect(context.Background(), h.caller(), id, sandbox.ForCommand); err == nil {
 			t.Error("a dead instance was leased")
 		}
 		h.node.OnRest = nil

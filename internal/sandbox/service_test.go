@@ -288,7 +288,7 @@ func TestDestroyAnswersEarly(t *testing.T) {
 			if got := h.get(id); got.State != sandbox.Destroying || got.State.Status() != sandbox.StatusDestroyed {
 				t.Errorf("after the answer it is %s", got.State)
 			}
-			_, err := h.Connect(context.Background(), h.caller(), id)
+			_, err := h.Connect(context.Background(), h.caller(), id, sandbox.ForCommand)
 			wantCode(t, err, fault.Conflict, "sandbox_not_running")
 		}
 		if took := time.Since(began); took != 0 {
@@ -506,7 +506,7 @@ func TestOwnership(t *testing.T) {
 		_, err := h.Get(ctx, other, sbx.ID)
 		wantCode(t, err, fault.Denied, "not_your_sandbox")
 		wantCode(t, h.Destroy(ctx, other, sbx.ID), fault.Denied, "not_your_sandbox")
-		_, err = h.Connect(ctx, sandbox.Caller{OrgID: other}, sbx.ID)
+		_, err = h.Connect(ctx, sandbox.Caller{OrgID: other}, sbx.ID, sandbox.ForCommand)
 		wantCode(t, err, fault.Denied, "not_your_sandbox")
 		_, err = h.Get(ctx, org, sandbox.NewID())
 		wantCode(t, err, fault.NotFound, "sandbox_not_found")

@@ -278,7 +278,7 @@ func TestNobodyIsSuspendedInUse(t *testing.T) {
 	for range 4 {
 		wg.Go(func() {
 			for range 250 {
-				lease, err := s.Connect(t.Context(), caller, sbx.ID)
+				lease, err := s.Connect(t.Context(), caller, sbx.ID, sandbox.ForCommand)
 				if err != nil {
 					t.Error(err)
 					return

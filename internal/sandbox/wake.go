@@ -27,15 +27,27 @@ func (s *Service) Wake(ctx context.Context, c Caller, id ID) (Sandbox, error) {
 // WakeFor is like Wake, but gives an ephemeral sandbox the timeout when it wakes; 0 means the
 // timeout that it had last. It does not change the timeout of a running sandbox.
 func (s *Service) WakeFor(ctx context.Context, c Caller, id ID, timeout time.Duration) (Sandbox, error) {
-	sbx, _, err := s.running(ctx, c, id, runOptions{timeout: timeout})
+	sbx, _, err := s.running(ctx, c, id, runOptions{timeout: timeout, reason: string(Requested)})
 	return s.live.shown(sbx), err
 }
+
+// Cause says what a sandbox is used for. It is the reason in the events of a wake.
+type Cause string
+
+// The causes. There are few, since the metrics of transitions have them too.
+const (
+	ForCommand  Cause = "execute"  // to run a command that the call waits for
+	ForProcess  Cause = "process"  // to start, list or use other processes
+	ForTerminal Cause = "terminal" // to begin or join a session of a terminal
+	ForFiles    Cause = "files"    // to read, write or watch files
+	ForPort     Cause = "port"     // to reach a port of a program inside
+)
 
 // Connect leases a sandbox. It waits for one that is being created and wakes a suspended one.
 // Errors are those of [Service.Wake]. For a running sandbox it costs one read of the row at most, and
 // no write.
-func (s *Service) Connect(ctx context.Context, c Caller, id ID) (*Lease, error) {
-	sbx, l, err := s.running(ctx, c, id, runOptions{pin: true})
+func (s *Service) Connect(ctx context.Context, c Caller, id ID, use Cause) (*Lease, error) {
+	sbx, l, err := s.running(ctx, c, id, runOptions{pin: true, reason: string(use)})
 	if err != nil {
 		return nil, err
 	}
@@ -70,6 +82,7 @@ func (s *Service) Attach(ctx context.Context, id ID) (*Lease, error) {
 type runOptions struct {
 	pin     bool          // take a lease, and wait for a sandbox being created
 	timeout time.Duration // of an ephemeral one, from its wake; 0 means its own
+	reason  string        // of the events of its wake
 }
 
 // running brings the sandbox to running after any operation on it, and records the activity.
@@ -95,7 +108,7 @@ func (s *Service) running(ctx context.Context, c Caller, id ID, u runOptions) (S
 		// The sandbox cannot be used as it was read: wait for the operation on it, or wake it, and read it
 		// again.
 		_, _, err = attempt(ctx, s, id, opWake, func(ctx context.Context, sbx Sandbox) (Sandbox, error) {
-			return s.wake(ctx, c, sbx, u.timeout)
+			return s.wake(ctx, c, sbx, u)
 		})
 		if err != nil {
 			return Sandbox{}, nil, err
@@ -104,15 +117,15 @@ func (s *Service) running(ctx context.Context, c Caller, id ID, u runOptions) (S
 }
 
 // wake takes a suspended sandbox to running; the caller holds the operation.
-func (s *Service) wake(ctx context.Context, c Caller, sbx Sandbox, timeout time.Duration) (Sandbox, error) {
+func (s *Service) wake(ctx context.Context, c Caller, sbx Sandbox, u runOptions) (Sandbox, error) {
 	if sbx.State == Running {
 		return sbx, nil
 	}
-	claimed, err := s.claimWake(ctx, c, sbx, timeout)
+	claimed, err := s.claimWake(ctx, c, sbx, u)
 	if err != nil {
 		return Sandbox{}, err
 	}
-	woken, err := s.restore(ctx, claimed)
+	woken, err := s.restore(ctx, claimed, u.reason)
 	if err != nil {
 		return Sandbox{}, s.wakeFailed(ctx, claimed, err)
 	}
@@ -121,16 +134,16 @@ func (s *Service) wake(ctx context.Context, c Caller, sbx Sandbox, timeout time.
 
 // claimWake takes a suspended sandbox to waking, with a new run, if there is room for it; the caller
 // holds the operation.
-func (s *Service) claimWake(ctx context.Context, c Caller, sbx Sandbox, timeout time.Duration) (Sandbox, error) {
+func (s *Service) claimWake(ctx context.Context, c Caller, sbx Sandbox, u runOptions) (Sandbox, error) {
 	// Errors that concern only this caller leave the row unchanged.
 	if err := s.pool.room(ctx, sbx.Size); err != nil {
 		return Sandbox{}, err
 	}
 	run, token := newSecret(10), newSecret(32)
 	claim := Change{ID: sbx.ID, From: []State{Suspended}, Run: sbx.Run, To: Waking, At: time.Now().UTC(),
-		Quota: &c.Quota, OrgID: sbx.OrgID, NewRun: &run, Token: &token}
-	if sbx.Mode == Ephemeral && timeout > 0 {
-		claim.Timeout = &timeout
+		Reason: u.reason, Quota: &c.Quota, OrgID: sbx.OrgID, NewRun: &run, Token: &token}
+	if sbx.Mode == Ephemeral && u.timeout > 0 {
+		claim.Timeout = &u.timeout
 	}
 	return s.transition(ctx, claim)
 }
@@ -142,12 +155,12 @@ func (s *Service) wakeOnMachine(ctx context.Context, sbx Sandbox) error {
 }
 
 // restore wakes a claimed sandbox and makes it usable.
-func (s *Service) restore(ctx context.Context, sbx Sandbox) (Sandbox, error) {
+func (s *Service) restore(ctx context.Context, sbx Sandbox, reason string) (Sandbox, error) {
 	if err := s.wakeOnMachine(ctx, sbx); err != nil {
 		return Sandbox{}, err
 	}
 	now := time.Now().UTC()
-	done := Change{ID: sbx.ID, From: []State{Waking}, Run: sbx.Run, To: Running, At: now,
+	done := Change{ID: sbx.ID, From: []State{Waking}, Run: sbx.Run, To: Running, At: now, Reason: reason,
 		SuspendedAt: new(time.Time), Error: new(string)}
 	if sbx.Mode == Ephemeral {
 		done.ExpiresAt = new(now.Add(sbx.Timeout))

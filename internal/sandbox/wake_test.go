@@ -38,7 +38,7 @@ func TestWakeIsShared(t *testing.T) {
 					runs <- sbx.Run
 					return
 				}
-				lease, err := h.Connect(context.Background(), h.caller(), id)
+				lease, err := h.Connect(context.Background(), h.caller(), id, sandbox.ForCommand)
 				if err != nil {
 					t.Error(err)
 					runs <- ""
@@ -95,7 +95,7 @@ func TestWakeGoesOnWhenTheCallerLeaves(t *testing.T) {
 		h.node.OnWake = func(context.Context, sandbox.Spec) error { time.Sleep(time.Second); return nil }
 		ctx, cancel := context.WithTimeout(context.Background(), time.Millisecond)
 		defer cancel()
-		if _, err := h.Connect(ctx, h.caller(), id); !errors.Is(err, context.DeadlineExceeded) {
+		if _, err := h.Connect(ctx, h.caller(), id, sandbox.ForCommand); !errors.Is(err, context.DeadlineExceeded) {
 			t.Fatal(err)
 		}
 		pass(time.Second)
@@ -125,7 +125,7 @@ func TestRoomAndQuotaLeaveOneSuspended(t *testing.T) {
 		same()
 		h.quota = sandbox.Quota{VCPUs: 2, Sandboxes: 2}
 		h.node.SetFull(true)
-		_, err = h.Connect(context.Background(), h.caller(), id)
+		_, err = h.Connect(context.Background(), h.caller(), id, sandbox.ForCommand)
 		wantCode(t, err, fault.Unavailable, "no_capacity")
 		same()
 		h.node.SetFull(false)
@@ -151,7 +151,7 @@ func TestWakeThatFails(t *testing.T) {
 				h.node.OnWake = func(context.Context, sandbox.Spec) error { time.Sleep(time.Second); return tt.err }
 				errs := make(chan error, 5)
 				for range cap(errs) {
-					go func() { _, err := h.Connect(context.Background(), h.caller(), id); errs <- err }()
+					go func() { _, err := h.Connect(context.Background(), h.caller(), id, sandbox.ForCommand); errs <- err }()
 				}
 				for range cap(errs) {
 					if e := fault.As(<-errs); e == nil || e.Code != tt.code || strings.Contains(e.Detail, "secret") {
@@ -223,7 +223,7 @@ func TestDestroyWins(t *testing.T) {
 			h.node.OnSuspend = nil
 			h.mustSuspend(id)
 			h.node.OnSuspend = block
-			_, err := h.Connect(context.Background(), h.caller(), id)
+			_, err := h.Connect(context.Background(), h.caller(), id, sandbox.ForCommand)
 			return err
 		},
 		"checkpoint": func(h *fixture, id sandbox.ID) error {
@@ -307,7 +307,7 @@ func TestClosing(t *testing.T) {
 		wantCode(t, err, fault.Unavailable, "shutting_down")
 		_, err = h.Checkpoint(ctx, org, running)
 		wantCode(t, err, fault.Unavailable, "shutting_down")
-		_, err = h.Connect(ctx, h.caller(), going)
+		_, err = h.Connect(ctx, h.caller(), going, sandbox.ForCommand)
 		wantCode(t, err, fault.Unavailable, "shutting_down")
 		if err := errors.Join(<-going2, <-closed); err != nil { // the operation under way is completed
 			t.Error(err)
