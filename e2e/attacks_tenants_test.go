@@ -16,7 +16,7 @@ import (
 )
 
 // listed reads a page of a list and returns the ids in it and the next cursor, from the place where
-// the surface has it.
+// the API has it.
 func (s *server) listed(path, plural, id string, withKey func(*http.Request)) (status int, ids []string, next string) {
 	s.t.Helper()
 	resp, body := s.page("GET", path, nil, withKey)

@@ -59,7 +59,7 @@ type Events struct {
 	MaxFollowers int      `toml:"max_followers"`
 }
 
-// E2B turns the surface for E2B's clients on or off.
+// E2B turns the API for E2B's clients on or off.
 type E2B struct {
 	Enabled bool `toml:"enabled"`
 }

@@ -41,12 +41,12 @@ func (s *server) listen(ctx context.Context) error {
 		Expect: s.db.Expect, Budget: s.budget, Ready: func() error { return s.db.Ping(ctx) }, Stored: s.stored,
 		Metrics: metrics, Registry: s.registry, Log: s.log, Version: s.version,
 	})
-	surface, err := s.openE2B(ctx, names, handler)
+	e2bHandler, err := s.openE2B(ctx, names, handler)
 	if err != nil {
 		return errors.Join(err, listener.Close())
 	}
-	if surface != nil {
-		handler = surface
+	if e2bHandler != nil {
+		handler = e2bHandler
 	}
 	work, stopWork := context.WithCancel(context.WithoutCancel(ctx))
 	var wg sync.WaitGroup
@@ -56,7 +56,7 @@ func (s *server) listen(ctx context.Context) error {
 	if s.files != nil {
 		wg.Go(func() { s.runFiles(work) })
 	}
-	if surface != nil {
+	if e2bHandler != nil {
 		wg.Go(func() { s.samples.Run(work) })
 	}
 	defer wg.Wait()
@@ -66,8 +66,8 @@ func (s *server) listen(ctx context.Context) error {
 	servers[0].RegisterOnShutdown(s.templates.Hangup)
 	servers[0].RegisterOnShutdown(s.ports.Hangup)
 	servers[0].RegisterOnShutdown(hangup)
-	if surface != nil {
-		servers[0].RegisterOnShutdown(surface.Hangup)
+	if e2bHandler != nil {
+		servers[0].RegisterOnShutdown(e2bHandler.Hangup)
 	}
 	failed := make(chan error, 2)
 	go func() { failed <- servers[0].Serve(listener) }()
@@ -111,9 +111,9 @@ func waitFor(ctx context.Context, wg *sync.WaitGroup) {
 	}
 }
 
-// openE2B returns the surface for E2B's clients, which hands all other requests to next. It returns nil if the
-// surface is turned off.
-func (s *server) openE2B(ctx context.Context, names portproxy.Names, next http.Handler) (*e2b.Surface, error) {
+// openE2B returns the handler for E2B's clients, which hands all other requests to next. It returns nil if the
+// API for them is turned off.
+func (s *server) openE2B(ctx context.Context, names portproxy.Names, next http.Handler) (*e2b.Handler, error) {
 	if !s.cfg.E2B.Enabled {
 		return nil, nil
 	}

@@ -51,7 +51,7 @@ type callKey struct{}
 func callOf(r *http.Request) *call { return r.Context().Value(callKey{}).(*call) }
 
 // newFront returns what surrounds each call.
-func (s *Surface) newFront() *httpserver.Front {
+func (s *Handler) newFront() *httpserver.Front {
 	return httpserver.New(httpserver.Config{
 		Log: s.Log, Name: "e2b: ", PiecewiseBodies: true, Patience: httpserver.Usual,
 		Begin: func(ctx context.Context, c *httpserver.Call) context.Context {
@@ -66,7 +66,7 @@ func (s *Surface) newFront() *httpserver.Front {
 }
 
 // handle answers a request with f.
-func (s *Surface) handle(w http.ResponseWriter, r *http.Request, inside bool,
+func (s *Handler) handle(w http.ResponseWriter, r *http.Request, inside bool,
 	f func(http.ResponseWriter, *http.Request) error) {
 	s.front.Serve(w, r, func(w *httpserver.Recorder, r *http.Request) error {
 		callOf(r).inside = inside
@@ -109,7 +109,7 @@ func verdictOf(err error) verdict {
 }
 
 // problem answers an error.
-func (s *Surface) problem(w http.ResponseWriter, r *http.Request, err error) {
+func (s *Handler) problem(w http.ResponseWriter, r *http.Request, err error) {
 	c := callOf(r)
 	if r.Header.Get("Origin") != "" {
 		allowOrigins(w, r)

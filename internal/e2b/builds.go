@@ -37,7 +37,7 @@ type announceBody struct {
 }
 
 // announce answers POST /v3/templates.
-func (s *Surface) announce(w http.ResponseWriter, r *http.Request) error {
+func (s *Handler) announce(w http.ResponseWriter, r *http.Request) error {
 	var in announceBody
 	if err := read(w, r, &in); err != nil {
 		return err
@@ -130,7 +130,7 @@ const uploadTime = time.Hour
 
 // uploadLink answers GET /templates/{ref}/files/{hash}: whether the files are there, and where to
 // upload them, which forced uploads do also when they are.
-func (s *Surface) uploadLink(w http.ResponseWriter, r *http.Request) error {
+func (s *Handler) uploadLink(w http.ResponseWriter, r *http.Request) error {
 	hash, err := uploadName(r)
 	if err != nil {
 		return err
@@ -148,12 +148,12 @@ func (s *Surface) uploadLink(w http.ResponseWriter, r *http.Request) error {
 }
 
 // uploadSum signs the right of a key to upload files for its organization.
-func (s *Surface) uploadSum(key, hash, until string) string {
+func (s *Handler) uploadSum(key, hash, until string) string {
 	return s.sum("upload:" + key + ":" + hash + ":" + until)
 }
 
 // uploader returns the owner of a key that still may upload files.
-func (s *Surface) uploader(ctx context.Context, key string) (auth.Principal, error) {
+func (s *Handler) uploader(ctx context.Context, key string) (auth.Principal, error) {
 	who, err := s.Auth.Holder(ctx, key)
 	if err == nil && !who.May(auth.TemplatesWrite) {
 		err = fault.New(fault.Denied, fault.CodeScopeMissing, "the key lacks the scope %s", auth.TemplatesWrite)
@@ -163,7 +163,7 @@ func (s *Surface) uploader(ctx context.Context, key string) (auth.Principal, err
 
 // upload answers PUT /templates/{ref}/files/{hash}, to which clients send no key: the signature in
 // the URL opens it, for as long as the key that it was made for lives.
-func (s *Surface) upload(w http.ResponseWriter, r *http.Request) error {
+func (s *Handler) upload(w http.ResponseWriter, r *http.Request) error {
 	hash, err := uploadName(r)
 	if err != nil {
 		return err
@@ -229,7 +229,7 @@ type registryBody struct {
 }
 
 // build answers POST /v2/templates/{ref}/builds/{build}.
-func (s *Surface) build(w http.ResponseWriter, r *http.Request) error {
+func (s *Handler) build(w http.ResponseWriter, r *http.Request) error {
 	var in buildBody
 	if err := read(w, r, &in); err != nil {
 		return err
@@ -280,7 +280,7 @@ var instead = map[string]string{"debian": "base", "ubuntu": "base", "python": "p
 	"e2bdev/code-interpreter": "code-interpreter"}
 
 // base returns what a build begins from, and the request for its template without the steps.
-func (s *Surface) base(ctx context.Context, org string, in buildBody) (steps.Base, template.Request, error) {
+func (s *Handler) base(ctx context.Context, org string, in buildBody) (steps.Base, template.Request, error) {
 	if (in.FromImage == "") == (in.FromTemplate == "") {
 		return steps.Base{}, template.Request{}, fault.InvalidField("fromImage",
 			"one of fromImage and fromTemplate is needed")
@@ -449,7 +449,7 @@ type reasonBody struct {
 const logPage = 100
 
 // buildStatus answers GET /templates/{ref}/builds/{build}/status. logsOffset counts entries.
-func (s *Surface) buildStatus(w http.ResponseWriter, r *http.Request) error {
+func (s *Handler) buildStatus(w http.ResponseWriter, r *http.Request) error {
 	offset, limit := 0, logPage
 	for name, to := range map[string]*int{"logsOffset": &offset, "limit": &limit} {
 		if text := r.URL.Query().Get(name); text != "" {
@@ -561,7 +561,7 @@ func stepOf(e template.BuildError) string {
 
 // deleteTemplate deletes a template, or the snapshot of that name. As in E2B, sandboxes of the template
 // continue.
-func (s *Surface) deleteTemplate(w http.ResponseWriter, r *http.Request) error {
+func (s *Handler) deleteTemplate(w http.ResponseWriter, r *http.Request) error {
 	name, err := templateName(r.PathValue("ref"))
 	if err != nil {
 		return err

@@ -239,8 +239,8 @@ func TestUploadsAreSigned(t *testing.T) {
 	for name, path := range map[string]string{
 		"no signature": u.Path, "another hash": strings.Replace(good, hash, other, 1), "another key": with("key", "key_other"),
 		"a later end": with("expires", "99999999999"), "no end": with("expires", ""), "a wrong signature": with("signature", strings.Repeat("0", 40)),
-		"expired":   u.Path + "?" + url.Values{"key": {key}, "expires": {until}, "signature": {b.surface.uploadSum(key, hash, until)}}.Encode(),
-		"of no key": u.Path + "?" + url.Values{"key": {"key_none"}, "expires": {later}, "signature": {b.surface.uploadSum("key_none", hash, later)}}.Encode(),
+		"expired":   u.Path + "?" + url.Values{"key": {key}, "expires": {until}, "signature": {b.handler.uploadSum(key, hash, until)}}.Encode(),
+		"of no key": u.Path + "?" + url.Values{"key": {"key_none"}, "expires": {later}, "signature": {b.handler.uploadSum("key_none", hash, later)}}.Encode(),
 	} {
 		if r := b.send("PUT", path, data); r.status != 401 {
 			t.Errorf("%s: %d %s", name, r.status, r.body)
@@ -409,7 +409,7 @@ func TestBases(t *testing.T) {
 		if err := json.Unmarshal([]byte(body), &in); err != nil {
 			t.Fatal(err)
 		}
-		base, request, err := b.surface.base(ctx, org, in)
+		base, request, err := b.handler.base(ctx, org, in)
 		if err != nil {
 			t.Errorf("%s: %v", body, err)
 			continue

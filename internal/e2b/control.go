@@ -38,7 +38,7 @@ func notSupported(what string) route {
 }
 
 // table returns all routes of the control API.
-func (s *Surface) table() map[string]route {
+func (s *Handler) table() map[string]route {
 	write := append([]auth.Scope{auth.SandboxesWrite}, tokenScopes...)
 	read := []auth.Scope{auth.SandboxesRead}
 	builds := []auth.Scope{auth.TemplatesWrite}
@@ -98,7 +98,7 @@ func (s *Surface) table() map[string]route {
 	}
 }
 
-func (s *Surface) routes() *http.ServeMux {
+func (s *Handler) routes() *http.ServeMux {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /health", func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(http.StatusOK) })
 	for pattern, route := range s.table() {
@@ -118,7 +118,7 @@ func (s *Surface) routes() *http.ServeMux {
 }
 
 // answerControl answers a request of the control API.
-func (s *Surface) answerControl(w http.ResponseWriter, r *http.Request) error {
+func (s *Handler) answerControl(w http.ResponseWriter, r *http.Request) error {
 	if preflight(r) {
 		allowOrigins(w, r)
 		return nil
@@ -139,7 +139,7 @@ func (s *Surface) answerControl(w http.ResponseWriter, r *http.Request) error {
 }
 
 // admitted answers with the route if the key has its scopes.
-func (s *Surface) admitted(w http.ResponseWriter, r *http.Request, route route) error {
+func (s *Handler) admitted(w http.ResponseWriter, r *http.Request, route route) error {
 	if err := s.authenticate(r); err != nil {
 		return err
 	}
@@ -166,7 +166,7 @@ func may(r *http.Request, scope auth.Scope) error {
 	return nil
 }
 
-func (s *Surface) authenticate(r *http.Request) error {
+func (s *Handler) authenticate(r *http.Request) error {
 	principal, err := s.Auth.Authenticate(r.Context(), r.Header.Get("X-API-Key"))
 	if fault.Is(err, fault.Unauthenticated) {
 		return fault.New(fault.Unauthenticated, fault.CodeUnauthenticated,
@@ -223,7 +223,7 @@ func noSandbox(id sandbox.ID) error {
 
 // present returns a sandbox of the caller's organization. One that has ended, or that belongs to
 // another organization, is not found.
-func (s *Surface) present(r *http.Request, id sandbox.ID) (sandbox.Sandbox, error) {
+func (s *Handler) present(r *http.Request, id sandbox.ID) (sandbox.Sandbox, error) {
 	sb, err := s.Sandboxes.Get(r.Context(), orgOf(r), id)
 	if err != nil {
 		return sb, hidden(err, id)

@@ -23,7 +23,7 @@ func TestEveryRouteNeedsAKey(t *testing.T) {
 	id, _ := h.create(`{"templateID":"base"}`)
 	before := h.row(id)
 	weak, weaker := h.newKey(auth.TemplatesWrite), h.newKey(auth.SandboxesWrite)
-	for pattern, route := range h.surface.table() {
+	for pattern, route := range h.handler.table() {
 		method, path, ok := strings.Cut(pattern, " ")
 		if !ok {
 			method, path = "GET", pattern
@@ -153,7 +153,7 @@ func TestSetNetwork(t *testing.T) {
 	} {
 		r := h.control("PUT", "/sandboxes/"+id+"/network", body)
 		if sb := h.row(id); r.status != http.StatusNoContent || sb.Egress.Mode != mode || optionsOf(sb).public() {
-			t.Errorf("%s: %d %s, %+v, %s", body, r.status, r.body, sb.Egress, sb.Surface)
+			t.Errorf("%s: %d %s, %+v, %s", body, r.status, r.body, sb.Egress, sb.FrontData)
 		}
 	}
 	if r := h.control("PUT", "/sandboxes/"+id+"/network", `{"denyOut":["x"]}`); r.status != 400 {
@@ -273,7 +273,7 @@ func (noTemplates) Get(context.Context, string, string) (template.Template, erro
 // organization and from a snapshot, while this package cannot read templates itself.
 func TestCreateReadsTheTemplateOnce(t *testing.T) {
 	h := newHarness(t)
-	h.surface.Templates = noTemplates{}
+	h.handler.Templates = noTemplates{}
 	user := func(body string) string {
 		t.Helper()
 		id, _ := h.create(body)
@@ -322,7 +322,7 @@ func TestRebootEndsNoOthersUse(t *testing.T) {
 	path := "/v2/sandboxes/" + id + "/connect"
 	h.control("POST", "/sandboxes/"+id+"/pause", ``)
 	run := ""
-	h.surface.Sandboxes = &slowGet{h.surface.Sandboxes, func() {
+	h.handler.Sandboxes = &slowGet{h.handler.Sandboxes, func() {
 		if r := h.control("POST", path, `{"timeout":60}`); r.status != 201 {
 			t.Errorf("the first client: %d %s", r.status, r.body)
 		}

@@ -54,7 +54,7 @@ var aliases = map[string]string{"code-interpreter-v1": "code-interpreter"}
 const createTimeout = 58 * time.Second
 
 // create answers POST /sandboxes.
-func (s *Surface) create(v version) func(http.ResponseWriter, *http.Request) error {
+func (s *Handler) create(v version) func(http.ResponseWriter, *http.Request) error {
 	return func(w http.ResponseWriter, r *http.Request) error {
 		var in createBody
 		if err := read(w, r, &in); err != nil {
@@ -92,7 +92,7 @@ func createError(err error) error {
 
 // make makes a sandbox from a template, or else from the snapshot of the name: in this API snapshots
 // are templates too.
-func (s *Surface) make(ctx context.Context, c sandbox.Caller, request sandbox.Request) (sandbox.Sandbox, error) {
+func (s *Handler) make(ctx context.Context, c sandbox.Caller, request sandbox.Request) (sandbox.Sandbox, error) {
 	name := request.Template
 	request.Template = strings.ToLower(name) // as in E2B; names of snapshots may have capitals
 	sb, err := s.Sandboxes.Create(ctx, c, request, sandbox.Once{}, true)
@@ -139,7 +139,7 @@ func requestOf(in createBody, v version) (sandbox.Request, error) {
 	if out.Egress, err = egress(in.AllowInternetAccess, in.Network); err != nil {
 		return out, err
 	}
-	out.Surface = opts.String()
+	out.FrontData = opts.String()
 	name, tag := templateRef(in.TemplateID)
 	if out.Template = name; tag != "" {
 		out.Template += ":" + tag
@@ -153,7 +153,7 @@ func requestOf(in createBody, v version) (sandbox.Request, error) {
 const defaultUser = "user"
 
 // getTemplate returns a template by its name or id. Case does not matter, as in E2B.
-func (s *Surface) getTemplate(ctx context.Context, org, nameOrID string) (template.Template, error) {
+func (s *Handler) getTemplate(ctx context.Context, org, nameOrID string) (template.Template, error) {
 	return s.Templates.Get(ctx, org, strings.ToLower(nameOrID))
 }
 

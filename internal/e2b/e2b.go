@@ -4,7 +4,7 @@
 // ways; the core rooms decide.
 //
 // It has no state. What it must know of a sandbox beyond the core's fields is in the row, as the
-// row's Surface. Tokens are derived, not stored: see tokens.go.
+// row's FrontData. Tokens are derived, not stored: see tokens.go.
 //
 // The handler is safe for concurrent use. A call that carries traffic leases its sandbox until it
 // ends. If the sandbox goes away, the call's stream breaks and never ends in order, and the row
@@ -45,7 +45,7 @@ type Sandboxes interface {
 	SetTimeout(ctx context.Context, orgID string, id sandbox.ID, timeout time.Duration,
 		later bool) (sandbox.Sandbox, error)
 	SetEgress(ctx context.Context, orgID string, id sandbox.ID, e sandbox.Egress) (sandbox.Sandbox, error)
-	SetSurface(ctx context.Context, orgID string, id sandbox.ID, surface string) (sandbox.Sandbox, error)
+	SetFrontData(ctx context.Context, orgID string, id sandbox.ID, data string) (sandbox.Sandbox, error)
 	Pause(ctx context.Context, orgID string, id sandbox.ID, keep sandbox.Kept) (sandbox.Sandbox, error)
 	DropMemory(ctx context.Context, c sandbox.Caller, id sandbox.ID) (sandbox.Sandbox, error)
 	WakeFor(ctx context.Context, c sandbox.Caller, id sandbox.ID, timeout time.Duration) (sandbox.Sandbox, error)
@@ -99,7 +99,7 @@ type Ports interface {
 	Serve(w http.ResponseWriter, r *http.Request, to portproxy.Destination) error
 }
 
-// Config configures a Surface. Every field but Budget is required.
+// Config configures a Handler. Every field but Budget is required.
 type Config struct {
 	Sandboxes Sandboxes
 	Templates Templates
@@ -118,8 +118,8 @@ type Config struct {
 	Registry prometheus.Registerer
 }
 
-// Surface is the HTTP handler for E2B's clients. Make it with [New].
-type Surface struct {
+// Handler answers the requests of E2B's clients. Make it with [New].
+type Handler struct {
 	Config
 	next    http.Handler
 	control *http.ServeMux
@@ -132,9 +132,9 @@ type Surface struct {
 	stop                context.CancelFunc
 }
 
-// New returns a Surface in front of next, which gets every request that is not for the Surface.
-func New(cfg Config, next http.Handler) *Surface {
-	s := &Surface{Config: cfg, next: next, counts: newCounts(cfg.Registry),
+// New returns a Handler in front of next, which gets every request that is not for the Handler.
+func New(cfg Config, next http.Handler) *Handler {
+	s := &Handler{Config: cfg, next: next, counts: newCounts(cfg.Registry),
 		search: auth.NewBuckets(searchesPerSecond, searchesBurst), searchOfOne: auth.NewBuckets(searchesOfOne, searchesOfOneAtOnce)}
 	s.stopped, s.stop = context.WithCancel(context.Background())
 	s.control = s.routes()
@@ -144,7 +144,7 @@ func New(cfg Config, next http.Handler) *Surface {
 
 // Hangup breaks the streams of commands, terminals and watches, which would otherwise delay the
 // server's shutdown. The processes in the sandboxes continue.
-func (s *Surface) Hangup() { s.stop() }
+func (s *Handler) Hangup() { s.stop() }
 
 // The agent's port, and the prefix of sandbox ids.
 const (
@@ -157,7 +157,7 @@ var roots = []string{"/sandboxes", "/v2", "/v3", "/snapshots", "/templates", "/v
 	"/api-keys", "/nodes", "/events", "/health"}
 
 // ServeHTTP answers a request, or passes it to the next handler.
-func (s *Surface) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+func (s *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	to, err := destination(r)
 	switch {
 	case err != nil:

@@ -25,7 +25,7 @@ type sandboxBody struct {
 	Domain             *string `json:"domain"`
 }
 
-func (s *Surface) sandboxOf(sb sandbox.Sandbox) sandboxBody {
+func (s *Handler) sandboxOf(sb sandbox.Sandbox) sandboxBody {
 	opts := optionsOf(sb)
 	out := sandboxBody{SandboxID: shown(sb.ID), TemplateID: sb.TemplateID, Alias: sb.Template, ClientID: clientID,
 		EnvdVersion: envdVersion}
@@ -40,7 +40,7 @@ func (s *Surface) sandboxOf(sb sandbox.Sandbox) sandboxBody {
 }
 
 // domain returns the domain of the host names of ports, nil if there is none.
-func (s *Surface) domain() *string {
+func (s *Handler) domain() *string {
 	if s.Names.Domain == "" {
 		return nil
 	}
@@ -145,7 +145,7 @@ type lifecycleBody struct {
 	AutoResume bool   `json:"autoResume"`
 }
 
-func (s *Surface) detail(sb sandbox.Sandbox, withToken bool) detailBody {
+func (s *Handler) detail(sb sandbox.Sandbox, withToken bool) detailBody {
 	opts := optionsOf(sb)
 	out := detailBody{listedBody: listed(sb), Domain: s.domain(), AllowInternetAccess: opts.Internet,
 		Network:   opts.Network,

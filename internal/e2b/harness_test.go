@@ -28,7 +28,7 @@ import (
 	"github.com/cayhq/cay/internal/template"
 )
 
-// harness runs the Surface over the real core, a real database and the real client of agents. The
+// harness runs the Handler over the real core, a real database and the real client of agents. The
 // machine and the agents are fakes.
 type harness struct {
 	t         *testing.T
@@ -39,7 +39,7 @@ type harness struct {
 	db        *store.DB
 	auth      *auth.Service
 	agents    *agentapi.Client
-	surface   *Surface
+	handler   *Handler
 	log       *buffer
 
 	key   string // of the operator's organization, in E2B's format
@@ -140,12 +140,12 @@ func newHarness(t *testing.T) *harness {
 	h.node.OnSuspend = func(_ context.Context, id sandbox.ID) error { h.agents.Drop(string(id)); return nil }
 	h.node.OnDestroy = h.node.OnSuspend
 	next := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(http.StatusTeapot) })
-	h.surface = New(Config{Sandboxes: h.sandboxes, Templates: templates, Auth: h.auth, Agent: h.agents,
+	h.handler = New(Config{Sandboxes: h.sandboxes, Templates: templates, Auth: h.auth, Agent: h.agents,
 		Ports: h, Samples: sampler.New(h.sandboxes, h.agents, log), Names: portproxy.Names{Domain: "boxes.example", Scheme: "https"}, Secret: []byte("0123456789abcdef"), Log: log, Registry: prometheus.NewRegistry()}, next)
-	listener := httptest.NewServer(h.surface)
+	listener := httptest.NewServer(h.handler)
 	h.url = listener.URL
 	t.Cleanup(func() {
-		h.surface.Hangup()
+		h.handler.Hangup()
 		listener.Close()
 		inside.CloseClientConnections()
 		inside.Close()

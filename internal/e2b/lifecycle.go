@@ -9,7 +9,7 @@ import (
 )
 
 // get answers GET /sandboxes/{id}.
-func (s *Surface) get(w http.ResponseWriter, r *http.Request) error {
+func (s *Handler) get(w http.ResponseWriter, r *http.Request) error {
 	sb, err := s.present(r, sandboxID(r))
 	if err != nil {
 		return err
@@ -20,7 +20,7 @@ func (s *Surface) get(w http.ResponseWriter, r *http.Request) error {
 }
 
 // kill answers DELETE /sandboxes/{id}.
-func (s *Surface) kill(w http.ResponseWriter, r *http.Request) error {
+func (s *Handler) kill(w http.ResponseWriter, r *http.Request) error {
 	id := sandboxID(r)
 	if _, err := s.present(r, id); err != nil {
 		return err
@@ -34,7 +34,7 @@ func (s *Surface) kill(w http.ResponseWriter, r *http.Request) error {
 }
 
 // setTimeout answers POST /sandboxes/{id}/timeout.
-func (s *Surface) setTimeout(w http.ResponseWriter, r *http.Request) error {
+func (s *Handler) setTimeout(w http.ResponseWriter, r *http.Request) error {
 	var in struct {
 		Timeout *int64 `json:"timeout"`
 	}
@@ -48,7 +48,7 @@ func (s *Surface) setTimeout(w http.ResponseWriter, r *http.Request) error {
 }
 
 // refresh answers POST /sandboxes/{id}/refreshes.
-func (s *Surface) refresh(w http.ResponseWriter, r *http.Request) error {
+func (s *Handler) refresh(w http.ResponseWriter, r *http.Request) error {
 	in := struct {
 		Duration int64 `json:"duration"` // seconds
 	}{15}
@@ -58,7 +58,7 @@ func (s *Surface) refresh(w http.ResponseWriter, r *http.Request) error {
 	return s.changeTimeout(w, r, seconds(in.Duration), true)
 }
 
-func (s *Surface) changeTimeout(w http.ResponseWriter, r *http.Request, timeout time.Duration, later bool) error {
+func (s *Handler) changeTimeout(w http.ResponseWriter, r *http.Request, timeout time.Duration, later bool) error {
 	id := sandboxID(r)
 	if err := tooLong(timeout); err != nil {
 		return err
@@ -74,7 +74,7 @@ func (s *Surface) changeTimeout(w http.ResponseWriter, r *http.Request, timeout 
 }
 
 // pause answers POST /sandboxes/{id}/pause.
-func (s *Surface) pause(w http.ResponseWriter, r *http.Request) error {
+func (s *Handler) pause(w http.ResponseWriter, r *http.Request) error {
 	in := struct {
 		Memory bool `json:"memory"`
 	}{true}
@@ -110,7 +110,7 @@ func (s *Surface) pause(w http.ResponseWriter, r *http.Request) error {
 const connectTimeout = 300
 
 // connect answers POST /sandboxes/{id}/connect: 200 if the sandbox ran, 201 if it was paused.
-func (s *Surface) connect(w http.ResponseWriter, r *http.Request) error {
+func (s *Handler) connect(w http.ResponseWriter, r *http.Request) error {
 	in := struct {
 		Timeout int64 `json:"timeout"`
 		Memory  bool  `json:"memory"`
@@ -131,7 +131,7 @@ func (s *Surface) connect(w http.ResponseWriter, r *http.Request) error {
 }
 
 // resume answers POST /sandboxes/{id}/resume, which connect has replaced.
-func (s *Surface) resume(w http.ResponseWriter, r *http.Request) error {
+func (s *Handler) resume(w http.ResponseWriter, r *http.Request) error {
 	in := struct {
 		Timeout   int64 `json:"timeout"`
 		Memory    bool  `json:"memory"`
@@ -159,7 +159,7 @@ func (s *Surface) resume(w http.ResponseWriter, r *http.Request) error {
 }
 
 // wake makes a sandbox run, for at least timeout. Without memory a paused sandbox is booted with its files.
-func (s *Surface) wake(r *http.Request, timeout time.Duration, memory bool) (sb sandbox.Sandbox, paused bool,
+func (s *Handler) wake(r *http.Request, timeout time.Duration, memory bool) (sb sandbox.Sandbox, paused bool,
 	err error) {
 	id := sandboxID(r)
 	if err := tooLong(timeout); err != nil {

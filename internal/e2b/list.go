@@ -21,7 +21,7 @@ const maxPage = 100
 const nextHeader = "X-Next-Token"
 
 // list answers GET /v2/sandboxes, and GET /sandboxes with fixed states.
-func (s *Surface) list(states []sandbox.State) func(http.ResponseWriter, *http.Request) error {
+func (s *Handler) list(states []sandbox.State) func(http.ResponseWriter, *http.Request) error {
 	return func(w http.ResponseWriter, r *http.Request) error {
 		f, err := s.filter(r)
 		if err != nil {
@@ -96,7 +96,7 @@ func limits(q url.Values) (limit int, cursor string, err error) {
 }
 
 // filter parses the query of a listing.
-func (s *Surface) filter(r *http.Request) (f sandbox.Filter, err error) {
+func (s *Handler) filter(r *http.Request) (f sandbox.Filter, err error) {
 	q := r.URL.Query()
 	f = sandbox.Filter{OrgID: orgOf(r)}
 	if f.Limit, f.Cursor, err = limits(q); err != nil {
@@ -130,7 +130,7 @@ func (s *Surface) filter(r *http.Request) (f sandbox.Filter, err error) {
 
 // templateFilter returns the template that a reference names, and the version that its tag names; 0 is any
 // version. A tag that the template does not have finds nothing.
-func (s *Surface) templateFilter(r *http.Request, ref string) (name string, version int, err error) {
+func (s *Handler) templateFilter(r *http.Request, ref string) (name string, version int, err error) {
 	name, tag := templateRef(strings.ToLower(ref))
 	if tag == "" {
 		return name, 0, nil
@@ -209,7 +209,7 @@ type templateBody struct {
 }
 
 // listTemplates answers GET /templates.
-func (s *Surface) listTemplates(w http.ResponseWriter, r *http.Request) error {
+func (s *Handler) listTemplates(w http.ResponseWriter, r *http.Request) error {
 	limit, cursor, err := limits(r.URL.Query())
 	if err != nil {
 		return err
@@ -219,7 +219,7 @@ func (s *Surface) listTemplates(w http.ResponseWriter, r *http.Request) error {
 	}, s.templateOf)
 }
 
-func (s *Surface) templateOf(t template.Template) templateBody {
+func (s *Handler) templateOf(t template.Template) templateBody {
 	updated := t.UpdatedAt
 	if updated.IsZero() {
 		updated = t.CreatedAt
@@ -245,7 +245,7 @@ func statusOf(s template.Status) string {
 }
 
 // templateAlias answers GET /templates/aliases/{alias}.
-func (s *Surface) templateAlias(w http.ResponseWriter, r *http.Request) error {
+func (s *Handler) templateAlias(w http.ResponseWriter, r *http.Request) error {
 	name, tag := templateRef(r.PathValue("alias"))
 	t, tags, err := s.Templates.Tags(r.Context(), orgOf(r), strings.ToLower(name))
 	if err != nil {

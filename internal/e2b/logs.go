@@ -52,7 +52,7 @@ func logsV2(entries []logEntry) any { return map[string]any{"logs": entries} }
 
 // logs answers with the events of a sandbox. The output of its commands goes to the clients that
 // run them.
-func (s *Surface) logs(form func([]logEntry) any) func(http.ResponseWriter, *http.Request) error {
+func (s *Handler) logs(form func([]logEntry) any) func(http.ResponseWriter, *http.Request) error {
 	return func(w http.ResponseWriter, r *http.Request) error {
 		id := sandboxID(r)
 		q := r.URL.Query()
@@ -93,7 +93,7 @@ func (s *Surface) logs(form func([]logEntry) any) func(http.ResponseWriter, *htt
 }
 
 // events returns the newest events of a sandbox, oldest first.
-func (s *Surface) events(r *http.Request, id sandbox.ID) ([]sandbox.Event, error) {
+func (s *Handler) events(r *http.Request, id sandbox.ID) ([]sandbox.Event, error) {
 	var all []sandbox.Event
 	cursor := ""
 	for {

@@ -44,7 +44,7 @@ func metricOf(m agentapi.Metrics, vcpus int) metricBody {
 }
 
 // metrics answers GET /sandboxes/{id}/metrics.
-func (s *Surface) metrics(w http.ResponseWriter, r *http.Request) error {
+func (s *Handler) metrics(w http.ResponseWriter, r *http.Request) error {
 	q := r.URL.Query()
 	from, err := unixSeconds(q.Get("start"), "start", 0)
 	if err != nil {
@@ -73,7 +73,7 @@ func (s *Surface) metrics(w http.ResponseWriter, r *http.Request) error {
 
 // latestMetrics answers GET /sandboxes/metrics with the latest sample of each live sandbox that
 // is named.
-func (s *Surface) latestMetrics(w http.ResponseWriter, r *http.Request) error {
+func (s *Handler) latestMetrics(w http.ResponseWriter, r *http.Request) error {
 	names := strings.FieldsFunc(strings.Join(r.URL.Query()["sandbox_ids"], ","), func(c rune) bool { return c == ',' })
 	if len(names) == 0 || len(names) > maxMetricIDs {
 		return fault.InvalidField("sandbox_ids", "must name 1 to %d sandboxes", maxMetricIDs)

@@ -165,7 +165,7 @@ func halves(p netip.Prefix) (low, high netip.Prefix) {
 }
 
 // setNetwork answers PUT /sandboxes/{id}/network.
-func (s *Surface) setNetwork(w http.ResponseWriter, r *http.Request) error {
+func (s *Handler) setNetwork(w http.ResponseWriter, r *http.Request) error {
 	var in updateBody
 	if err := read(w, r, &in); err != nil {
 		return err
@@ -193,7 +193,7 @@ func (s *Surface) setNetwork(w http.ResponseWriter, r *http.Request) error {
 			now.AllowPublicTraffic, now.MaskRequestHost = old.AllowPublicTraffic, old.MaskRequestHost
 		}
 		opts.Network, opts.Internet = &now, in.AllowInternetAccess
-		if _, err := s.Sandboxes.SetSurface(r.Context(), orgOf(r), id, opts.String()); err != nil {
+		if _, err := s.Sandboxes.SetFrontData(r.Context(), orgOf(r), id, opts.String()); err != nil {
 			return ended(err, id)
 		}
 	}

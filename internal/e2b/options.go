@@ -7,7 +7,7 @@ import (
 )
 
 // options are the settings of a sandbox that was made through this API. They are stored in its
-// row's Surface.
+// row's FrontData.
 type options struct {
 	Made     bool         `json:"e2b"`                // made through this API
 	Secure   bool         `json:"secure"`             // traffic needs a token
@@ -19,7 +19,7 @@ type options struct {
 // optionsOf returns the options of a sandbox. A sandbox made through the v1 API has none.
 func optionsOf(sb sandbox.Sandbox) options {
 	var o options
-	if sb.Surface != "" && json.Unmarshal([]byte(sb.Surface), &o) != nil {
+	if sb.FrontData != "" && json.Unmarshal([]byte(sb.FrontData), &o) != nil {
 		return options{} // not written by this package
 	}
 	return o

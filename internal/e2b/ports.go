@@ -26,7 +26,7 @@ var errPrivate = fault.New(fault.Denied, fault.CodePrivate,
 // leaves reports whether a request for a port belongs to the next handler: it uses a host name of
 // the operator's domain, and the rules of this API do not open the port. The v1 API's keys,
 // signatures and public ports are valid there, for sandboxes of both APIs.
-func (s *Surface) leaves(r *http.Request, to place) bool {
+func (s *Handler) leaves(r *http.Request, to place) bool {
 	if _, _, ok := s.Names.Parse(r.Host); !ok || to.port == envdPort || len(r.Header.Values(idHeader)) > 0 {
 		return false
 	}
@@ -35,13 +35,13 @@ func (s *Surface) leaves(r *http.Request, to place) bool {
 }
 
 // mayReach reports whether a request may pass to the ports of a sandbox.
-func (s *Surface) mayReach(r *http.Request, sb sandbox.Sandbox, o options) bool {
+func (s *Handler) mayReach(r *http.Request, sb sandbox.Sandbox, o options) bool {
 	given := r.Header.Values(trafficHeader)
 	return o.public() || len(given) == 1 && s.isToken(given[0], trafficToken, sb.ID)
 }
 
 // servePort passes a request to a port of a program inside.
-func (s *Surface) servePort(w http.ResponseWriter, r *http.Request, sb sandbox.Sandbox, to place) error {
+func (s *Handler) servePort(w http.ResponseWriter, r *http.Request, sb sandbox.Sandbox, to place) error {
 	callOf(r).Route = "port"
 	opts := optionsOf(sb)
 	if !takesTraffic(sb, opts) {

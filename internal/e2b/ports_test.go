@@ -29,8 +29,8 @@ func TestPorts(t *testing.T) {
 		"public, by our host":         {[]string{"Host", "8080-" + open + ".boxes.example"}, 202},
 		"private":                     {[]string{idHeader, closed, portHeader, "8080"}, 403},
 		"private, wrong token":        {[]string{idHeader, closed, portHeader, "8080", trafficHeader, "x"}, 403},
-		"private, another's token":    {[]string{idHeader, closed, portHeader, "8080", trafficHeader, h.surface.token(trafficToken, sandbox.ID(idPrefix+open))}, 403},
-		"private, the token for envd": {[]string{idHeader, closed, portHeader, "8080", trafficHeader, h.surface.token(envdToken, sandbox.ID(idPrefix+closed))}, 403},
+		"private, another's token":    {[]string{idHeader, closed, portHeader, "8080", trafficHeader, h.handler.token(trafficToken, sandbox.ID(idPrefix+open))}, 403},
+		"private, the token for envd": {[]string{idHeader, closed, portHeader, "8080", trafficHeader, h.handler.token(envdToken, sandbox.ID(idPrefix+closed))}, 403},
 		"private, with its token":     {[]string{idHeader, closed, portHeader, "8080", trafficHeader, traffic}, 202},
 		"private, by any host":        {[]string{"Host", "8080-" + closed + ".somewhere"}, 403},
 		"private, by our host":        {[]string{"Host", "8080-" + closed + ".boxes.example"}, 418}, // the next handler decides by key or signature

@@ -130,7 +130,7 @@ func TestDestination(t *testing.T) {
 }
 
 func TestTokens(t *testing.T) {
-	s := &Surface{Config: Config{Secret: []byte("secret")}}
+	s := &Handler{Config: Config{Secret: []byte("secret")}}
 	seen := map[string]bool{}
 	for _, kind := range []string{envdToken, trafficToken} {
 		for _, id := range []sandbox.ID{"sbx_a", "sbx_b"} {

@@ -20,7 +20,7 @@ type forkErrorBody struct {
 }
 
 // fork answers POST /sandboxes/{id}/fork with an entry for each child, made or not.
-func (s *Surface) fork(w http.ResponseWriter, r *http.Request) error {
+func (s *Handler) fork(w http.ResponseWriter, r *http.Request) error {
 	in := struct {
 		Timeout int64 `json:"timeout"` // seconds
 		Count   int   `json:"count"`
@@ -40,7 +40,7 @@ func (s *Surface) fork(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	request := sandbox.ForkRequest{Count: in.Count, Request: sandbox.Request{Surface: sb.Surface}}
+	request := sandbox.ForkRequest{Count: in.Count, Request: sandbox.Request{FrontData: sb.FrontData}}
 	if sb.Mode == sandbox.Ephemeral {
 		request.Timeout = &timeout
 	}
@@ -78,7 +78,7 @@ func snapshotOf(snap sandbox.Snapshot) snapshotBody {
 }
 
 // snapshot answers POST /sandboxes/{id}/snapshots.
-func (s *Surface) snapshot(w http.ResponseWriter, r *http.Request) error {
+func (s *Handler) snapshot(w http.ResponseWriter, r *http.Request) error {
 	var in struct {
 		Name string `json:"name"`
 	}
@@ -98,7 +98,7 @@ func (s *Surface) snapshot(w http.ResponseWriter, r *http.Request) error {
 }
 
 // listSnapshots answers GET /snapshots.
-func (s *Surface) listSnapshots(w http.ResponseWriter, r *http.Request) error {
+func (s *Handler) listSnapshots(w http.ResponseWriter, r *http.Request) error {
 	q := r.URL.Query()
 	limit, cursor, err := limits(q)
 	if err != nil {

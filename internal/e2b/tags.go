@@ -16,7 +16,7 @@ func tagsOf(in []string) []string {
 }
 
 // assignTags answers POST /templates/tags.
-func (s *Surface) assignTags(w http.ResponseWriter, r *http.Request) error {
+func (s *Handler) assignTags(w http.ResponseWriter, r *http.Request) error {
 	var in struct {
 		Target string   `json:"target"`
 		Tags   []string `json:"tags"`
@@ -38,7 +38,7 @@ func (s *Surface) assignTags(w http.ResponseWriter, r *http.Request) error {
 }
 
 // removeTags answers DELETE /templates/tags.
-func (s *Surface) removeTags(w http.ResponseWriter, r *http.Request) error {
+func (s *Handler) removeTags(w http.ResponseWriter, r *http.Request) error {
 	var in struct {
 		Name string   `json:"name"`
 		Tags []string `json:"tags"`
@@ -70,7 +70,7 @@ type tagBody struct {
 
 // listTags answers GET /templates/{ref}/tags. Its pattern has a wildcard for the last part, since it would
 // conflict with that of aliases otherwise.
-func (s *Surface) listTags(w http.ResponseWriter, r *http.Request) error {
+func (s *Handler) listTags(w http.ResponseWriter, r *http.Request) error {
 	if r.PathValue("what") != "tags" {
 		return unsupported(olderBuilds)
 	}

@@ -33,20 +33,20 @@ const (
 const tokenMark = "cayt_"
 
 // token returns a sandbox's token, with its mark.
-func (s *Surface) token(kind string, id sandbox.ID) string { return tokenMark + s.tokenSum(kind, id) }
+func (s *Handler) token(kind string, id sandbox.ID) string { return tokenMark + s.tokenSum(kind, id) }
 
 // isToken reports whether a text is a sandbox's token, with its mark or without.
-func (s *Surface) isToken(text, kind string, id sandbox.ID) bool {
+func (s *Handler) isToken(text, kind string, id sandbox.ID) bool {
 	return same(strings.TrimPrefix(text, tokenMark), s.tokenSum(kind, id))
 }
 
-func (s *Surface) tokenSum(kind string, id sandbox.ID) string { return s.sum(kind + ":" + string(id)) }
+func (s *Handler) tokenSum(kind string, id sandbox.ID) string { return s.sum(kind + ":" + string(id)) }
 
 // sum returns a hash of a text that only this server can make.
-func (s *Surface) sum(text string) string { return string(s.sums()([]byte(text))) }
+func (s *Handler) sum(text string) string { return string(s.sums()([]byte(text))) }
 
 // sums returns a function that is sum for many texts. A result is valid until the next call.
-func (s *Surface) sums() func(text []byte) []byte {
+func (s *Handler) sums() func(text []byte) []byte {
 	const length = 20 // 160 bits cannot be guessed
 	mac := hmac.New(sha256.New, s.Secret)
 	hash, digits := make([]byte, 0, sha256.Size), make([]byte, hex.EncodedLen(length))
@@ -74,7 +74,7 @@ func signatureError(err error) error {
 }
 
 // checkSignature checks the signature of a request for /files, which replaces a token.
-func (s *Surface) checkSignature(r *http.Request, id sandbox.ID) error {
+func (s *Handler) checkSignature(r *http.Request, id sandbox.ID) error {
 	q, now := r.URL.Query(), time.Now()
 	err := agentapi.CheckSignature(r.Method, q, s.token(envdToken, id), now)
 	if errors.Is(err, agentapi.ErrSignatureInvalid) {
@@ -96,7 +96,7 @@ const (
 
 // signed answers a request for /files whose URL names no sandbox. It serves the sandbox whose
 // token made the signature.
-func (s *Surface) signed(w http.ResponseWriter, r *http.Request) error {
+func (s *Handler) signed(w http.ResponseWriter, r *http.Request) error {
 	if preflight(r) {
 		allowOrigins(w, r)
 		return nil
@@ -130,7 +130,7 @@ func (s *Surface) signed(w http.ResponseWriter, r *http.Request) error {
 }
 
 // signer returns the sandbox whose token made a signature.
-func (s *Surface) signer(signed *agentapi.Signed, ids []sandbox.ID) (_ sandbox.ID, found bool) {
+func (s *Handler) signer(signed *agentapi.Signed, ids []sandbox.ID) (_ sandbox.ID, found bool) {
 	sum := s.sums()
 	// With room for what follows, so that appending makes no garbage.
 	text, token := append(make([]byte, 0, 128), envdToken+":"...), append(make([]byte, 0, 128), tokenMark...)

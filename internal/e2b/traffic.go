@@ -52,7 +52,7 @@ func served(r *http.Request) bool {
 }
 
 // traffic passes a request to a port of a sandbox.
-func (s *Surface) traffic(w http.ResponseWriter, r *http.Request, to place) error {
+func (s *Handler) traffic(w http.ResponseWriter, r *http.Request, to place) error {
 	callOf(r).names(to.sandbox())
 	sb, err := s.Sandboxes.GetAny(r.Context(), to.sandbox())
 	if fault.Is(err, fault.NotFound) {
@@ -98,7 +98,7 @@ func takesTraffic(sb sandbox.Sandbox, o options) bool {
 }
 
 // admitEnvd checks the token, or the signature that replaces it.
-func (s *Surface) admitEnvd(r *http.Request, sb sandbox.Sandbox, o options) error {
+func (s *Handler) admitEnvd(r *http.Request, sb sandbox.Sandbox, o options) error {
 	if r.URL.Path == "/health" || o.open(sb) {
 		return nil
 	}
@@ -121,7 +121,7 @@ func useOf(path string) sandbox.Cause {
 }
 
 // lease leases a running sandbox, and first wakes one that wakes when traffic comes.
-func (s *Surface) lease(ctx context.Context, sb sandbox.Sandbox, o options, use sandbox.Cause) (*sandbox.Lease,
+func (s *Handler) lease(ctx context.Context, sb sandbox.Sandbox, o options, use sandbox.Cause) (*sandbox.Lease,
 	error) {
 	lease, err := s.Sandboxes.Attach(ctx, sb.ID)
 	if err == nil || !o.wakes(sb) || !fault.Is(err, fault.Conflict) {
@@ -148,7 +148,7 @@ func target(sb sandbox.Sandbox) agentapi.Target {
 
 // forward passes the request to the agent. It returns an error only before the answer has begun;
 // a later failure breaks the connection.
-func (s *Surface) forward(w http.ResponseWriter, r *http.Request, sb sandbox.Sandbox, to place) error {
+func (s *Handler) forward(w http.ResponseWriter, r *http.Request, sb sandbox.Sandbox, to place) error {
 	var failed error
 	if procedures[r.URL.Path] {
 		ctx, cancel := context.WithCancel(r.Context())
@@ -211,7 +211,7 @@ func (s *Surface) forward(w http.ResponseWriter, r *http.Request, sb sandbox.San
 
 // unanswered returns the error for a request that the agent did not answer: the sandbox has gone,
 // or does not work as it should.
-func (s *Surface) unanswered(r *http.Request, sb sandbox.Sandbox, to place) error {
+func (s *Handler) unanswered(r *http.Request, sb sandbox.Sandbox, to place) error {
 	now, err := s.Sandboxes.GetAny(context.WithoutCancel(r.Context()), sb.ID)
 	if err == nil && now.State == sandbox.Running && now.Run == sb.Run {
 		return gone{to, "The sandbox is running but does not answer", true}

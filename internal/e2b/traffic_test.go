@@ -276,7 +276,7 @@ func TestSearchesAreLimited(t *testing.T) {
 func TestStrangersAreLimited(t *testing.T) {
 	h := newHarness(t)
 	id, token := h.create(`{"templateID":"base"}`)
-	h.surface.Auth = exhausted{h.auth}
+	h.handler.Auth = exhausted{h.auth}
 	for name, heads := range map[string][]string{"the control API": nil, "the agent": toEnvd(id, "cayt_x")} {
 		if r := h.send("GET", "/sandboxes", "", heads...); len(heads) == 0 &&
 			(r.status != 429 || r.json["error_code"] != fault.CodeTooManyAttempts || r.header.Get("Retry-After") == "") {
@@ -351,7 +351,7 @@ func TestStreamsBreak(t *testing.T) {
 				t.Errorf("timeout: %d %s", r.status, r.body)
 			}
 		},
-		"shutdown": func(string) { h.surface.Hangup() }, // must be the last
+		"shutdown": func(string) { h.handler.Hangup() }, // must be the last
 	} {
 		if name == "shutdown" {
 			continue
@@ -380,7 +380,7 @@ func TestStreamsBreak(t *testing.T) {
 	}
 	id, token := h.create(`{"templateID":"base"}`)
 	out := h.stream(id, token)
-	h.surface.Hangup()
+	h.handler.Hangup()
 	if _, err := io.ReadAll(out); !errors.Is(err, io.ErrUnexpectedEOF) {
 		t.Errorf("shutdown: the stream ended with %v", err)
 	}
@@ -501,7 +501,7 @@ func TestTrafficWakes(t *testing.T) {
 	if _, err := h.sandboxes.Suspend(ctx, h.org.Org.ID, sb.ID, sandbox.KeepAll); err != nil {
 		t.Fatal(err)
 	}
-	if r := h.send("GET", "/envs", "", toEnvd(shown(sb.ID), h.surface.token(envdToken, sb.ID))...); r.status != 204 {
+	if r := h.send("GET", "/envs", "", toEnvd(shown(sb.ID), h.handler.token(envdToken, sb.ID))...); r.status != 204 {
 		t.Errorf("a persistent one: %d %s", r.status, r.body)
 	}
 	if r := h.control("POST", "/sandboxes/"+shown(sb.ID)+"/timeout", `{"timeout":10}`); r.status != 409 {
@@ -547,7 +547,7 @@ func BenchmarkSearchOfASignature(b *testing.B) {
 			b.Fatal(err)
 		}
 	}
-	s := &Surface{Config: Config{Secret: []byte("0123456789abcdef")}}
+	s := &Handler{Config: Config{Secret: []byte("0123456789abcdef")}}
 	q := url.Values{"path": {"/home/user/x"}, "username": {"user"}}
 	q.Set("signature", agentapi.Signature("GET", q, strings.Repeat("0", 45)))
 	for b.Loop() {

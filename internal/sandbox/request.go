@@ -52,7 +52,7 @@ type Request struct {
 	User       string  // "" means the template's
 	// BuiltinUser replaces root as the user of a built-in template, if User is "".
 	BuiltinUser string
-	Surface     string // see [Sandbox]
+	FrontData   string // see [Sandbox]
 }
 
 // TemplateVersion holds the settings of a ready template that a new sandbox needs.
@@ -175,7 +175,7 @@ func (r Request) resolve(cfg Config, orgID string, v TemplateVersion, now time.T
 	sbx := Sandbox{
 		ID: NewID(), Run: newSecret(10), Token: newSecret(32), OrgID: orgID, Mode: Ephemeral, State: Creating,
 		Template: v.Name, TemplateID: v.ID, TemplateVersion: v.Version, Shape: v.Shape.Clone(), Metadata: r.Metadata,
-		CreatedAt: now.UTC(), Source: Cold, Surface: r.Surface,
+		CreatedAt: now.UTC(), Source: Cold, FrontData: r.FrontData,
 	}
 	user := r.User
 	if user == "" && v.Builtin && cmp.Or(v.User, rootUser) == rootUser {

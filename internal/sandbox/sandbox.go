@@ -135,9 +135,9 @@ type Sandbox struct {
 	Source         Source
 	Origin         string // ID of its snapshot or parent sandbox, which may be gone; "" if none
 
-	// Surface holds data of the surface that created the sandbox. The core stores it and does not read
+	// FrontData holds data of the front that created the sandbox. The core stores it and does not read
 	// it; "" means none.
-	Surface string
+	FrontData string
 
 	// Token authorises the host to the agent inside. It is secret: it must never appear in an answer,
 	// an event or a log.

@@ -91,7 +91,7 @@ type SandboxStore interface {
 	// return is Invalid in field "cursor".
 	List(ctx context.Context, f Filter) ([]Sandbox, string, error)
 	// Transition applies c and records its event in one transaction. When a row enters a state that is
-	// over, it loses its environment, token and surface, and its listing of events keeps only the
+	// over, it loses its environment, token and front data, and its listing of events keeps only the
 	// newest 100; the listings of other rows keep 1,000. For a row that is not in a state of c.From or
 	// does not have c.Run, Transition returns a Conflict, code "sandbox_state", with the row, and
 	// changes nothing.
@@ -106,9 +106,9 @@ type SandboxStore interface {
 	// SetEgress writes the policy of a sandbox, and adds note as Note does. It returns a Conflict,
 	// code "sandbox_state", for a sandbox that is over.
 	SetEgress(ctx context.Context, id ID, e Egress, note Event) (Sandbox, error)
-	// SetSurface writes the surface's data of a sandbox. It returns a Conflict, code "sandbox_state",
+	// SetFrontData writes the front's data of a sandbox. It returns a Conflict, code "sandbox_state",
 	// for a sandbox that is over.
-	SetSurface(ctx context.Context, id ID, surface string) (Sandbox, error)
+	SetFrontData(ctx context.Context, id ID, data string) (Sandbox, error)
 	// Living returns the IDs of sandboxes that are not over, in no order.
 	Living(ctx context.Context) ([]ID, error)
 	// Unfinished returns every sandbox that is not over, oldest first.

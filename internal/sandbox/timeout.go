@@ -61,12 +61,12 @@ func notEphemeral(sbx Sandbox) error {
 		"sandbox %s is %s and has no timeout to extend", sbx.ID, sbx.Mode)
 }
 
-// SetSurface replaces the data that the surface stores with a sandbox that it created.
-func (s *Service) SetSurface(ctx context.Context, orgID string, id ID, surface string) (Sandbox, error) {
+// SetFrontData replaces the data that a front stores with a sandbox that it created.
+func (s *Service) SetFrontData(ctx context.Context, orgID string, id ID, data string) (Sandbox, error) {
 	if _, err := s.Get(ctx, orgID, id); err != nil {
 		return Sandbox{}, err
 	}
-	return s.store.SetSurface(ctx, id, surface)
+	return s.store.SetFrontData(ctx, id, data)
 }
 
 // suspendExpired suspends a sandbox whose timeout is over, even while it is in use. If that fails,

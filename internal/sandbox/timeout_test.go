@@ -13,7 +13,7 @@ import (
 // pausing creates an ephemeral sandbox that is suspended at its end.
 func (h *fixture) pausing(timeout time.Duration) sandbox.ID {
 	h.t.Helper()
-	return h.mustCreate(sandbox.Request{Timeout: &timeout, AtEnd: sandbox.EndSuspends, Surface: "kept"}).ID
+	return h.mustCreate(sandbox.Request{Timeout: &timeout, AtEnd: sandbox.EndSuspends, FrontData: "kept"}).ID
 }
 
 func TestEndSuspends(t *testing.T) {
@@ -25,7 +25,7 @@ func TestEndSuspends(t *testing.T) {
 		h.wantState(id, sandbox.Suspended, "")
 		h.wantEvent(id, sandbox.Suspending, sandbox.Suspended, "expired", "")
 		lease.Release()
-		if sbx := h.get(id); !sbx.ExpiresAt.IsZero() || sbx.Surface != "kept" || sbx.SuspendedAt.IsZero() ||
+		if sbx := h.get(id); !sbx.ExpiresAt.IsZero() || sbx.FrontData != "kept" || sbx.SuspendedAt.IsZero() ||
 			!sbx.LastActivityAt.IsZero() {
 			t.Errorf("the row is %+v", sbx)
 		}

@@ -18,7 +18,7 @@ func fillAll(t *testing.T, db *DB) (s sandbox.Sandbox) {
 	startSession(t, db, "abcdef")
 	mustPutOrg(t, db, "a", 0)
 	s = fullSandbox("org_a", 0)
-	s.Error, s.Surface = "a\x00b\xff", "ü\u2028"
+	s.Error, s.FrontData = "a\x00b\xff", "ü\u2028"
 	s.CreatedAt = time.Now().UTC().Truncate(time.Microsecond) // by PostgreSQL's clock its key must be young
 	if _, _, err := db.Insert(ctx, s, sandbox.Quota{}, sandbox.Once{Key: "k", Hash: "h"}); err != nil {
 		t.Fatal(err)

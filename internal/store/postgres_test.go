@@ -208,13 +208,13 @@ func TestPostgresTexts(t *testing.T) {
 	db := openPostgres(t)
 	ctx := t.Context()
 	s := fullSandbox("org_a", 0)
-	s.Error, s.Surface = "a\x00b\xff\xfec", "\x00"
+	s.Error, s.FrontData = "a\x00b\xff\xfec", "\x00"
 	s.Metadata = map[string]string{"k\x00": "v\xff", "k": "w", "\xc3": "\x00"}
 	s.Env = map[string]string{"A": "\x00\xff"}
 	mustInsert(t, db, s)
 	got, err := db.Get(ctx, s.ID)
-	if err != nil || got.Error != "ab\uFFFDc" || got.Surface != "" || got.Env["A"] != "\x00\uFFFD" {
-		t.Errorf("read back: %q, %q, %q, %v", got.Error, got.Surface, got.Env["A"], err)
+	if err != nil || got.Error != "ab\uFFFDc" || got.FrontData != "" || got.Env["A"] != "\x00\uFFFD" {
+		t.Errorf("read back: %q, %q, %q, %v", got.Error, got.FrontData, got.Env["A"], err)
 	}
 	ids := listIDs(t, db, sandbox.Filter{OrgID: "org_a\x00", Metadata: map[string]string{"\xc3": "\x00"}, Limit: 5})
 	if len(ids) != 1 {

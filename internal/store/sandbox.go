@@ -19,7 +19,7 @@ import (
 const onceFor = 24 * time.Hour
 
 // sandboxColumns lists the columns of sandboxFields, in the same order. The columns of the shape that
-// queries use stand before it.
+// queries use stand before it. The column of FrontData is surface.
 const sandboxColumns = `id, org_id, mode, state, run, template, template_id, template_version,
 	image, vcpus, memory_mb, shape, metadata, timeout, idle_timeout, recovery_interval,
 	created_at, started_at, expires_at, last_activity_at, suspended_at, destroyed_at, destroy_reason, error,
@@ -32,7 +32,7 @@ func sandboxFields(s *sandbox.Sandbox) []any {
 		durationColumn{&s.Timeout}, durationColumn{&s.IdleTimeout}, durationColumn{&s.RecoveryInterval},
 		timeColumn{&s.CreatedAt}, timeColumn{&s.StartedAt}, timeColumn{&s.ExpiresAt}, timeColumn{&s.LastActivityAt},
 		timeColumn{&s.SuspendedAt}, timeColumn{&s.DestroyedAt}, &s.DestroyReason, &s.Error, &s.Source, &s.Origin,
-		&s.Token, &s.AtEnd, &s.Surface, &s.Kept, &s.Holder.Node, &s.Holder.Fence}
+		&s.Token, &s.AtEnd, &s.FrontData, &s.Kept, &s.Holder.Node, &s.Holder.Fence}
 }
 
 func scanSandbox(row scanner) (sandbox.Sandbox, error) {
@@ -465,15 +465,15 @@ func (db *DB) SetEgress(ctx context.Context, id sandbox.ID, e sandbox.Egress,
 	return s, nil
 }
 
-// SetSurface implements [sandbox.Store].
-func (db *DB) SetSurface(ctx context.Context, id sandbox.ID, surface string) (s sandbox.Sandbox, err error) {
-	defer db.took("set_surface", time.Now())
+// SetFrontData implements [sandbox.Store].
+func (db *DB) SetFrontData(ctx context.Context, id sandbox.ID, data string) (s sandbox.Sandbox, err error) {
+	defer db.took("set_front_data", time.Now())
 	err = db.write(ctx, func(tx *sql.Tx) error {
-		s, err = db.setLiving(ctx, tx, id, "surface", surface)
+		s, err = db.setLiving(ctx, tx, id, "surface", data)
 		return err
 	})
 	if err != nil {
-		return s, fmt.Errorf("writing the data of a surface for sandbox %s: %w", id, err)
+		return s, fmt.Errorf("writing the front data of sandbox %s: %w", id, err)
 	}
 	return s, nil
 }

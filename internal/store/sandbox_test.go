@@ -44,7 +44,7 @@ func fullSandbox(org string, i int) sandbox.Sandbox {
 		Timeout:  5 * time.Minute, IdleTimeout: 90 * time.Second, RecoveryInterval: 1500 * time.Millisecond,
 		CreatedAt: created, StartedAt: created.Add(1), ExpiresAt: created.Add(time.Hour), LastActivityAt: created.Add(2 * time.Second),
 		SuspendedAt: created.Add(3 * time.Second), DestroyedAt: created.Add(4 * time.Second), DestroyReason: sandbox.Lost,
-		Error: "it broke", Source: sandbox.Restored, Origin: "snap_a", Token: "secret", AtEnd: sandbox.EndSuspends, Surface: "kept", Kept: sandbox.KeepFiles,
+		Error: "it broke", Source: sandbox.Restored, Origin: "snap_a", Token: "secret", AtEnd: sandbox.EndSuspends, FrontData: "kept", Kept: sandbox.KeepFiles,
 		Holder: holderOfTests,
 	}
 }
@@ -104,7 +104,7 @@ func testSandboxStore(t *testing.T, open func(t *testing.T) sandbox.Store) {
 		"idempotency in a race":  sandboxOnceRace,
 		"listing":                sandboxList,
 		"listing, the other way": sandboxListUp,
-		"surface":                sandboxSurface,
+		"front data":             sandboxFrontData,
 		"expiry, later only":     sandboxExpiryLater,
 		"paging while it grows":  sandboxPaging,
 		"bad cursors":            sandboxBadCursors,
@@ -820,10 +820,10 @@ func sandboxExpiryLater(t *testing.T, st sandbox.Store) {
 	wantFault(t, err, fault.Conflict, "sandbox_not_running")
 }
 
-func sandboxSurface(t *testing.T, st sandbox.Store) {
+func sandboxFrontData(t *testing.T, st sandbox.Store) {
 	want := asStored(mustInsert(t, st, fullSandbox("org_a", 0)))
-	want.Surface = `{"other":"ü"}`
-	got, err := st.SetSurface(t.Context(), want.ID, want.Surface)
+	want.FrontData = `{"other":"ü"}`
+	got, err := st.SetFrontData(t.Context(), want.ID, want.FrontData)
 	if diff := cmp.Diff(want, got, prefixes); err != nil || diff != "" {
 		t.Errorf("%v (-want +got):\n%s", err, diff)
 	}
@@ -832,9 +832,9 @@ func sandboxSurface(t *testing.T, st sandbox.Store) {
 		t.Errorf("the living sandboxes are %v, %v", ids, err)
 	}
 	mustMove(t, st, want.ID, sandbox.Creating, sandbox.Failed, start)
-	_, err = st.SetSurface(t.Context(), want.ID, "")
+	_, err = st.SetFrontData(t.Context(), want.ID, "")
 	wantFault(t, err, fault.Conflict, "sandbox_state")
-	_, err = st.SetSurface(t.Context(), sandbox.NewID(), "")
+	_, err = st.SetFrontData(t.Context(), sandbox.NewID(), "")
 	wantFault(t, err, fault.NotFound, "sandbox_not_found")
 	if ids, err := st.Living(t.Context()); err != nil || len(ids) != 0 {
 		t.Errorf("the living sandboxes are %v, %v", ids, err)

@@ -81,7 +81,7 @@ func checkRefused(t *testing.T, db *DB, r rowsOf) {
 			_, err := db.SetEgress(ctx, r.running.ID, sandbox.Egress{Mode: sandbox.DenyAll}, sandbox.Event{At: start})
 			return err
 		},
-		"surface":      func() error { _, err := db.SetSurface(ctx, r.running.ID, "x"); return err },
+		"front data":   func() error { _, err := db.SetFrontData(ctx, r.running.ID, "x"); return err },
 		"end snapshot": func() error { return db.EndSnapshot(ctx, r.ready.ID) },
 	} {
 		if err := call(); !fault.Is(err, fault.Unavailable) {
@@ -115,7 +115,7 @@ func checkUntouched(t *testing.T, other *DB, r rowsOf) {
 	t.Helper()
 	ctx := t.Context()
 	s, err := other.Get(ctx, r.running.ID)
-	if err != nil || s.State != sandbox.Running || s.Surface != r.running.Surface || !s.LastActivityAt.Equal(
+	if err != nil || s.State != sandbox.Running || s.FrontData != r.running.FrontData || !s.LastActivityAt.Equal(
 		r.running.LastActivityAt) || !s.Egress.Equal(r.running.Egress) || !s.ExpiresAt.Equal(r.running.ExpiresAt) {
 		t.Errorf("the sandbox is %+v, %v", s, err)
 	}

@@ -51,8 +51,8 @@ func TestOpenMigrates(t *testing.T) {
 		From: []sandbox.State{sandbox.Creating}, To: sandbox.Suspended, At: start, Detail: "new"}); err != nil {
 		t.Fatal(err)
 	}
-	if old, err := db.Get(t.Context(), s.ID); err != nil || old.AtEnd != sandbox.EndDestroys || old.Surface != "" {
-		t.Errorf("a migrated sandbox has AtEnd %q, Surface %q, %v", old.AtEnd, old.Surface, err)
+	if old, err := db.Get(t.Context(), s.ID); err != nil || old.AtEnd != sandbox.EndDestroys || old.FrontData != "" {
+		t.Errorf("a migrated sandbox has AtEnd %q, FrontData %q, %v", old.AtEnd, old.FrontData, err)
 	}
 	events, _, err := db.Events(t.Context(), s.ID, 10, "")
 	if err != nil || len(events) != 2 || events[0].Detail != "new" || events[1].Detail != "" {

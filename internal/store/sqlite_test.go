@@ -141,12 +141,12 @@ func TestSecretsAreForgotten(t *testing.T) {
 		for size := range 3 { // the value is in the page of the row, or in pages of its own
 			s := small("org_a", i)
 			s.Env = map[string]string{"KEY": strings.Repeat(aSecret, 1+size*2000)}
-			s.Token, s.Surface = aSecret, aSecret
+			s.Token, s.FrontData = aSecret, aSecret
 			mustInsert(t, db, s)
 			mustMove(t, db, s.ID, sandbox.Creating, to, start)
 			got, err := db.Get(ctx, s.ID)
-			if err != nil || len(got.Env) != 0 || got.Token != "" || got.Surface != "" {
-				t.Errorf("%s: the row has %d variables, %q, %q, %v", to, len(got.Env), got.Token, got.Surface, err)
+			if err != nil || len(got.Env) != 0 || got.Token != "" || got.FrontData != "" {
+				t.Errorf("%s: the row has %d variables, %q, %q, %v", to, len(got.Env), got.Token, got.FrontData, err)
 			}
 		}
 	}
