@@ -66,7 +66,8 @@ var mayImport = map[string]struct {
 	"internal/terminal":   {[]string{"agentapi", "budget", "fault"}, "a session of a terminal: fronts drive it, with the protocols of their clients"},
 	"internal/portproxy":  {[]string{"agentapi", "fault"}, "a front that carries traffic and decides nothing about it: it knows ports and the agent, and not the core"},
 	"internal/e2b/steps":  {[]string{"fault"}, "a translator: it knows E2B's steps and Dockerfiles, and nothing of the product"},
-	"internal/e2b": {[]string{"agentapi", "auth", "budget", "fault", "httpserver", "portproxy", "sandbox", "template"},
+	"internal/e2b": {[]string{"agentapi", "auth", "budget", "event", "fault", "httpserver", "portproxy", "sandbox",
+		"template"},
 		"a front beside api, for E2B's clients: it calls the same core and the agent, and has portproxy carry traffic to ports"},
 
 	"internal/config": {[]string{"agentapi", "egressproxy", "network", "node", "objects", "sandbox"},

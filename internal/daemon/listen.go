@@ -122,7 +122,7 @@ func (s *server) openE2B(ctx context.Context, names portproxy.Names, next http.H
 		return nil, err
 	}
 	return e2b.New(e2b.Config{Sandboxes: s.sandboxes, Templates: s.templates, Auth: s.auth, Agent: s.node.Agents(),
-		Ports: s.ports, Samples: s.samples, Names: names, Secret: []byte(secret), Budget: s.budget, Log: s.log,
+		Events: s.events, Ports: s.ports, Samples: s.samples, Names: names, Secret: []byte(secret), Budget: s.budget, Log: s.log,
 		Registry: s.registry}, next), nil
 }
 

@@ -94,7 +94,9 @@ func (s *Handler) table() map[string]route {
 		"/api-keys/":                                 notSupported("keys are made with POST /v1/api-keys or `cay keys create --format e2b`"),
 		"/nodes":                                     notSupported("the operator reads GET /v1/pool and the metrics"),
 		"/nodes/":                                    notSupported("the operator reads GET /v1/pool and the metrics"),
-		"/events/":                                   notSupported("events are read with GET /v1/sandboxes/{id}/events"),
+		"GET /events/sandboxes":                      {read, s.allEvents},
+		"GET /events/sandboxes/{id}":                 {read, s.sandboxEvents},
+		"/events/":                                   notSupported("this server calls no webhooks: follow GET /v1/events"),
 	}
 }
 

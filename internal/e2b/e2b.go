@@ -104,6 +104,7 @@ type Config struct {
 	Sandboxes Sandboxes
 	Templates Templates
 	Auth      Auth
+	Events    Events
 	Agent     Agent
 	Ports     Ports
 	Samples   Samples

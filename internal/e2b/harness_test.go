@@ -20,6 +20,7 @@ import (
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/blob"
+	"github.com/cayhq/cay/internal/event"
 	"github.com/cayhq/cay/internal/nodetest"
 	"github.com/cayhq/cay/internal/portproxy"
 	"github.com/cayhq/cay/internal/sampler"
@@ -141,7 +142,7 @@ func newHarness(t *testing.T) *harness {
 	h.node.OnDestroy = h.node.OnSuspend
 	next := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(http.StatusTeapot) })
 	h.handler = New(Config{Sandboxes: h.sandboxes, Templates: templates, Auth: h.auth, Agent: h.agents,
-		Ports: h, Samples: sampler.New(h.sandboxes, h.agents, log), Names: portproxy.Names{Domain: "boxes.example", Scheme: "https"}, Secret: []byte("0123456789abcdef"), Log: log, Registry: prometheus.NewRegistry()}, next)
+		Events: event.New(event.Config{}, db, log), Ports: h, Samples: sampler.New(h.sandboxes, h.agents, log), Names: portproxy.Names{Domain: "boxes.example", Scheme: "https"}, Secret: []byte("0123456789abcdef"), Log: log, Registry: prometheus.NewRegistry()}, next)
 	listener := httptest.NewServer(h.handler)
 	h.url = listener.URL
 	t.Cleanup(func() {

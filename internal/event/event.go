@@ -14,6 +14,7 @@ package event
 import (
 	"encoding/base32"
 	"encoding/binary"
+	"math"
 	"slices"
 	"strings"
 	"time"
@@ -27,8 +28,12 @@ import (
 // restored from a backup does not use a value twice.
 type Seq int64
 
-// Oldest is the place before all events that there are.
-const Oldest Seq = -1
+const (
+	// Oldest is the place before all events that there are.
+	Oldest Seq = -1
+	// Newest is the place after them.
+	Newest Seq = math.MaxInt64
+)
 
 const idPrefix = "evt_"
 

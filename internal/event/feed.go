@@ -13,22 +13,23 @@ import (
 type Query struct {
 	OrgID     string
 	After     Seq    // only events after it; [Oldest] is no bound
+	Before    Seq    // only events before it, the newest first; [Newest] is no bound, 0 is the usual order
 	Types     []Type // any of them; none is all
 	SandboxID string // "" is any
 	Limit     int    // events in a page, 1 or more
 }
 
-// Page is a piece of the sequence, in its order.
+// Page is a piece of the sequence, in its order, or from its end if the query has Before.
 type Page struct {
 	Events  []Event
-	Through Seq  // the page has all events up to it that match
-	More    bool // there are events after Through now
+	Through Seq  // the page has all events up to it that match, or down to it
+	More    bool // there are events beyond Through now
 }
 
 // Store keeps the sequence.
 type Store interface {
-	// ReadEvents returns the page after q.After. It looks at a bounded number of events, so that a
-	// page may be short, or empty, while there is more. Gone, code "events_gone", when events
+	// ReadEvents returns the page after q.After, or the one before q.Before. It looks at a bounded number of
+	// events, so that a page may be short, or empty, while there is more. Gone, code "events_gone", when events
 	// of the organization after q.After have been dropped, unless that is [Oldest].
 	ReadEvents(ctx context.Context, q Query) (Page, error)
 	// LastEvent returns the place of the organization's last event, 0 if it never had one.

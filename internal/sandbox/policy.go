@@ -44,7 +44,7 @@ func (s *Service) setEgress(ctx context.Context, before Sandbox, e Egress) (Sand
 // changed returns the event of a change of policy. It is written with the row, which the machine
 // follows in the end. A policy that is restored after an error gets such an event too.
 func changed(e Egress) Event {
-	return Event{At: time.Now().UTC(), Reason: reasonEgressChanged, Detail: e.summary()}
+	return Event{At: time.Now().UTC(), Reason: ReasonEgressChanged, Detail: e.summary()}
 }
 
 // egressFailed writes the policy that is still in force back to the row. If that fails too, row and

@@ -113,7 +113,7 @@ func (s *Service) saveSnapshot(ctx context.Context, sbx Sandbox, name string) (S
 		return Snapshot{}, err
 	}
 	checkpoint, err := s.snapshots.write(ctx, sbx, snap.ID)
-	saved := Event{SandboxID: sbx.ID, At: time.Now().UTC(), Reason: reasonSnapshot,
+	saved := Event{SandboxID: sbx.ID, At: time.Now().UTC(), Reason: ReasonSnapshot,
 		Detail: strings.TrimSpace(string(snap.ID) + " " + snap.Name)}
 	var made Snapshot
 	if err == nil {

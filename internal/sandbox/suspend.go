@@ -15,9 +15,9 @@ const (
 	reasonInterrupted   = "interrupted" // by a crash of the server
 	reasonSuspendFailed = "suspend_failed"
 	reasonWakeFailed    = "wake_failed"
-	reasonEgressChanged = "egress_changed"
+	ReasonEgressChanged = "egress_changed"
 	reasonEgressDenied  = "egress_denied"
-	reasonSnapshot      = "snapshot_made"
+	ReasonSnapshot      = "snapshot_made"
 	reasonForked        = "forked"
 )
 

@@ -41,12 +41,16 @@ func scanEvents(rows *sql.Rows) ([]event.Event, error) {
 	return all, rows.Err()
 }
 
-// feedQuery returns the query for the events that match q, up to and including through. It selects
-// one more than the limit, which shows whether there are further events.
+// feedQuery returns the query for the events that match q, up to and including through, or down to it. It
+// selects one more than the limit, which shows whether there are further events.
 func feedQuery(q event.Query, through event.Seq) (string, params) {
 	var p params
+	order, after, before := "", q.After, through
+	if q.Before > 0 {
+		order, after, before = " DESC", through-1, q.Before-1
+	}
 	text := "SELECT " + eventColumns + " FROM events WHERE org_id = " + p.add(q.OrgID) +
-		" AND seq > " + p.add(q.After) + " AND seq <= " + p.add(through)
+		" AND seq > " + p.add(after) + " AND seq <= " + p.add(before)
 	if q.SandboxID != "" {
 		text += " AND sandbox_id = " + p.add(q.SandboxID)
 	}
@@ -57,13 +61,15 @@ func feedQuery(q event.Query, through event.Seq) (string, params) {
 		}
 		text += " AND type IN (" + strings.Join(marks, ", ") + ")"
 	}
-	return text + " ORDER BY seq LIMIT " + p.add(q.Limit+1), p
+	return text + " ORDER BY seq" + order + " LIMIT " + p.add(q.Limit+1), p
 }
 
 const (
 	lastEvent = "SELECT seq FROM events WHERE org_id = $1 AND seq > 0 ORDER BY seq DESC LIMIT 1"
 	// scanEnd selects the last event that one call searches.
 	scanEnd = "SELECT seq FROM events WHERE org_id = $1 AND seq > $2 AND seq < $3 ORDER BY seq LIMIT 1 OFFSET $4"
+	// scanBegin selects the first event that one call searches from the end.
+	scanBegin = "SELECT seq FROM events WHERE org_id = $1 AND seq > $2 AND seq < $3 ORDER BY seq DESC LIMIT 1 OFFSET $4"
 )
 
 // place runs a query for one seq. It returns found false if the query has no row.
@@ -100,6 +106,9 @@ func (db *DB) ReadEvents(ctx context.Context, q event.Query) (event.Page, error)
 	if err != nil {
 		return event.Page{}, fmt.Errorf("reading events: %w", err)
 	}
+	if q.Before > 0 {
+		return page, nil // what was dropped meanwhile is at the end of the last page
+	}
 	// Read the horizon again: events may have been dropped before the page was read.
 	if horizon, err = db.horizon(ctx, q.OrgID); err == nil && q.After < horizon {
 		err = event.Gone()
@@ -112,14 +121,19 @@ func (db *DB) readEvents(ctx context.Context, q event.Query) (event.Page, error)
 	if q.Limit < 1 {
 		return page, fmt.Errorf("with limit %d", q.Limit)
 	}
-	// No event will be added before the last one: the sequence grows only at its end.
-	last, _, err := place(ctx, db.reader, lastEvent, q.OrgID)
-	if err != nil || last <= q.After {
-		return page, err
+	scan, before := scanBegin, q.Before
+	if q.Before == 0 {
+		// No event will be added before the last one: the sequence grows only at its end.
+		last, _, err := place(ctx, db.reader, lastEvent, q.OrgID)
+		if err != nil || last <= q.After {
+			return page, err
+		}
+		scan, before, page.Through = scanEnd, last, last
+	} else {
+		page.Through++
 	}
-	page.Through = last
 	if len(q.Types) > 0 || q.SandboxID != "" {
-		end, found, err := place(ctx, db.reader, scanEnd, q.OrgID, q.After, last, feedScan-1)
+		end, found, err := place(ctx, db.reader, scan, q.OrgID, q.After, before, feedScan-1)
 		if err != nil {
 			return page, err
 		}

@@ -66,7 +66,11 @@ func feed(t *testing.T, db *DB, q event.Query) (all []event.Event, pages int) {
 			t.Fatalf("the page after %d has %d events up to %d", q.After, len(page.Events), page.Through)
 		}
 		all = append(all, page.Events...)
-		q.After = page.Through
+		if q.Before > 0 {
+			q.Before = page.Through
+		} else {
+			q.After = page.Through
+		}
 		if pages++; !page.More {
 			return all, pages
 		}
@@ -128,6 +132,29 @@ func feedPages(t *testing.T, db *DB) {
 	for i, e := range all[:many] {
 		if e.OrgID != "org_a" || e.Version != i {
 			t.Fatalf("event %d is %+v", i, e)
+		}
+	}
+	for name, q := range map[string]event.Query{
+		"all": {Limit: 1000}, "some": {Limit: 7, After: all[many-20].Seq},
+		"types": {Limit: 50, Types: []event.Type{event.OrgCreated, event.SandboxFailed}}, "a sandbox": {Limit: 1, SandboxID: "sbx_c"},
+		"nothing": {Limit: 5, SandboxID: "sbx_b"}, "before a place": {Limit: 1000, Before: all[5].Seq},
+	} {
+		q.OrgID = "org_a"
+		if q.After == 0 {
+			q.After = event.Oldest
+		}
+		forward := q
+		forward.Before, forward.Limit = 0, 1000
+		want, _ := feed(t, db, forward)
+		if q.Before == 0 {
+			q.Before = event.Newest
+		} else {
+			want = want[:5]
+		}
+		slices.Reverse(want)
+		got, _ := feed(t, db, q)
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("%s from the end (-want +got):\n%s", name, diff)
 		}
 	}
 	for name, q := range map[string]event.Query{
@@ -285,6 +312,10 @@ func feedTrims(t *testing.T, db *DB) {
 	}
 	_, err := db.ReadEvents(t.Context(), q)
 	wantFault(t, err, fault.Gone, fault.CodeEventsGone)
+	back, _ := feed(t, db, event.Query{OrgID: "org_a", After: event.Oldest, Before: event.Newest, Limit: 100})
+	if len(back) != len(all)-5 || back[len(back)-1].Seq != all[5].Seq {
+		t.Errorf("from the end there are %d events, the last is %d", len(back), back[len(back)-1].Seq)
+	}
 	q.After = all[4].Seq // this reader misses no event
 	if page, err := db.ReadEvents(t.Context(), q); err != nil || page.Events[0].Seq != all[5].Seq {
 		t.Errorf("the page after the last dropped event is %+v, %v", page, err)

@@ -32,6 +32,8 @@ func TestPlans(t *testing.T) {
 	page, pp := feedQuery(event.Query{OrgID: "o", After: 5, Limit: 50}, 9)
 	filtered, pf := feedQuery(event.Query{OrgID: "o", After: 5, Limit: 50, SandboxID: "sbx_a",
 		Types: []event.Type{event.OrgCreated, event.KeyCreated}}, 9)
+	back, pb := feedQuery(event.Query{OrgID: "o", After: 5, Before: 50, Limit: 50,
+		Types: []event.Type{event.OrgCreated}}, 9)
 	q1, p1 := list(sandbox.Filter{States: live})
 	q2, p2 := list(sandbox.Filter{States: []sandbox.State{sandbox.Destroyed},
 		Cursor: cursor{listSandboxes, 5, "sbx_a"}.String()})
@@ -62,8 +64,10 @@ func TestPlans(t *testing.T) {
 		{listing, pl, "events_listing"},
 		{page, pp, "events_feed"},
 		{filtered, pf, "events_feed"},
+		{back, pb, "events_feed"},
 		{lastEvent, []any{"o"}, "events_feed"},
 		{scanEnd, []any{"o", 5, 9, 50}, "events_feed"},
+		{scanBegin, []any{"o", 5, 9, 50}, "events_feed"},
 		{surplus, []any{"o", 5, 50}, "events_feed"},
 		{oldest, []any{"o", 5, 9, 50}, "events_feed"},
 		{trim, []any{"o", 5, 9}, "events_feed"},
