@@ -2,7 +2,9 @@
 import { mkdtempSync, mkdirSync, writeFileSync, symlinkSync, chmodSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { assert, note, test, control, until, newer, Sandbox, Template, waitForPort, waitForTimeout } from './lib.mjs'
+import {
+  assert, note, test, control, until, newer, Sandbox, Template, waitForFile, waitForPort, waitForProcess, waitForTimeout, waitForURL,
+} from './lib.mjs'
 
 const name = (what) => `${what}__${process.env.E2B_TEST_VERSION.replace(/\./g, '-')}`
 
@@ -67,10 +69,12 @@ test('all kinds of steps', async (t) => {
     .runCmd('date +%s%N > after')
     .setStartCmd('sh /usr/local/bin/serve', waitForPort(8123))
   assert.equal(await Template.exists(name('steps')), false)
+  const began = Date.now()
   const first = await built(make(), name('steps'), { cpuCount: 2, memoryMB: 1024 })
   assert.match(first.text, /RUN id -un && touch \/root\/was/)
   assert.match(first.text, /Uploaded 'app'/)
-  assert.ok(first.lines.every((e) => ['debug', 'info', 'warn', 'error'].includes(e.level) && !isNaN(e.timestamp)))
+  assert.ok(first.lines.every((e) => ['debug', 'info', 'warn', 'error'].includes(e.level) && e.timestamp >= began && e.timestamp <= Date.now()))
+  assert.ok(first.lines.some((e) => e.level === 'debug') && first.lines.some((e) => e.level === 'info'))
   assert.equal(await Template.exists(name('steps')), true)
   const status = await Template.getBuildStatus(first)
   assert.equal(status.status, 'ready')
@@ -145,9 +149,17 @@ test('a step that fails', async () => {
   // A command of several lines is told as it was given.
   const several = await Template.build(Template().fromTemplate('python').runCmd('echo a\nexit 4'), name('fails')).then(() => null, (e) => e)
   assert.match(several.message, /^step 1: RUN echo a\nexit 4: exit code 4/)
-  // What cannot be a step is refused with its number.
-  for (const wrong of [Template().fromTemplate('python').setUser('a b'), Template().fromTemplate('python').setWorkdir('/a\nRUN id')]) {
-    await assert.rejects(Template.build(wrong, name('wrong')), /400.*step 1/)
+  // What cannot be a step fails at its line too.
+  const lineOf = (text) => Number(/:(\d+):\d+\)?$/m.exec(text)[1])
+  for (const [what, add] of [['USER', (t) => t.setUser('a b')], ['WORKDIR', (t) => t.setWorkdir('/a\nRUN id')], ['ENV', (t) => t.setEnvs({ 'A B': 'c' })]]) {
+    const here = lineOf(new Error().stack.split('\n')[1])
+    const lines = []
+    const refusal = await Template.build(add(Template().fromTemplate('python').runCmd('true')), name('wrong'), { onBuildLogs: (e) => lines.push(e) })
+      .then(() => null, (e) => e)
+    assert.equal(refusal?.name, 'BuildError')
+    assert.match(refusal.message, new RegExp(`^step 2: ${what}: `))
+    assert.equal(lineOf(refusal.stack.split('\n')[0]), here - 1)
+    assert.ok(lines.some((e) => e.level === 'error' && e.message === refusal.message))
   }
   await assert.rejects(Template.build(Template().fromTemplate(name('no-such')).runCmd('true'), name('wrong')), /404/)
   await assert.rejects(Template.build(Template().fromTemplate('python').runCmd('true'), name('wrong'), { cpuCount: 1000 }), /400.*no size/)
@@ -156,6 +168,30 @@ test('a step that fails', async () => {
 
 // What follows is the server's alone too.
 const once = newer(2, 51) ? test : () => {}
+
+once('what a create waits for, and forced uploads', async (t) => {
+  // The server answers at last, after what the other commands wait for.
+  const start = 'sleep 1; touch /tmp/there; exec python3 -m http.server 8124'
+  await Promise.all(Object.entries({
+    url: [waitForURL('http://localhost:8124/', 200), 'curl -sf localhost:8124 >/dev/null && echo yes'],
+    process: [waitForProcess('python3'), 'pgrep python3 >/dev/null && echo yes'],
+    file: [waitForFile('/tmp/there'), '[ -f /tmp/there ] && echo yes'],
+    command: ['test -d /proc/self && [ -f /tmp/there ]', '[ -f /tmp/there ] && echo yes'],
+  }).map(async ([what, [ready, look]]) => {
+    await built(Template().fromTemplate('python').setStartCmd(start, ready), name(`waits-${what}`))
+    await within(name(`waits-${what}`), async (out) => assert.equal(await out(look), 'yes\n', what))
+  }))
+
+  const dir = files(t)
+  const template = () => Template({ fileContextPath: dir }).fromTemplate('python')
+    .copy('app', 'plain', { gzip: false }).copy('app/main.py', 'forced', { forceUpload: true })
+  const one = await built(template(), name('forced'))
+  const two = await built(template(), name('forced'))
+  for (const { text } of [one, two]) assert.match(text, /Uploaded 'app\/main\.py'/)
+  assert.match(one.text, /Uploaded 'app'/)
+  assert.match(two.text, /Skipping upload of 'app'/)
+  await within(name('forced'), async (out) => assert.equal(await out('cmp forced plain/main.py && readlink plain/link'), 'main.py\n'))
+})
 
 once('images without a registry, and tags', async () => {
   // The default of Template() and what it is called are cay's base.

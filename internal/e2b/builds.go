@@ -2,6 +2,7 @@ package e2b
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io/fs"
 	"math"
@@ -15,7 +16,6 @@ import (
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/e2b/steps"
 	"github.com/cayhq/cay/internal/fault"
-	"github.com/cayhq/cay/internal/httpserver"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/template"
 )
@@ -114,91 +114,6 @@ func sizeFor(sizes []sandbox.Size, cpus, memoryMB int) (string, error) {
 	return fits.Name, nil
 }
 
-// hashPattern matches the names of uploads, which are hashes that clients compute.
-var hashPattern = regexp.MustCompile(`^[0-9a-f]{64}$`)
-
-func uploadName(r *http.Request) (string, error) {
-	hash := r.PathValue("hash")
-	if !hashPattern.MatchString(hash) {
-		return "", fault.InvalidField("hash", "must be 64 lower-case hexadecimal digits")
-	}
-	return hash, nil
-}
-
-// uploadTime is the time in which an upload must begin. Clients give an upload an hour.
-const uploadTime = time.Hour
-
-// uploadLink answers GET /templates/{ref}/files/{hash}: whether the files are there, and where to
-// upload them, which forced uploads do also when they are.
-func (s *Handler) uploadLink(w http.ResponseWriter, r *http.Request) error {
-	hash, err := uploadName(r)
-	if err != nil {
-		return err
-	}
-	scheme := "http"
-	if r.TLS != nil || r.Header.Get("X-Forwarded-Proto") == "https" {
-		scheme = "https"
-	}
-	key, until := callOf(r).Who.Key.ID, strconv.FormatInt(time.Now().Add(uploadTime).Unix(), 10)
-	url := fmt.Sprintf("%s://%s/templates/%s/files/%s?key=%s&expires=%s&signature=%s", scheme, r.Host,
-		template.DefaultTag, hash, key, until, s.uploadSum(key, hash, until))
-	reply(w, r, http.StatusCreated, map[string]any{"present": s.Templates.HasUpload(orgOf(r), hash), "url": url,
-		"headers": map[string]string{}})
-	return nil
-}
-
-// uploadSum signs the right of a key to upload files for its organization.
-func (s *Handler) uploadSum(key, hash, until string) string {
-	return s.sum("upload:" + key + ":" + hash + ":" + until)
-}
-
-// uploader returns the owner of a key that still may upload files.
-func (s *Handler) uploader(ctx context.Context, key string) (auth.Principal, error) {
-	who, err := s.Auth.Holder(ctx, key)
-	if err == nil && !who.May(auth.TemplatesWrite) {
-		err = fault.New(fault.Denied, fault.CodeScopeMissing, "the key lacks the scope %s", auth.TemplatesWrite)
-	}
-	return who, err
-}
-
-// upload answers PUT /templates/{ref}/files/{hash}, to which clients send no key: the signature in
-// the URL opens it, for as long as the key that it was made for lives.
-func (s *Handler) upload(w http.ResponseWriter, r *http.Request) error {
-	hash, err := uploadName(r)
-	if err != nil {
-		return err
-	}
-	q := r.URL.Query()
-	key, until := q.Get("key"), q.Get("expires")
-	if !same(q.Get("signature"), s.uploadSum(key, hash, until)) {
-		return fault.New(fault.Unauthenticated, fault.CodeUnauthenticated, "the URL has no valid signature")
-	}
-	if end, err := strconv.ParseInt(until, 10, 64); err != nil || time.Now().Unix() > end {
-		return fault.New(fault.Unauthenticated, fault.CodeUnauthenticated, "the URL is no longer valid: ask for another")
-	}
-	who, err := s.uploader(r.Context(), key)
-	if err != nil {
-		return err
-	}
-	callOf(r).Who = who
-	if err := s.Auth.Allow(who); err != nil {
-		return err
-	}
-	if err := callOf(r).OpenAccount(s.Budget, r, who.Org.ID, httpserver.CallCost); err != nil {
-		return err
-	}
-	// An upload may take an hour, in which its key may be revoked.
-	still := func(ctx context.Context) error { _, err := s.uploader(ctx, key); return err }
-	if err := s.Templates.PutUpload(r.Context(), who.Org.ID, hash, r.Body, r.ContentLength, still); err != nil {
-		if broken := callOf(r).Body.Broken(); broken != nil {
-			return broken
-		}
-		return err
-	}
-	w.WriteHeader(http.StatusNoContent)
-	return nil
-}
-
 // buildBody is E2B's TemplateBuildStartV2.
 type buildBody struct {
 	FromImage         string        `json:"fromImage"`
@@ -228,12 +143,31 @@ type registryBody struct {
 	AWSRegion          string `json:"awsRegion"`
 }
 
-// build answers POST /v2/templates/{ref}/builds/{build}.
+// build answers POST /v2/templates/{ref}/builds/{build}. A step that cannot be built fails the build and
+// not the call: of a build clients read the step, and point at its line in the program.
 func (s *Handler) build(w http.ResponseWriter, r *http.Request) error {
 	var in buildBody
 	if err := read(w, r, &in); err != nil {
 		return err
 	}
+	err := s.queue(r, in)
+	var wrong *steps.Error
+	switch {
+	case errors.As(err, &wrong) && fault.Is(err, fault.Invalid):
+		err = s.Templates.FailDraft(orgOf(r), r.PathValue("ref"), r.PathValue("build"), &template.BuildError{
+			Step: wrong.Type, Line: wrong.Line, ExitCode: -1, Message: fault.As(wrong.Cause).Detail})
+	case err != nil:
+		return inOwnWords(err, map[string]string{"start_command": "startCmd", "ready.command": "readyCmd",
+			"ready": "readyCmd"})
+	}
+	if err == nil {
+		w.WriteHeader(http.StatusAccepted)
+	}
+	return err
+}
+
+// queue translates an announced build and queues it. The error of a step is a [steps.Error].
+func (s *Handler) queue(r *http.Request, in buildBody) error {
 	id := r.PathValue("build")
 	if err := s.Templates.HasDraft(orgOf(r), r.PathValue("ref"), id); err != nil {
 		return err
@@ -244,12 +178,12 @@ func (s *Handler) build(w http.ResponseWriter, r *http.Request) error {
 	}
 	all := make([]steps.Step, len(in.Steps))
 	for i, step := range in.Steps {
-		if all[i] = step.Step; strings.EqualFold(step.Type, "COPY") && !hashPattern.MatchString(step.FilesHash) {
-			return fault.InvalidField(fmt.Sprintf("steps[%d].filesHash", i),
-				"must be 64 lower-case hexadecimal digits")
-		}
+		all[i] = step.Step
 	}
 	recipe, err := steps.Translate(base, all, in.Force, id, func(upload, from string) (steps.Kind, error) {
+		if !hashPattern.MatchString(upload) {
+			return 0, badHash("filesHash")
+		}
 		mode, err := s.Templates.UploadKind(r.Context(), orgOf(r), upload, from)
 		return map[fs.FileMode]steps.Kind{0: steps.File, fs.ModeSymlink: steps.Link}[mode], err
 	})
@@ -262,12 +196,11 @@ func (s *Handler) build(w http.ResponseWriter, r *http.Request) error {
 		parts[i] = template.Part{Upload: p.Upload, From: p.From, Dir: p.Dir, As: p.As, Step: p.Step}
 	}
 	_, err = s.Templates.BuildDraft(r.Context(), builderOf(r), r.PathValue("ref"), id, request, recipe.Dockerfile, parts)
-	if err != nil {
-		return inOwnWords(err, map[string]string{"start_command": "startCmd", "ready.command": "readyCmd",
-			"ready": "readyCmd"})
+	var broken *template.PartError
+	if errors.As(err, &broken) {
+		return &steps.Error{Line: recipe.Parts[broken.Part].Line, Type: "COPY", Cause: broken.Cause}
 	}
-	w.WriteHeader(http.StatusAccepted)
-	return nil
+	return err
 }
 
 // ownImage is the image that E2B's base template is made of, and the default of clients. It is made
@@ -482,6 +415,11 @@ func (s *Handler) buildStatus(w http.ResponseWriter, r *http.Request) error {
 	}
 	if state.Error != nil && out.Status == statusError {
 		out.Reason = reasonOf(*state.Error)
+		if state.Template == "" && offset == 0 { // without a log the reason is all that is known
+			out.LogEntries = append(out.LogEntries, buildEntry{Timestamp: time.Now().UTC(), Level: "error",
+				Message: out.Reason.Message, Step: out.Reason.Step})
+			out.Logs = append(out.Logs, out.Reason.Message)
+		}
 	}
 	reply(w, r, http.StatusOK, out)
 	return nil

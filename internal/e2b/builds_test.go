@@ -77,6 +77,36 @@ func tarOf(t *testing.T, name, text string) string {
 	return b.String()
 }
 
+// wantFailed announces a build of the template x, and checks that it fails at a step, which clients find in
+// its state and in its only entry.
+func (b *builds) wantFailed(steps, step, message string) {
+	b.t.Helper()
+	tpl, build := b.announce(`{"name":"x"}`)
+	path := fmt.Sprintf("/v2/templates/%s/builds/%s", tpl, build)
+	if r := b.call("POST", path, steps); r.status != http.StatusAccepted || r.body != "" {
+		b.t.Errorf("%.200s: %d %s", steps, r.status, r.body)
+		return
+	}
+	status := fmt.Sprintf("/templates/%s/builds/%s/status", tpl, build)
+	r := b.call("GET", status, "")
+	var out struct {
+		Status     string
+		Reason     struct{ Step, Message string }
+		LogEntries []struct{ Level, Step, Message string }
+	}
+	if err := json.Unmarshal([]byte(r.body), &out); err != nil || out.Status != "error" || out.Reason.Step != step ||
+		!strings.HasPrefix(out.Reason.Message, message) || len(out.LogEntries) != 1 || out.LogEntries[0].Level != "error" ||
+		out.LogEntries[0].Step != step || out.LogEntries[0].Message != out.Reason.Message {
+		b.t.Errorf("%.200s: %d %s, want step %s: %q", steps, r.status, r.body, step, message)
+	}
+	if r := b.call("GET", status+"?logsOffset=1", ""); !strings.Contains(r.body, `"logEntries":[]`) {
+		b.t.Errorf("after its entry: %s", r.body)
+	}
+	if r := b.call("POST", path, `{"fromTemplate":"base"}`); r.status != http.StatusConflict {
+		b.t.Errorf("a failed build is started again: %d %s", r.status, r.body)
+	}
+}
+
 // TestBuildTemplate makes the calls of a build, and looks at the row that comes of it.
 func TestBuildTemplate(t *testing.T) {
 	b := newBuilds(t)
@@ -93,10 +123,7 @@ func TestBuildTemplate(t *testing.T) {
 		{"type":"COPY","args":["a.txt","/a","",""],"filesHash":"` + hash + `","force":false,"forceUpload":true,"gzip":true},
 		{"type":"RUN","args":["true"]}]}`
 	path := fmt.Sprintf("/v2/templates/%s/builds/%s", tpl, build)
-	if r := b.call("POST", path, steps); r.status != 400 || !strings.Contains(r.body,
-		"step 1 (COPY): its files were not uploaded") {
-		t.Errorf("a build without its files: %d %s", r.status, r.body)
-	}
+	b.wantFailed(steps, "1", "step 1: COPY: its files were not uploaded")
 	for _, unknown := range []string{strings.Repeat("x", 30_000), build[:len(build)-1], "bld_aaaaaaaaaaaaaaaaaaaa"} {
 		if r := b.call("POST", fmt.Sprintf("/v2/templates/%s/builds/%s", tpl, unknown), steps); r.status != 404 {
 			t.Errorf("a build that was not announced: %d %s", r.status, r.body)
@@ -335,8 +362,6 @@ func TestRefusedBuilds(t *testing.T) {
 		`{"fromImage":"a\nRUN id"}`: 400, `{"fromImage":"$X"}`: 400, `{"fromImage":"a AS b"}`: 400, `{"fromImage":"--platform=x"}`: 400,
 		`{"fromTemplate":"base","startCmd":"s","readyCmd":"sleep 45.1"}`:            400,
 		`{"fromImage":"a","fromImageRegistry":{"type":"aws","awsAccessKeyId":"x"}}`: 400, `{"fromImage":"a","fromImageRegistry":{"type":"registry"}}`: 400,
-		`{"fromTemplate":"base","steps":[{"type":"ADD","args":["a","b"]}]}`:                                                               400,
-		`{"fromTemplate":"base","steps":[{"type":"COPY","args":["a","b"],"filesHash":"../../x"}]}`:                                        400,
 		`{"fromTemplate":"base","steps":[{"type":"RUN","args":["a"],"new":1}]}`:                                                           501,
 		`{"fromTemplate":"base","startCmd":"` + strings.Repeat("x", 1<<17) + `"}`:                                                         400,
 		`{"fromTemplate":"base","startCmd":"x","readyCmd":"a\u0000b"}`:                                                                    400,
@@ -345,6 +370,16 @@ func TestRefusedBuilds(t *testing.T) {
 		if r := b.call("POST", path, body); r.status != status {
 			t.Errorf("%.200s: %d %s, want %d", body, r.status, r.body, status)
 		}
+	}
+	for steps, want := range map[string]string{
+		`{"type":"ADD","args":["a","b"]}`:                                 "step 2: ADD: its type must be",
+		`{"type":"COPY","args":["a","b"],"filesHash":"../../x"}`:          "step 2: COPY: must be 64",
+		`{"type":"COPY","args":["a","b"]}`:                                "step 2: COPY: has no filesHash",
+		`{"type":"RUN","args":["a\u0000"]}`:                               "step 2: RUN: its arguments must be text",
+		`{"type":"RUN\nRUN id","args":["a"]}`:                             "step 2: RUN\nRUN id: its type must be",
+		`{"type":"` + strings.Repeat("x", 10_000) + `","args":["a","b"]}`: "step 2: " + strings.Repeat("x", 20) + ": its",
+	} {
+		b.wantFailed(`{"fromTemplate":"base","steps":[{"type":"RUN","args":["true"]},`+steps+`]}`, "2", want)
 	}
 	if _, err := b.templates.Get(t.Context(), b.org.Org.ID, "x"); err == nil {
 		t.Error("a refused build made a template")

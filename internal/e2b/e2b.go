@@ -73,6 +73,7 @@ type Templates interface {
 	UploadKind(ctx context.Context, orgID, name, from string) (fs.FileMode, error)
 	BuildDraft(ctx context.Context, c template.Caller, templateID, buildID string, r template.Request, dockerfile string,
 		parts []template.Part) (template.Template, error)
+	FailDraft(orgID, templateID, buildID string, cause *template.BuildError) error
 	BuildState(ctx context.Context, orgID, templateID, buildID string) (template.BuildState, error)
 	Tag(ctx context.Context, c template.Caller, nameOrID, from string, names []string) (buildID string, err error)
 	Untag(ctx context.Context, c template.Caller, nameOrID string, names []string) error

@@ -53,7 +53,7 @@ type draft struct {
 	at      time.Time
 	claimed bool
 	queued  string      // ID of the build that it became; an earlier one, if that has the same inputs
-	outcome *BuildState // of that build, once another has taken its place
+	outcome *BuildState // of that build, once another has taken its place, or of one that was not queued
 }
 
 // findLocked returns a build by its ID, or nil.
@@ -133,6 +133,15 @@ func (d *drafts) became(org, build, queued string) {
 	defer d.mu.Unlock()
 	if one := d.findLocked(org, build); one != nil {
 		one.queued, one.claimed = queued, queued != ""
+	}
+}
+
+// failed records why a claimed build cannot be queued.
+func (d *drafts) failed(org, build string, cause *BuildError) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if one := d.findLocked(org, build); one != nil {
+		one.outcome = &BuildState{Status: Failed, Error: cause}
 	}
 }
 
@@ -239,7 +248,7 @@ func (s *Service) HasDraft(org, templateID, buildID string) error {
 
 // BuildDraft queues an announced build, once, of a Dockerfile and parts of uploads. r gives the rest;
 // name, size, disk, tags and Dockerfile of r are not used. Another build of the template that waits or runs
-// is cancelled. Errors are those of Create, and NotFound, code "template_not_found".
+// is cancelled. Errors are those of Create, NotFound, code "template_not_found", and [PartError].
 func (s *Service) BuildDraft(ctx context.Context, c Caller, templateID, buildID string, r Request, dockerfile string,
 	parts []Part) (_ Template, err error) {
 	d, err := s.drafts.claim(c.OrgID, templateID, buildID)
@@ -277,6 +286,16 @@ func (s *Service) BuildDraft(ctx context.Context, c Caller, templateID, buildID 
 	return t, nil
 }
 
+// FailDraft ends an announced build whose inputs cannot be built, so that its state tells why. Errors are
+// those of HasDraft.
+func (s *Service) FailDraft(org, templateID, buildID string, cause *BuildError) error {
+	_, err := s.drafts.claim(org, templateID, buildID)
+	if err == nil {
+		s.drafts.failed(org, buildID, cause)
+	}
+	return err
+}
+
 // replace queues a build in the place of one that waits or runs.
 func (s *Service) replace(ctx context.Context, c Caller, t Template, b Build, secret *Credentials,
 	id string) (Template, error) {
@@ -301,10 +320,10 @@ func (s *Service) BuildState(ctx context.Context, org, templateID, buildID strin
 	}
 	s.drafts.mu.Unlock()
 	switch {
-	case known.BuildID != "" && known.queued == "":
-		return BuildState{Status: Pending}, nil
 	case known.outcome != nil:
 		return *known.outcome, nil
+	case known.BuildID != "" && known.queued == "":
+		return BuildState{Status: Pending}, nil
 	}
 	name, newest := templateID, buildID
 	if known.queued != "" {

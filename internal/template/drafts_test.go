@@ -473,6 +473,19 @@ func TestDrafts(t *testing.T) {
 	if a, b := state(me.OrgID, five), state(me.OrgID, three); a != "failed: exit code 1" || b != "ready" {
 		t.Errorf("past builds are %s, %s", a, b)
 	}
+	// One that cannot be built ends without a change of the template, and cannot be started again.
+	seven := announce("app__1_")
+	wantCode(t, w.FailDraft("org_other", seven.TemplateID, seven.BuildID, &BuildError{}), "template_not_found")
+	if err := w.FailDraft(me.OrgID, seven.TemplateID, seven.BuildID, &BuildError{Message: "no such step"}); err != nil {
+		t.Fatal(err)
+	}
+	if got := state(me.OrgID, seven); got != "failed: no such step" {
+		t.Errorf("a build that cannot be built is %s", got)
+	}
+	wantCode(t, build(me, seven, "FROM base"), "build_in_progress")
+	if tpl, err := w.Get(ctx, me.OrgID, "app__1_"); err != nil || tpl.BuildID != six.BuildID {
+		t.Errorf("the template's build is %s, %v; want %s", tpl.BuildID, err, six.BuildID)
+	}
 	for _, name := range []string{"base", "Aa", "", "-a", "_a", "a b", "a:b", "tpl_aaaaaaaaaaaaaaaaaaaa",
 		strings.Repeat("a", 64)} {
 		if _, err := w.Announce(ctx, me, Announcement{Name: name}); err == nil {

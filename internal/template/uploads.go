@@ -263,17 +263,32 @@ func (s *Service) writeContext(to io.Writer, org, dockerfile string, parts []Par
 	if _, err := io.WriteString(w, dockerfile); err != nil {
 		return err
 	}
-	for _, p := range parts {
+	for i, p := range parts {
 		if err := s.writePart(w, org, p, bound); err != nil {
-			if f := fault.As(err); f != nil {
-				named := f.Because(err)
-				named.Detail = p.Step + ": " + f.Detail
-				return named
-			}
-			return fmt.Errorf("%s: %w", p.Step, err)
+			return &PartError{Part: i, Step: p.Step, Cause: err}
 		}
 	}
 	return w.Close()
+}
+
+// PartError is the error of a part of a context.
+type PartError struct {
+	Part  int // from 0
+	Step  string
+	Cause error // without the step
+}
+
+func (e *PartError) Error() string { return e.Step + ": " + e.Cause.Error() }
+
+// Unwrap returns the cause. If the caller is at fault, it names the step.
+func (e *PartError) Unwrap() error {
+	f := fault.As(e.Cause)
+	if f == nil {
+		return e.Cause
+	}
+	named := f.Because(e.Cause)
+	named.Detail = e.Step + ": " + f.Detail
+	return named
 }
 
 func (s *Service) writePart(w *tar.Writer, org string, p Part, bound *unpacking) error {

@@ -51,6 +51,7 @@ type Part struct {
 	Dir    string // the directory in the context
 	As     string // the name of a File or a Link there; "" for a Directory
 	Step   string // of the COPY, for errors
+	Line   int    // the first line of the COPY
 }
 
 // Recipe is a translated template.
@@ -172,17 +173,36 @@ func Translate(from Base, steps []Step, force bool, once string,
 	return t.recipe, nil
 }
 
-// inStep returns an error with the number and the type of its step.
-func inStep(i int, s Step, err error) error {
-	f := fault.As(err)
+// Error is the error of a step.
+type Error struct {
+	Line  int    // the first line of the step in the Dockerfile
+	Type  string // of the step, at most 20 characters
+	Cause error  // without the step
+}
+
+func (e *Error) name() string { return fmt.Sprintf("step %d (%s)", Of(e.Line), e.Type) }
+
+func (e *Error) Error() string { return e.name() + ": " + e.Cause.Error() }
+
+// Unwrap returns the cause. If the caller is at fault, it names the step and its field.
+func (e *Error) Unwrap() error {
+	f := fault.As(e.Cause)
 	if f == nil {
-		return fmt.Errorf("%s: %w", stepName(i, s), err)
+		return e.Cause
 	}
-	named := f.Because(err)
-	named.Field = fmt.Sprintf("steps[%d]", i)
-	named.Detail = stepName(i, s) + ": " + f.Detail
+	named := f.Because(e.Cause)
+	named.Field = fmt.Sprintf("steps[%d]", Of(e.Line)-1)
+	named.Detail = e.name() + ": " + f.Detail
 	return named
 }
+
+// inStep returns an error with its step.
+func inStep(i int, s Step, err error) error {
+	return &Error{Line: lineOf(i), Type: fmt.Sprintf("%.20s", s.Type), Cause: err}
+}
+
+// lineOf returns the first line of a step, which is counted from 0 here.
+func lineOf(i int) int { return (i+1)*linesPerStep + 1 }
 
 func stepName(i int, s Step) string { return fmt.Sprintf("step %d (%.20s)", i+1, s.Type) }
 
@@ -379,7 +399,7 @@ func (t *translation) copy(i int, s Step) error {
 	if err != nil {
 		return err
 	}
-	part := Part{Upload: s.FilesHash, From: from, Dir: fmt.Sprint(i), Step: stepName(i, s)}
+	part := Part{Upload: s.FilesHash, From: from, Dir: fmt.Sprint(i), Step: stepName(i, s), Line: lineOf(i)}
 	source := part.Dir + "/"
 	switch kind {
 	case File:

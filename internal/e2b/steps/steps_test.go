@@ -53,8 +53,8 @@ func TestTranslate(t *testing.T) {
 	if diff := cmp.Diff(want, lines); diff != "" {
 		t.Errorf("the Dockerfile (-want +got):\n%s", diff)
 	}
-	parts := []Part{{Upload: "h", From: "src", Dir: "4", Step: "step 5 (COPY)"}, {Upload: "i", From: "src", Dir: "5",
-		Step: "step 6 (COPY)"}}
+	parts := []Part{{Upload: "h", From: "src", Dir: "4", Step: "step 5 (COPY)", Line: 41},
+		{Upload: "i", From: "src", Dir: "5", Step: "step 6 (COPY)", Line: 49}}
 	if diff := cmp.Diff(parts, r.Parts); diff != "" {
 		t.Errorf("the parts (-want +got):\n%s", diff)
 	}
