@@ -31,7 +31,7 @@ func TestE2B(t *testing.T) {
 				"code interpreter")
 		})
 	}
-	t.Run("Python", func(t *testing.T) { s.runPython(t, key) })
+	t.Run("Python", func(t *testing.T) { s.runPython(t, key, "sandboxes") })
 }
 
 // e2bKey makes a key for an E2B user with the command line.

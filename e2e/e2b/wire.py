@@ -1,18 +1,60 @@
 """Requests as E2B's Python package sends them, made by hand with the library that it uses, httpx: the control
-API, files as forms and as streams, and Connect with JSON, with compression, over HTTP/1.1 and HTTP/2, by one
-client that keeps its connections and by an asynchronous one."""
-import asyncio, base64, gzip, json, os, struct, sys
+API, templates, files as forms and as streams, and Connect with JSON, with compression, over HTTP/1.1 and HTTP/2,
+by one client that keeps its connections and by an asynchronous one. The package reads no answer that lacks a
+field, so that all answers are checked for theirs."""
+import asyncio, base64, gzip, hashlib, io, json, os, struct, sys, tarfile, time, urllib.parse
+from datetime import datetime
 
 import httpx
 
 url, key = os.environ["E2B_API_URL"], os.environ["E2B_API_KEY"]
 control = httpx.Client(base_url=url, headers={"X-API-KEY": key, "User-Agent": "e2b-python-sdk/2.9.0"}, timeout=60)
 
+# The fields that the package's models must find. A name with ? may be null, one with @ is a time.
+listed = "clientID cpuCount diskSizeMB @endAt envdVersion memoryMB sandboxID @startedAt state templateID"
+fields = {name: text.split() for name, text in {
+    "Sandbox": "clientID envdVersion sandboxID templateID",
+    "ListedSandbox": listed,
+    "SandboxDetail": listed + " lifecycle",
+    "SandboxMetric": "cpuCount cpuUsedPct diskTotal diskUsed memCache memTotal memUsed @timestamp timestampUnix",
+    "SnapshotInfo": "names snapshotID",
+    "SandboxLogEntry": "fields level message @timestamp",
+    "Template": "aliases buildCount buildID buildStatus cpuCount @createdAt ?createdBy diskSizeMB envdVersion "
+                "?lastSpawnedAt memoryMB names public spawnCount templateID @updatedAt",
+    "TemplateAliasResponse": "public templateID",
+    "TemplateRequestResponseV3": "aliases buildID names public tags templateID",
+    "TemplateBuildFileUpload": "present url",
+    "TemplateBuildInfo": "buildID logEntries logs status templateID",
+    "BuildLogEntry": "level message @timestamp",
+    "AssignedTemplateTags": "buildID tags",
+    "TemplateTag": "buildID @createdAt tag",
+    "SandboxEvent": "?eventData id sandboxBuildId sandboxExecutionId sandboxId sandboxTeamId sandboxTemplateId "
+                    "@timestamp type version",
+    "Error": "code message",
+}.items()}
+
+
+def whole(model, answer):
+    """Returns an answer that has all fields of a model."""
+    for field in fields[model]:
+        name = field.lstrip("?@")
+        assert name in answer and (answer[name] is not None or field[0] == "?"), (model, name, answer)
+        if field[0] == "@":
+            datetime.fromisoformat(answer[name].replace("Z", "+00:00"))
+    return answer
+
+
+def each(model, r):
+    assert r.status_code == 200, (r.status_code, r.text)
+    return [whole(model, one) for one in r.json()]
+
 
 def created(**more):
-    r = control.post("/sandboxes", json={"templateID": "base", "timeout": 120, "secure": True, "autoPause": False, **more})
+    r = control.post("/sandboxes", json={
+        "templateID": "base", "timeout": 120, "secure": True, "allow_internet_access": True, "metadata": {}, "envVars": {},
+        "autoPause": False, "autoPauseMemory": True, "autoResume": {"enabled": False}, **more})
     assert r.status_code == 201, (r.status_code, r.text)
-    return r.json()
+    return whole("Sandbox", r.json())
 
 
 def routed(sandbox, user="user"):
@@ -28,7 +70,7 @@ def envelope(message, compress):
     return struct.pack(">BI", 1 if compress else 0, len(data)) + data
 
 
-def messages(data, compressed):
+def messages(data, compressed, error=None):
     """Returns the messages of a stream, and checks its end."""
     out = []
     while data:
@@ -38,7 +80,8 @@ def messages(data, compressed):
             assert compressed, "a message is compressed, and was not asked to be"
             body = gzip.decompress(body)
         if flags & 2:
-            assert json.loads(body or b"{}") == {} and not data, (body, data)
+            end = json.loads(body or b"{}")
+            assert not data and (end == {} if error is None else end["error"]["code"] == error), (body, data)
             return out
         out.append(json.loads(body))
     raise AssertionError(f"the stream has no end: {out}")
@@ -48,9 +91,9 @@ def start(command, **more):
     return {"process": {"cmd": "/bin/bash", "args": ["-l", "-c", command], "envs": {}, **more}, "stdin": False}
 
 
-def streaming(compress):
-    h = {"Content-Type": "application/connect+json", "Connect-Protocol-Version": "1", "Connect-Timeout-Ms": "30000",
-         "Keepalive-Ping-Interval": "50"}
+def streaming(compress, timeout=30_000, keepalive=50):
+    h = {"Content-Type": "application/connect+json", "Connect-Protocol-Version": "1", "Connect-Timeout-Ms": str(timeout),
+         "Keepalive-Ping-Interval": str(keepalive)}
     if compress:
         h |= {"Connect-Content-Encoding": "gzip", "Connect-Accept-Encoding": "gzip"}
     return h
@@ -65,7 +108,9 @@ def run(client, command, compress=False, **more):
 
 
 def unary(client, method, message, compress=False):
-    h, data = {"Content-Type": "application/json", "Connect-Protocol-Version": "1"}, json.dumps(message).encode()
+    h = {"Content-Type": "application/json", "Connect-Protocol-Version": "1", "Connect-Timeout-Ms": "60000",
+         "Accept-Encoding": "identity"}
+    data = json.dumps(message, indent=2).encode()  # as protobuf's own encoder
     if compress:
         h, data = h | {"Content-Encoding": "gzip"}, gzip.compress(data)
     r = client.post(method, headers=h, content=data)
@@ -135,6 +180,88 @@ def calls(client, version):
     assert client.get("/health").status_code == 204
 
 
+def patience(client):
+    """A command is silent, and comes to its end of time."""
+    r = client.post("/process.Process/Start", headers=streaming(False, 3000, 1), content=envelope(start("sleep 1000"), False))
+    events = [m["event"] for m in messages(r.content, False, "deadline_exceeded")]
+    assert "start" in events[0] and any("keepalive" in e for e in events), events
+    status, got = unary(client, "/process.Process/List", {})
+    assert status == 200 and not any("sleep 1000" in p["config"]["args"] for p in got.get("processes", [])), got
+
+
+def killed(**transport):
+    """A stream of a sandbox that is killed breaks, and its health tells why."""
+    sandbox = created()
+    with httpx.Client(base_url=url, headers=routed(sandbox), timeout=60, **transport) as client:
+        with client.stream("POST", "/process.Process/Start", headers=streaming(False),
+                           content=envelope(start("sleep 1000"), False)) as r:
+            chunks = r.iter_raw()
+            next(chunks)
+            assert control.delete(f"/sandboxes/{sandbox['sandboxID']}").status_code == 204
+            try:
+                for _ in chunks:
+                    pass
+                raise AssertionError("the stream ended in order")
+            except httpx.RemoteProtocolError:
+                pass
+        assert client.get("/health").status_code == 502
+
+
+def forked(sandbox):
+    id = sandbox["sandboxID"]
+    for path, body in ((f"/sandboxes/{id}/fork", {"timeout": 60, "count": 1}), (f"/v2/sandboxes/{id}/fork", {})):
+        r = control.post(path, json=body)
+        assert r.status_code == 201, r.text
+        child = whole("Sandbox", r.json()[0]["sandbox"])
+        assert control.delete(f"/sandboxes/{child['sandboxID']}").status_code == 204
+    r = control.post(f"/sandboxes/{id}/snapshots", json={})
+    snapshot = whole("SnapshotInfo", r.json())["snapshotID"]
+    assert snapshot in [s["snapshotID"] for s in each("SnapshotInfo", control.get("/snapshots", params={"sandboxID": id}))]
+    assert control.delete("/templates/" + urllib.parse.quote(snapshot, safe="")).status_code == 204
+    events = each("SandboxEvent", control.get(f"/events/sandboxes/{id}"))
+    assert [e["type"] for e in events] == ["sandbox.lifecycle.checkpointed", "sandbox.lifecycle.created"], events
+    several = control.get("/events/sandboxes", params={"limit": 100, "types": ["sandbox.lifecycle.created"]})
+    assert events[1] in each("SandboxEvent", several)
+
+
+def templates():
+    """The calls of a build. Older versions of the package call the name an alias."""
+    r = control.post("/v3/templates", json={"alias": "py-wire", "cpuCount": 2, "memoryMB": 1024})
+    made = whole("TemplateRequestResponseV3", r.json())
+    files = io.BytesIO()
+    with tarfile.open(fileobj=files, mode="w:gz") as archive:
+        info = tarfile.TarInfo("a.txt")
+        info.size = 5
+        archive.addfile(info, io.BytesIO(b"text\n"))
+    hash = hashlib.sha256(files.getvalue()).hexdigest()
+    upload = whole("TemplateBuildFileUpload", control.get(f"/templates/{made['templateID']}/files/{hash}").json())
+    assert not upload["present"] and httpx.put(upload["url"], content=files.getvalue()).status_code < 300
+    r = control.post(f"/v2/templates/{made['templateID']}/builds/{made['buildID']}", json={
+        "fromTemplate": "python", "force": False, "startCmd": "python3 -m http.server 8000", "readyCmd": "ss -tuln | grep :8000",
+        "steps": [{"type": "COPY", "args": ["a.txt", "a.txt", "", ""], "force": True, "filesHash": hash, "forceUpload": True},
+                  {"type": "RUN", "args": ["sudo cp a.txt /b.txt", "root"], "force": False}]})
+    assert r.status_code == 202, r.text
+    entries, status = 0, "waiting"
+    while status in ("waiting", "building"):
+        time.sleep(0.2)
+        r = control.get(f"/templates/{made['templateID']}/builds/{made['buildID']}/status", params={"logsOffset": entries})
+        status = whole("TemplateBuildInfo", r.json())["status"]
+        entries += len([whole("BuildLogEntry", e) for e in r.json()["logEntries"]])
+    assert status == "ready" and entries > 0, r.text
+    sandbox = created(templateID="py-wire")
+    with httpx.Client(base_url=url, headers=routed(sandbox), timeout=60) as client:
+        assert run(client, "cat a.txt /b.txt; curl -s localhost:8000/a.txt") == "text\n" * 3
+    assert control.delete(f"/sandboxes/{sandbox['sandboxID']}").status_code == 204
+    names = [t["names"][0] for t in each("Template", control.get("/v2/templates"))]
+    assert "py-wire" in names and "base" in names, names
+    whole("TemplateAliasResponse", control.get("/templates/aliases/py-wire").json())
+    whole("AssignedTemplateTags", control.post("/templates/tags", json={"target": "py-wire", "tags": ["v1"]}).json())
+    tags = each("TemplateTag", control.get(f"/templates/{made['templateID']}/tags"))
+    assert [t["tag"] for t in tags] == ["default", "v1"], tags
+    assert control.request("DELETE", "/templates/tags", json={"name": "py-wire", "tags": ["v1"]}).status_code == 204
+    assert control.delete("/templates/py-wire").status_code == 204
+
+
 async def concurrently(sandbox):
     async with httpx.AsyncClient(base_url=url, headers=routed(sandbox), timeout=60) as client:
         async def one(i):
@@ -153,7 +280,7 @@ async def concurrently(sandbox):
 
 
 def lists():
-    made = [created(metadata={"wire": "py", "n": str(i)}) for i in range(3)]
+    made = [created(metadata={"wire": "py", "n": str(i), "a b": "ü&=%"}) for i in range(3)]
     ids = {s["sandboxID"] for s in made}
     try:
         assert control.post(f"/sandboxes/{made[0]['sandboxID']}/pause").status_code == 204  # without a body
@@ -162,7 +289,11 @@ def lists():
                             "metadata=wire%3Dpy&state=running&state=paused": 3, "metadata=wire%3Dother": 0,
                             "metadata=wire%3Dpy&template=base": 3, "metadata=wire%3Dpy&template=none": 0}.items():
             r = control.get("/v2/sandboxes?" + query)
-            assert len(r.json()) == want and not r.headers.get("x-next-token"), (query, r.text)
+            assert len(each("ListedSandbox", r)) == want and not r.headers.get("x-next-token"), (query, r.text)
+        # Names and values are quoted, then the pairs, and then the query by the library.
+        odd = urllib.parse.urlencode({urllib.parse.quote(k): urllib.parse.quote(v) for k, v in {"a b": "ü&=%", "n": "1"}.items()})
+        r = control.get("/v2/sandboxes", params={"metadata": odd, "state": ["running", "paused"]})
+        assert [s["sandboxID"] for s in each("ListedSandbox", r)] == [made[1]["sandboxID"]], r.text
         for order in ("asc", "desc"):
             seen, token = [], None
             while token != "":
@@ -183,20 +314,32 @@ def main():
     try:
         with httpx.Client(base_url=url, headers=routed(sandbox), timeout=60) as client:
             calls(client, "HTTP/1.1")
+            patience(client)
         # With prior knowledge; over TLS a proxy in front negotiates it.
         with httpx.Client(base_url=url, headers=routed(sandbox), timeout=60, http1=False, http2=True) as client:
             calls(client, "HTTP/2")
         asyncio.run(concurrently(sandbox))
         id = sandbox["sandboxID"]
         assert control.post(f"/sandboxes/{id}/timeout", json={"timeout": 60}).status_code == 204
-        assert control.post(f"/sandboxes/{id}/connect", json={"timeout": 60}).json()["sandboxID"] == id
-        assert control.get(f"/sandboxes/{id}").json()["metadata"] == {"a b": "ü&"}
-        assert isinstance(control.get(f"/sandboxes/{id}/metrics").json(), list)
+        assert whole("Sandbox", control.post(f"/sandboxes/{id}/connect", json={"timeout": 60}).json())["sandboxID"] == id
+        assert whole("SandboxDetail", control.get(f"/sandboxes/{id}").json())["metadata"] == {"a b": "ü&"}
+        for entry in control.get(f"/v2/sandboxes/{id}/logs").json()["logs"]:
+            whole("SandboxLogEntry", entry)
+        for _ in range(150):  # until the first sample
+            metrics = each("SandboxMetric", control.get(f"/sandboxes/{id}/metrics"))
+            if metrics:
+                break
+            time.sleep(0.2)
+        else:
+            raise AssertionError("there are no metrics")
+        forked(sandbox)
     finally:
         assert control.delete(f"/sandboxes/{sandbox['sandboxID']}").status_code == 204
-    assert control.delete(f"/sandboxes/{sandbox['sandboxID']}").json()["code"] == 404
+    assert whole("Error", control.delete(f"/sandboxes/{sandbox['sandboxID']}").json())["code"] == 404
+    killed()
+    killed(http1=False, http2=True)
     lists()
-    print("all of it")
 
 
-sys.exit(main())
+main() if sys.argv[1] == "sandboxes" else templates()
+print("all of it")

@@ -63,6 +63,7 @@ func (s *Handler) table() map[string]route {
 		"GET /sandboxes/{id}/logs":                   {read, s.logs(logsV1)},
 		"GET /v2/sandboxes/{id}/logs":                {read, s.logs(logsV2)},
 		"POST /sandboxes/{id}/fork":                  {write, s.fork},
+		"POST /v2/sandboxes/{id}/fork":               {write, s.fork},
 		"POST /sandboxes/{id}/snapshots":             {write[:1], s.snapshot},
 		"GET /snapshots":                             {read, s.listSnapshots},
 		"DELETE /templates/{ref}":                    {write[:1], s.deleteTemplate},

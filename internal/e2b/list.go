@@ -206,6 +206,10 @@ type templateBody struct {
 	CreatedAt   time.Time `json:"createdAt"`
 	UpdatedAt   time.Time `json:"updatedAt"`
 	EnvdVersion string    `json:"envdVersion"`
+	// The Python client reads no template without these. The server knows none of them.
+	CreatedBy     *struct{}  `json:"createdBy"`
+	LastSpawnedAt *time.Time `json:"lastSpawnedAt"`
+	SpawnCount    int        `json:"spawnCount"`
 }
 
 // listTemplates answers GET /templates.
