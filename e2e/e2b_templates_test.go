@@ -1,7 +1,6 @@
 package e2e
 
 import (
-	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -30,6 +29,7 @@ func TestE2BTemplates(t *testing.T) {
 	}
 	t.Run("command line", func(t *testing.T) { s.runE2BCommandLine(t, key) })
 	t.Run("Python", func(t *testing.T) { s.runPython(t, key, "templates") })
+	t.Run("hostile", func(t *testing.T) { s.hostileE2BBuilds(t, key) })
 	t.Run("killed", func(t *testing.T) { s.killDuringE2BBuild(t, key) })
 }
 
@@ -104,30 +104,10 @@ func (s *server) runE2BCommandLine(t *testing.T, key string) {
 
 // killDuringE2BBuild ends the server in the middle of a build, which the next one finishes.
 func (s *server) killDuringE2BBuild(t *testing.T, key string) {
-	status, body := s.e2bCall(key, "POST", "/v3/templates", `{"name":"survives"}`)
-	if status != 202 {
-		t.Fatalf("announcing: %d %s", status, body)
-	}
-	template, build := text(body, "templateID"), text(body, "buildID")
-	status, body = s.e2bCall(key, "POST", fmt.Sprintf("/v2/templates/%s/builds/%s", template, build),
-		`{"fromTemplate":"python","steps":[{"type":"RUN","args":["sleep 2"]},{"type":"RUN","args":["echo done > done"]}]}`)
-	if status != 202 {
-		t.Fatalf("building: %d %s", status, body)
-	}
-	until := func(want string) {
-		t.Helper()
-		for deadline := time.Now().Add(patience); ; time.Sleep(20 * time.Millisecond) { // a poll with a deadline
-			_, body := s.e2bCall(key, "GET", fmt.Sprintf("/templates/%s/builds/%s/status", template, build), "")
-			if text(body, "status") == want {
-				return
-			}
-			if time.Now().After(deadline) {
-				t.Fatalf("the build is not %s: %s", want, body)
-			}
-		}
-	}
-	until("building")
+	build := s.beginE2BBuild(key, "survives", object{"fromTemplate": "python", "steps": []object{
+		{"type": "RUN", "args": []string{"sleep 2"}}, {"type": "RUN", "args": []string{"echo done > done"}}}})
+	build.until("building")
 	s.stop(syscall.SIGKILL)
 	s.start()
-	until("ready")
+	build.until("ready")
 }

@@ -409,6 +409,14 @@ func TestImages(t *testing.T) {
 		"credentials": object{"username": user, "password": password}}, nil)
 	s.needBuilt(object{"name": "built", "dockerfile": "FROM " + ref.String() + "\nRUN echo yes >/built\n",
 		"credentials": object{"registry": host, "username": user, "password": password}}, nil)
+	key := s.e2bKey()
+	for password, want := range map[string]string{password: "ready", "wrong-" + password: "error"} {
+		end := s.beginE2BBuild(key, "e2b", object{"fromImage": ref.String(), "fromImageRegistry": object{"type": "registry",
+			"username": user, "password": password}, "steps": []object{}}).until("ready", "error")
+		if end.Status != want || strings.Contains(fmt.Sprint(end)+s.templateLog("e2b"), password) {
+			t.Errorf("E2B's build with the password %s: %+v", password, end)
+		}
+	}
 	for name, credentials := range map[string]object{"nobody": nil,
 		"stranger": {"username": user, "password": "wrong-" + password}} {
 		definition := object{"name": name, "image": ref.String()}
@@ -427,7 +435,7 @@ func TestImages(t *testing.T) {
 	s.needBuilt(object{"name": "whole", "image": "."}, saved.Bytes())
 	s.needBuilt(object{"name": "within", "image": "images/tiny.tar"},
 		tarOf(t, map[string]string{"images/": "", "images/tiny.tar": saved.String(), "other": "x"}))
-	for _, name := range []string{"private", "built", "whole", "within"} {
+	for _, name := range []string{"private", "built", "whole", "within", "e2b"} {
 		if got := s.inside(name, "echo $FROM_TINY; cat /built 2>/dev/null || true"); !strings.HasPrefix(got, "yes") ||
 			name == "built" && got != "yes\nyes" {
 			t.Errorf("inside %s: %q", name, got)

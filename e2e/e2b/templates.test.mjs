@@ -193,9 +193,25 @@ once('what a create waits for, and forced uploads', async (t) => {
   await within(name('forced'), async (out) => assert.equal(await out('cmp forced plain/main.py && readlink plain/link'), 'main.py\n'))
 })
 
+// wheel makes a package of Python with one module that prints hello.
+const wheel = `python3 - <<'EOF'
+import zipfile
+with zipfile.ZipFile("hello-1-py3-none-any.whl", "w") as z:
+    z.writestr("hello.py", "print('hello')")
+    z.writestr("hello-1.dist-info/METADATA", "Metadata-Version: 2.1\\nName: hello\\nVersion: 1\\n")
+    z.writestr("hello-1.dist-info/WHEEL", "Wheel-Version: 1.0\\nGenerator: x\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
+    z.writestr("hello-1.dist-info/RECORD", "")
+EOF`
+
+// installers installs packages that need no registry.
+const installers = (template) => template
+  .runCmd([wheel, 'mkdir greet', 'echo \'{"name":"greet","version":"1.0.0","main":"i.js","bin":"i.js"}\' > greet/package.json',
+    'printf "#!/usr/bin/env node\nconsole.log(\'hi\')\n" > greet/i.js'].join('\n'))
+  .pipInstall('./hello-1-py3-none-any.whl').npmInstall('./greet', { g: true })
+
 once('images without a registry, and tags', async () => {
   // The default of Template() and what it is called are cay's base.
-  const one = await built(Template().fromBaseImage().runCmd(`id -un | tee who # ${name('own')}`), `${name('own')}:v1`)
+  const one = await built(installers(Template().fromBaseImage().runCmd(`id -un | tee who # ${name('own')}`)), `${name('own')}:v1`)
   assert.match(one.text, /^user$/m)
   assert.deepEqual(one.tags, ['v1'])
   const error = await Template.build(Template().fromImage('ghcr.io/no/such:1', { username: 'u', password: 'secret' }).runCmd('true'), name('none'))
@@ -211,7 +227,10 @@ once('images without a registry, and tags', async () => {
   await within(name('own'), async (out) => assert.equal(await out('cd /srv; cat a who; id -un; pgrep -c sleep'), 'x \nroot\nuser\n1\n'))
   await within(`${name('own')}:latest`, async (out) => assert.equal(await out('cat who'), 'three\n'))
 
-  await within(`${name('own')}:v1`, async (out) => assert.equal(await out('cat who; ls /srv'), 'user\n'))
+  await within(`${name('own')}:v1`, async (out) => {
+    assert.equal(await out('cat who; ls /srv'), 'user\n')
+    assert.equal(await out('python3 -m hello; greet'), 'hello\nhi\n')
+  })
   assert.deepEqual(await Template.assignTags(`${name('own')}:v1`, ['stable', 'old']), { buildId: one.buildId, tags: ['old', 'stable'] })
   assert.deepEqual((await Template.getTags(one.templateId)).map((t) => [t.tag, t.buildId]),
     [['default', two.buildId], ['latest', three.buildId], ['old', one.buildId], ['stable', one.buildId], ['v1', one.buildId],
