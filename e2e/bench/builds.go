@@ -1,8 +1,13 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
+	"net/http"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -17,6 +22,7 @@ import (
 const (
 	buildFirst   = "build, the first of a server"
 	buildCold    = "build with one new RUN"
+	buildE2B     = "  the same asked for as E2B's clients do"
 	buildCached  = "build, all RUN cached"
 	buildSame    = "rebuild of the same (nothing to do)"
 	buildConvert = "  of it: writing the root file system"
@@ -36,6 +42,11 @@ func measureBuilds(ctx context.Context, o options, s *server, _ *docker, r *resu
 		first := fmt.Sprintf("bench-%d", i)
 		if err := s.build(ctx, first, run, name, r); err != nil {
 			return err
+		}
+		if i > 0 {
+			if err := s.buildE2B(ctx, first+"-e2b", fmt.Sprintf("echo e2b %d >number", i), r); err != nil {
+				return err
+			}
 		}
 		if err := s.build(ctx, first+"-cached", run+"ENV NEW=yes\n", buildCached, r); err != nil {
 			return err
@@ -98,6 +109,65 @@ func (s *server) build(ctx context.Context, name, dockerfile, row string, r *res
 		}
 	}
 	return nil
+}
+
+// buildE2B builds a template from code: with one command, in the calls of E2B's clients.
+func (s *server) buildE2B(ctx context.Context, name, command string, r *results) error {
+	type object = map[string]any
+	began := time.Now()
+	var made struct{ TemplateID, BuildID string }
+	if err := s.e2b(ctx, "POST", "/v3/templates", object{"name": name}, &made); err != nil {
+		return err
+	}
+	path := fmt.Sprintf("/templates/%s/builds/%s", made.TemplateID, made.BuildID)
+	err := s.e2b(ctx, "POST", "/v2"+path, object{"fromTemplate": template,
+		"steps": []object{{"type": "RUN", "args": []string{command}}}}, nil)
+	if err != nil {
+		return err
+	}
+	err = s.poll(ctx, templatePatience, func() (bool, error) {
+		var state struct {
+			Status string
+			Reason struct{ Message string }
+		}
+		if err := s.e2b(ctx, "GET", path+"/status", nil, &state); err != nil {
+			return false, err
+		}
+		if state.Status == "error" {
+			return false, fmt.Errorf("building template %s failed: %s", name, state.Reason.Message)
+		}
+		return state.Status == "ready", nil
+	})
+	if err == nil {
+		r.took(buildE2B, began)
+	}
+	return err
+}
+
+// e2b makes a call of E2B's control API.
+func (s *server) e2b(ctx context.Context, method, path string, in, out any) error {
+	body, err := json.Marshal(in)
+	if err != nil {
+		return err
+	}
+	request, err := http.NewRequestWithContext(ctx, method, s.url+path, bytes.NewReader(body))
+	if err != nil {
+		return err
+	}
+	request.Header.Set("X-API-Key", s.key)
+	resp, err := http.DefaultClient.Do(request)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	answer, err := io.ReadAll(resp.Body)
+	if err != nil || resp.StatusCode/100 != 2 {
+		return errors.Join(fmt.Errorf("%s %s: %d %s", method, path, resp.StatusCode, answer), err)
+	}
+	if out == nil {
+		return nil
+	}
+	return json.Unmarshal(answer, out)
 }
 
 func (s *server) awaitBuild(ctx context.Context, name string) error {

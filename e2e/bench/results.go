@@ -109,6 +109,7 @@ func (r *results) summarise() {
 	r.aim("small wake until the first command answered, by docker run -d", 0.6, r.ratio(small, dockerWithWake))
 	r.aim("wake with 256 MiB, by the small one", 1.5, r.ratio(fmt.Sprintf(wakeAnswered, "256 MiB"), small))
 	r.aim("private memory of a sandbox at rest, MB", 14, r.ratio(memoryPrivate, ""))
+	r.aim("build as E2B's clients ask for it, by the same Dockerfile", 1.5, r.ratio(buildE2B, buildCold))
 }
 
 // ratio returns the median of one measure divided by another's, or by 1 if by is "". It is not a

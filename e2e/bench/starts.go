@@ -24,7 +24,7 @@ const (
 	dockerStartLine     = "docker run --rm … true"
 )
 
-// counterparts maps measurements of cay to those of Docker that are taken in turn with them.
+// counterparts maps measurements of cay to those of Docker, or of cay, that are taken in turn with them.
 var counterparts = map[string]string{
 	startAnswered:                           dockerStartAnswered,
 	startCreate:                             dockerStartCreate,
@@ -37,6 +37,7 @@ var counterparts = map[string]string{
 	commandShell:                            dockerShell,
 	commandPython:                           dockerPython,
 	commandLine:                             dockerTrue,
+	buildE2B:                                buildCold,
 }
 
 // measureStarts creates and destroys, one at a time.
