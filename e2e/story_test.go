@@ -208,14 +208,14 @@ func TestSizesAreLimits(t *testing.T) {
 func (s *server) unified(id, file, value string) (string, string) {
 	dir := filepath.Join("/sys/fs/cgroup", "cay-"+s.instance(), id)
 	switch file {
-	case "cpu.shares": // runsc converts 2..262144 to 1..10000
+	case "cpu.shares": // 1024 there are 100 here
 		var shares int
 		_, _ = fmt.Sscan(value, &shares) // the table above has a number
-		return filepath.Join(dir, "cpu.weight"), fmt.Sprint(1 + (shares-2)*9999/262142)
+		return filepath.Join(dir, "cpu.weight"), fmt.Sprint(shares * 100 / 1024)
 	case "cpu.cfs_quota_us":
 		return filepath.Join(dir, "cpu.max"), strings.Replace(value, "-1", "max", 1) + " 100000"
 	case "memory.limit_in_bytes":
-		return filepath.Join(dir, "memory.high"), value
+		return filepath.Join(dir, "memory.max"), value
 	}
 	return filepath.Join(dir, file), value
 }

@@ -114,6 +114,20 @@ func (g Group) cpuWeight(weight int64) (file string, value int64) {
 	return "cpu.shares", min(weight, 262_144)
 }
 
+// SpecShares returns the CPU shares of an OCI spec with which runsc gives a group the weight that
+// [Group.SetCPUWeight] sets. On v2 runsc converts 2 to 262144 shares to a weight of 1 to 10000 in a line of its own,
+// and does not start a sandbox whose weight would be higher. 0 remains 0, which a spec takes for none.
+func (h *Hierarchy) SpecShares(weight int64) uint64 {
+	if weight == 0 {
+		return 0
+	}
+	_, value := h.Group("").cpuWeight(weight)
+	if !h.unified {
+		return uint64(value)
+	}
+	return uint64(2 + ((value-1)*262_142+9998)/9999)
+}
+
 // seat makes the group with a setting of a controller and moves a process into it.
 func (g Group) seat(pid int, controller, file string, value int64) error {
 	if g.h.unified {

@@ -111,3 +111,22 @@ func TestCPUTime(t *testing.T) {
 		t.Errorf("the group used %s after its process had ended", now-ended)
 	}
 }
+
+// TestSpecShares checks that runsc makes a group with the weight that is set later, and with one that the kernel takes.
+func TestSpecShares(t *testing.T) {
+	v1, v2 := &Hierarchy{}, &Hierarchy{unified: true}
+	if v1.SpecShares(0) != 0 || v2.SpecShares(0) != 0 {
+		t.Error("no weight has become one")
+	}
+	for _, weight := range []int64{2, 1024, 2048, 3 * 1024, 8 * 1024, 64 * 1024, 4 * 64 * 1024, 16 * 64 * 1024} {
+		if got, want := v1.SpecShares(weight), uint64(min(weight, 262_144)); got != want {
+			t.Errorf("v1: %d shares for %d", got, weight)
+		}
+		_, want := v2.Group("").cpuWeight(weight)
+		// This is gVisor's convertCPUSharesToCgroupV2Value.
+		shares := v2.SpecShares(weight)
+		if got := 1 + (shares-2)*9999/262142; got != uint64(want) || shares < 2 || shares > 262_144 {
+			t.Errorf("v2: %d shares for %d, which are a weight of %d, not %d", shares, weight, got, want)
+		}
+	}
+}

@@ -139,8 +139,10 @@ func (h *hurry) attach(group cgroup.Group, own int64) {
 	}
 }
 
-// bootShares returns the weight with which the sandbox's group is made. It counts until settle.
-func (b *instance) bootShares() uint64 { return uint64(hurried * cpuWeight(b.record.Shape)) }
+// bootShares returns the CPU shares with which the sandbox's group is made. They count until settle.
+func (b *instance) bootShares() uint64 {
+	return b.node.groups.SpecShares(hurried * cpuWeight(b.record.Shape))
+}
 
 // cpuWeight returns the weight of a sandbox's group while it is not called; 0 if a version that did not
 // record it started the sandbox.

@@ -170,3 +170,17 @@ func TestCallsHurry(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestManyCPUs boots a sandbox of more CPUs than the highest weight of a group stands for.
+func TestManyCPUs(t *testing.T) {
+	m := newMachine(t)
+	spec := m.spec()
+	spec.Size.VCPUs = 16
+	if err := m.node.Create(m.ctx(), spec); err != nil {
+		t.Fatal(err)
+	}
+	m.works(spec)
+	if err := m.node.Destroy(m.ctx(), spec.ID); err != nil {
+		t.Error(err)
+	}
+}
