@@ -473,7 +473,8 @@ func TestUnified(t *testing.T) {
 	v2 := Group{h: &Hierarchy{unified: true}, path: rel}
 	for name, text := range map[string]string{
 		"memory.stat": "anon 10\nfile 1000\nshmem 5\nkernel_stack 3\npagetables 2\n" +
-			"slab_unreclaimable 1\nslab_reclaimable 100\n",
+			"slab_unreclaimable 1\nslab_reclaimable 100\nswapcached 4\n",
+		"memory.swap.current": "34\n", "memory.swap.max": "max\n",
 		"memory.max": "max\n", "memory.high": "max\n", "cgroup.procs": "",
 		"memory.events": "low 0\nhigh 0\nmax 0\noom 0\noom_kill 0\n",
 	} {
@@ -481,8 +482,8 @@ func TestUnified(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if held, err := v2.MemoryHeld(); err != nil || held != 21 {
-		t.Errorf("held %d, %v, want 21", held, err)
+	if held, err := v2.MemoryHeld(); err != nil || held != 51 {
+		t.Errorf("held %d, %v, want 51", held, err)
 	}
 	relieved := make(chan int64, 1)
 	guard := &Guard{Group: v2, Limit: 1000, Reserve: 100, Log: slog.New(slog.DiscardHandler),
@@ -493,7 +494,7 @@ func TestUnified(t *testing.T) {
 	if err := guard.Arm(); err != nil {
 		t.Fatal(err)
 	}
-	for name, want := range map[string]string{"memory.max": "1100", "memory.high": "1000"} {
+	for name, want := range map[string]string{"memory.max": "1100", "memory.high": "1000", "memory.swap.max": "1000"} {
 		if got, err := os.ReadFile(filepath.Join(dir, name)); err != nil || string(got[:4]) != want {
 			t.Errorf("%s is %q, %v, want %s", name, got, err, want)
 		}

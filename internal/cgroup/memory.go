@@ -34,6 +34,9 @@ type Relieve func(ctx context.Context, over int64) (freed int64, err error)
 // v2 has no such switch. memory.high is the limit: beyond it the kernel reclaims, slows down the
 // processes that allocate, and tells the guard, which acts as on v1. memory.max is higher by
 // Reserve, as the last resort.
+//
+// Memory that is swapped out counts as if it were not: otherwise the kernel would make room in the
+// swap of the machine whenever processes need more, and nothing would end them.
 type Guard struct {
 	Group   Group
 	Limit   int64 // bytes of everything: the sandbox's size plus the need of its kernel
@@ -89,12 +92,24 @@ var ErrHopeless = errors.New("memory stays over the limit and no process holds i
 func (g *Guard) Arm() error {
 	if g.Group.h.unified {
 		return errors.Join(
+			g.limitSwap("memory.swap.max", g.Limit),
 			g.Group.set("memory", "memory.max", strconv.FormatInt(g.Limit+g.Reserve, 10)),
 			g.Group.set("memory", "memory.high", strconv.FormatInt(g.Limit, 10)))
 	}
 	return errors.Join(
 		g.Group.set("memory", "memory.oom_control", "1"),
-		g.lend(0))
+		g.lend(0),
+		g.limitSwap("memory.memsw.limit_in_bytes", 2*g.Limit+(1+attempts)*g.Reserve)) // memory and swap together
+}
+
+// limitSwap sets a limit for what the group can take of the machine's swap while no guard runs. A kernel that does not
+// count swap has no such limit.
+func (g *Guard) limitSwap(file string, limit int64) error {
+	err := g.Group.set("memory", file, strconv.FormatInt(limit, 10))
+	if errors.Is(err, fs.ErrNotExist) && g.Group.Exists() {
+		return nil
+	}
+	return err
 }
 
 // lend sets v1's limit to the sum of Limit, Reserve and a loan.
@@ -146,11 +161,12 @@ func (g *Guard) Run(ctx context.Context) error {
 // next returns the time to look again although the kernel reports nothing, zero for never. The group held
 // as many bytes when it was looked at last.
 func (g *Guard) next(held int64) (time.Time, error) {
-	if g.Group.h.unified { // v2 reports each reclaim
-		return time.Time{}, nil
-	}
-	used, err := g.Group.value("memory", "memory.usage_in_bytes")
-	if err != nil || used < g.near()-g.unreported() {
+	if g.Group.h.unified { // v2 reports each reclaim, and no growth in the place of memory that was swapped out
+		swapped, err := g.Group.swapped()
+		if err != nil || swapped == 0 || held < g.near()-g.unreported() {
+			return time.Time{}, err
+		}
+	} else if used, err := g.Group.value("memory", g.Group.usageFile()); err != nil || used < g.near()-g.unreported() {
 		return time.Time{}, err
 	}
 	room := max(g.Limit-held, g.Reserve/2)
@@ -309,19 +325,40 @@ func (g *Guard) look() (held, over int64, waiting bool, err error) {
 	return held, over, waiting, nil
 }
 
-// MemoryHeld returns the number of bytes of the group that the kernel cannot reclaim: memory of
-// processes, shared memory (in a sandbox: all memory of its processes) and the kernel's own memory
-// for the group. Page cache of files on disk does not count.
+// MemoryHeld returns the number of bytes of the group that the kernel cannot drop: memory of
+// processes, shared memory (in a sandbox: all memory of its processes), also where it is swapped out,
+// and the kernel's own memory for the group. Page cache of files on disk does not count.
 func (g Group) MemoryHeld() (int64, error) {
 	stat, err := g.stat("memory", "memory.stat")
 	if err != nil {
 		return 0, err
 	}
 	if g.h.unified {
-		return stat["anon"] + stat["shmem"] + stat["kernel_stack"] + stat["pagetables"] + stat["slab_unreclaimable"], nil
+		swapped, err := g.swapped()
+		// A page that was read back from swap may count in both places.
+		return stat["anon"] + stat["shmem"] + max(0, swapped-stat["swapcached"]) +
+			stat["kernel_stack"] + stat["pagetables"] + stat["slab_unreclaimable"], err
 	}
 	kernel, err := g.value("memory", "memory.kmem.usage_in_bytes")
-	return stat["total_rss"] + stat["total_shmem"] + kernel, err
+	return stat["total_rss"] + stat["total_shmem"] + max(0, stat["total_swap"]-stat["total_swapcached"]) + kernel, err
+}
+
+// swapped returns the number of bytes of the group that are swapped out (v2), 0 where the kernel does not count them.
+func (g Group) swapped() (int64, error) {
+	n, err := g.value("memory", "memory.swap.current")
+	if errors.Is(err, fs.ErrNotExist) {
+		return 0, nil
+	}
+	return n, err
+}
+
+// usageFile returns the name of v1's file with the usage of memory and, where the kernel counts it, of swap.
+func (g Group) usageFile() string {
+	const withSwap = "memory.memsw.usage_in_bytes"
+	if _, err := os.Stat(g.dir("memory") + "/" + withSwap); err == nil {
+		return withSwap
+	}
+	return "memory.usage_in_bytes"
 }
 
 // watch returns a file that becomes readable when the group is at its limit. A read waits in the
@@ -341,7 +378,7 @@ func (g *Guard) watch() (*os.File, error) {
 		return nil, fmt.Errorf("watching the memory of %s: %w", g.Group.path, err)
 	}
 	defer control.Close()
-	usage, err := os.Open(g.Group.dir("memory") + "/memory.usage_in_bytes")
+	usage, err := os.Open(g.Group.dir("memory") + "/" + g.Group.usageFile())
 	if err != nil {
 		watch.Close()
 		return nil, fmt.Errorf("watching the memory of %s: %w", g.Group.path, err)
