@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -329,7 +330,8 @@ func (s *server) in(t testing.TB) *server {
 }
 
 // TestServerGroup checks that the server runs in a control group of its own with a limit on memory
-// and a CPU weight, and what is left of the group when the server has ended.
+// and a CPU weight, and what is left of the group when the server has ended. With cgroup v2 a server
+// that systemd has started, in a service or a session, stays in the group that it was started in.
 func TestServerGroup(t *testing.T) {
 	s := newServer(t)
 	s.start()
@@ -337,6 +339,12 @@ func TestServerGroup(t *testing.T) {
 	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", s.cmd.Process.Pid))
 	if err != nil {
 		t.Fatal(err)
+	}
+	if own := unifiedGroup(t, "self"); strings.HasSuffix(own, ".scope") || strings.HasSuffix(own, ".service") {
+		if got := unifiedGroup(t, strconv.Itoa(s.cmd.Process.Pid)); got != own {
+			t.Errorf("the server is in %s and was started in %s", got, own)
+		}
+		return
 	}
 	if in := strings.Count(string(data), ":"+group+"\n"); in != 2 && !strings.Contains(string(data), "0::"+group+"\n") {
 		t.Errorf("the server is in %s", data)
@@ -362,4 +370,22 @@ func TestServerGroup(t *testing.T) {
 	if left, err := filepath.Glob("/sys/fs/cgroup/*" + group); err != nil || len(left) > 0 {
 		t.Errorf("left on the host are %v, %v", left, err)
 	}
+}
+
+// unifiedGroup returns the group that a process is in where control groups are those of v2, otherwise "".
+func unifiedGroup(t *testing.T, pid string) string {
+	t.Helper()
+	if _, err := os.Stat("/sys/fs/cgroup/cgroup.controllers"); err != nil {
+		return ""
+	}
+	data, err := os.ReadFile(filepath.Join("/proc", pid, "cgroup"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(data)) {
+		if path, is := strings.CutPrefix(strings.TrimSpace(line), "0::"); is {
+			return path
+		}
+	}
+	return ""
 }
