@@ -38,12 +38,15 @@ const (
 // goTests are the checks that run tests of the repository, with a package and a pattern of its
 // tests. The machines do not have the programs that other tests of e2e need (node, chromium, Go).
 var goTests = map[string]struct{ dir, run string }{
-	"cgroup":  {"internal/cgroup", "."},
-	"runsc":   {"internal/runsc", "."},
-	"network": {"internal/network", "."},
-	"agent":   {"internal/agent", "."},
-	"node":    {"internal/node", "."},
-	"story":   {"e2e", "^(TestStory|TestWhoAndWhere|TestHostIsInvisible|TestFiles)$"},
+	"cgroup":   {"internal/cgroup", "."},
+	"runsc":    {"internal/runsc", "."},
+	"network":  {"internal/network", "."},
+	"agent":    {"internal/agent", "."},
+	"node":     {"internal/node", "."},
+	"buildkit": {"internal/buildkit", "."},
+	"story":    {"e2e", "^(TestStory|TestWhoAndWhere|TestHostIsInvisible|TestFiles)$"},
+	"limits":   {"e2e", "^(TestSizesAreLimits|TestServerGroup|TestLostSandbox)$"},
+	"builds":   {"e2e", "^(TestDockerfiles|TestBuildFails)$"},
 	// Each is a part of TestMemory, which as a whole takes hours where the processor is emulated. The empty name in
 	// the last chooses "/tmp is on the disk", whose name begins with a slash.
 	"memory-one":   {"e2e", "^TestMemory$/^(at_once|in_steps|small_pieces|shared_mapping|the_shell_goes_on)$"},
@@ -127,9 +130,9 @@ func (l *lab) try(ctx context.Context, g *guest, name string) (note string, err 
 	}
 	var text []byte
 	limit := checkLimit
-	if tests, ok := goTests[name]; ok {
+	if _, is := goTests[name]; is {
 		limit = testsLimit
-		text = fmt.Appendf(nil, "stop_server\ngo_tests %q %q %s\n", tests.dir, tests.run, limit-time.Minute)
+		text = l.options.goTests(name, limit-time.Minute)
 	} else if text, err = scripts.ReadFile("checks/" + name + ".sh"); err != nil {
 		return "", err
 	}
@@ -142,6 +145,16 @@ func (l *lab) try(ctx context.Context, g *guest, name string) (note string, err 
 	err = g.script(ctx, string(common)+string(text), out, l.outside(limit))
 	note = out.last()
 	return note, err
+}
+
+// goTests returns the script of a check that runs tests. Its note says so if the options leave out some.
+func (o options) goTests(check string, limit time.Duration) []byte {
+	run, only := goTests[check].run, ""
+	if o.tests[check] != "" {
+		run, only = o.tests[check], "of "+o.tests[check]
+	}
+	return fmt.Appendf(nil, "stop_server\nonly=%s go_tests %s %s %s\n", shellQuote(only), goTests[check].dir,
+		shellQuote(run), limit)
 }
 
 // outside converts a duration of the machine's clock to one of the host's clock.

@@ -21,23 +21,23 @@ var actions = []string{"create", "suspend", "checkpoint", "snapshot", "policy", 
 	"fork", "wake", "during-suspend", "during-snapshot", "during-create", "during-destroy"}
 
 // cuts cuts the power of the machine again and again, right after the machine has reported an
-// action. After the next boot it checks that the effect of every answered action is there.
+// action. After the next start it checks that the effect of every answered action is there.
 //
 // The data directory is on a disk with a volatile cache. After every second cut, all that the guest
 // has not flushed is lost; otherwise any part of it may be there, as with real disks.
+//
+// Each start continues the machine from the moment after a boot, without the disk of the data, which
+// it is then given: to cay this is a boot, and it takes seconds.
 func (l *lab) cuts(ctx context.Context) (rows []row) {
 	start := time.Now()
 	data := filepath.Join(l.dir, "data.img")
-	if err := command(ctx, "mke2fs", "-q", "-t", "ext4", "-L", "data", data, "8G"); err != nil {
-		return []row{l.row("boot", start, "", err)}
-	}
-	disk := []string{"-drive", "if=virtio,format=raw,cache=unsafe,file=" + data}
-	if _, err := l.onDisk(ctx, "prepare-cuts", disk, false); err != nil && ctx.Err() != nil {
+	if err := l.prepareCuts(ctx, data); err != nil && ctx.Err() != nil {
 		return nil
 	} else if err != nil {
 		return []row{l.row("boot", start, "", err)}
 	}
 	rows = append(rows, l.row("boot", start, "", nil))
+	start = time.Now()
 	done, failed, answered := 0, 0, ""
 	var notes []string
 	for i := range l.options.cuts + 1 {
@@ -84,17 +84,14 @@ func (l *lab) cutOnce(ctx context.Context, data string, i int, action, answered 
 	if err := os.WriteFile(log, nil, 0o600); err != nil {
 		return "", err
 	}
-	if err := makeOverlay(ctx, data, overlay); err != nil {
+	if err := makeOverlay(ctx, data, "raw", overlay); err != nil {
 		return "", err
 	}
-	disk := []string{
-		"-blockdev", "node-name=under,driver=qcow2,cache.no-flush=on,file.driver=file,file.filename=" + overlay,
-		"-blockdev", "node-name=log,driver=file,cache.no-flush=on,filename=" + log,
-		"-blockdev", "node-name=data,driver=blklogwrites,file=under,log=log",
-		"-device", "virtio-blk-pci,drive=data,write-cache=on",
-	}
 	script := fmt.Sprintf("cut=%d action=%s answered=%s", i, action, shellQuote(answered))
-	next, err := l.onDisk(ctx, script, disk, true)
+	next, err := l.onDisk(ctx, script,
+		"-blockdev", "node-name=under,driver=qcow2,cache.no-flush=on,file.driver=file,file.filename="+overlay,
+		"-blockdev", "node-name=log,driver=file,cache.no-flush=on,filename="+log,
+		"-blockdev", "node-name=data,driver=blklogwrites,file=under,log=log")
 	if errors.Is(err, errNoAnswer) {
 		return "", err
 	}
@@ -111,10 +108,33 @@ func (l *lab) cutOnce(ctx context.Context, data string, i int, action, answered 
 // errNoAnswer reports that a machine gave no answer, so that its power was not cut.
 var errNoAnswer = errors.New("no answer came")
 
-// onDisk boots a fresh root with a data disk and runs prepare-cuts.sh or, if it gets variables for
-// them, after-cut.sh and cut.sh. If cut is set it cuts the power at the answer.
-func (l *lab) onDisk(ctx context.Context, what string, disk []string, cut bool) (answer string, err error) {
-	g, err := l.boot(ctx, true, disk...)
+// prepareCuts makes the disk of the data, and saves a machine that has booted and has what the first start puts there.
+func (l *lab) prepareCuts(ctx context.Context, data string) error {
+	if err := command(ctx, "mke2fs", "-q", "-t", "ext4", "-L", "data", data, "8G"); err != nil {
+		return err
+	}
+	g, err := l.boot(ctx, true)
+	if err != nil {
+		return err
+	}
+	if _, err := l.try(ctx, g, "prepare-cuts"); err != nil {
+		g.cut()
+		return err
+	}
+	// Nothing of the server that prepared the data is left after another boot.
+	if err := g.reboot(ctx); err != nil {
+		return err
+	}
+	if g, err = l.boot(ctx, false); err != nil {
+		return err
+	}
+	return l.save(ctx, g)
+}
+
+// onDisk starts the saved machine with a data disk, runs after-cut.sh and cut.sh with the variables that they need,
+// and cuts the power at the answer.
+func (l *lab) onDisk(ctx context.Context, what string, devices ...string) (answer string, err error) {
+	g, err := l.resume(ctx, devices...)
 	if err != nil {
 		return "", errors.Join(errNoAnswer, err)
 	}
@@ -125,19 +145,13 @@ func (l *lab) onDisk(ctx context.Context, what string, disk []string, cut bool) 
 	}
 	defer log.Close()
 	fmt.Fprintf(log, "\n== %s\n", what)
-	common, err := scripts.ReadFile("checks/lib.sh")
+	renewed, err := fresh()
 	if err != nil {
 		return "", err
 	}
-	if !cut {
-		text, err := scripts.ReadFile("checks/" + what + ".sh")
-		if err != nil {
-			return "", err
-		}
-		if err := g.script(ctx, string(common)+string(text), log, l.outside(checkLimit)); err != nil {
-			return "", err
-		}
-		return "", g.reboot(ctx)
+	common, err := scripts.ReadFile("checks/lib.sh")
+	if err != nil {
+		return "", err
 	}
 	after, err := scripts.ReadFile("checks/after-cut.sh")
 	if err != nil {
@@ -148,7 +162,7 @@ func (l *lab) onDisk(ctx context.Context, what string, disk []string, cut bool) 
 		return "", err
 	}
 	watch := &watcher{out: log, cut: func() { _ = g.cmd.Process.Kill() }} // the process may have ended
-	err = g.script(ctx, string(common)+what+"\n"+string(after)+"\n"+string(text), watch, l.outside(checkLimit))
+	err = g.script(ctx, string(common)+renewed+what+"\n"+string(after)+"\n"+string(text), watch, l.outside(checkLimit))
 	answer, loss := watch.said()
 	switch {
 	case answer != "" && loss != "":

@@ -27,14 +27,21 @@ type luggage struct {
 	keyFile string     // the same key, for people
 }
 
+// here is the repository in which the program runs.
+const here = "."
+
 // testPrograms are the programs that tests build if there is Go.
 var testPrograms = []string{"cmd/cay-agent", "internal/agent/testdata/probe", "internal/node/testdata/*"}
 
-// pack makes the disk below dir, with the tests of some packages. Its files lie where the
-// repository has them, because tests look for them there.
-func pack(ctx context.Context, dir string, packages []string) (*luggage, error) {
+// pack makes the disk below dir, with the programs of a built repository and the tests of some packages. Its files lie
+// where the repository has them, because tests look for them there. A machine of another architecture gets the programs
+// alone, since nothing here can make its templates.
+func pack(ctx context.Context, dir, built string, packages []string) (*luggage, error) {
 	start := time.Now()
 	tree := filepath.Join(dir, "luggage")
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, err
+	}
 	l := &luggage{image: filepath.Join(dir, "luggage.img")}
 	_, private, err := ed25519.GenerateKey(rand.Reader)
 	if err != nil {
@@ -59,7 +66,7 @@ func pack(ctx context.Context, dir string, packages []string) (*luggage, error) 
 		return nil, err
 	}
 	for _, from := range []string{"bin", "deploy"} {
-		files, err := filepath.Glob(from + "/*")
+		files, err := filepath.Glob(filepath.Join(built, from, "*"))
 		if err != nil {
 			return nil, err
 		}
@@ -67,16 +74,18 @@ func pack(ctx context.Context, dir string, packages []string) (*luggage, error) 
 			if info, err := os.Stat(f); err != nil || info.IsDir() {
 				continue // sources of the build of gVisor
 			}
-			if err := command(ctx, "install", "-D", "-p", f, filepath.Join(tree, f)); err != nil {
+			if err := command(ctx, "install", "-D", "-p", f, filepath.Join(tree, from, filepath.Base(f))); err != nil {
 				return nil, err
 			}
 		}
 	}
-	if err := packTests(ctx, tree, packages); err != nil {
-		return nil, err
-	}
-	if err := packTemplates(ctx, dir, filepath.Join(tree, "images")); err != nil {
-		return nil, err
+	if built == here {
+		if err := packTests(ctx, tree, packages); err != nil {
+			return nil, err
+		}
+		if err := packTemplates(ctx, dir, filepath.Join(tree, "images")); err != nil {
+			return nil, err
+		}
 	}
 	// root owns the files, whatever umask made them: sshd checks the owners of the directories above
 	// authorized_keys.

@@ -24,13 +24,15 @@ import (
 
 // options say what to run.
 type options struct {
-	machines string         // names of machines, separated by spaces
-	checks   *regexp.Regexp // matches the names of checks
-	cuts     int            // number of power cuts in each machine that has the check
-	doc      string         // Markdown file whose table is updated, "" for none
-	cache    string         // directory of roots and logs
-	clock    float64        // speed of a machine's clock; 1 is the normal one
-	keep     bool           // lets a failed machine run until the program is interrupted
+	machines string            // names of machines, separated by spaces
+	checks   *regexp.Regexp    // matches the names of checks
+	tests    map[string]string // for checks that run tests, an expression that matches those to run instead of all
+	cuts     int               // number of power cuts in each machine that has the check
+	arm64    string            // repository that was built for arm64
+	doc      string            // Markdown file whose table is updated, "" for none
+	cache    string            // directory of roots and logs
+	clock    float64           // speed of a machine's clock; 1 is the normal one
+	keep     bool              // lets a failed machine run until the program is interrupted
 }
 
 func main() {
@@ -39,7 +41,17 @@ func main() {
 	var o options
 	flag.StringVar(&o.machines, "machines", names(), "which `machines` to run, separated by spaces")
 	checks := flag.String("checks", ".", "run the checks that this `expression` matches, as unit or as bookworm/unit")
+	o.tests = map[string]string{}
+	flag.Func("tests", "in a check, run the tests that match, as `node=^TestRoom$`; repeatable", func(text string) error {
+		check, expression, _ := strings.Cut(text, "=")
+		if _, is := goTests[check]; !is || expression == "" {
+			return errors.New("it has no check that runs tests, or no expression")
+		}
+		o.tests[check] = expression
+		return nil
+	})
 	flag.IntVar(&o.cuts, "cuts", 10, "how often the check cuts takes the power away, 1 to 1000")
+	flag.StringVar(&o.arm64, "arm64", "", "`directory` of this repository, built there with GOARCH=arm64 make build")
 	flag.StringVar(&o.doc, "doc", "", "bring the table of this Markdown `file`, after <!-- run -->, up to date")
 	flag.Float64Var(&o.clock, "clock", 0.2, "how fast the clock of an emulated machine goes, 0.01 to 1")
 	flag.BoolVar(&o.keep, "keep", false, "leave a machine in which a check failed running until ^C")
@@ -92,6 +104,10 @@ func run(ctx context.Context, o options) (err error) {
 		if i < 0 {
 			return fmt.Errorf("there is no machine %q; there are %s", name, names())
 		}
+		if machines[i].release.arch != "amd64" && o.arm64 == "" {
+			fmt.Printf("%s is left out: -arm64 names no repository\n", name)
+			continue
+		}
 		chosen = append(chosen, machines[i])
 	}
 	// The cache is not below /tmp, which may be memory: disks are large.
@@ -103,16 +119,23 @@ func run(ctx context.Context, o options) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	l, err := pack(ctx, dir, o.packages(chosen))
-	if err != nil {
-		return fmt.Errorf("packing what machines need: %w", err)
-	}
 	var all []row
+	packed := map[string]*luggage{}
 	for _, m := range chosen {
 		if !slices.ContainsFunc(m.checks, func(c string) bool { return o.wants(m, c) }) {
 			continue
 		}
-		rows := tryMachine(ctx, o, m, l, dir)
+		arch := m.release.arch
+		if packed[arch] == nil {
+			built := here
+			if arch != "amd64" {
+				built = o.arm64
+			}
+			if packed[arch], err = pack(ctx, filepath.Join(dir, arch), built, o.packages(chosen)); err != nil {
+				return fmt.Errorf("packing what machines need: %w", err)
+			}
+		}
+		rows := tryMachine(ctx, o, m, packed[arch], dir)
 		all = append(all, rows...)
 		if o.doc != "" { // after an interruption too: hours of checks may have ended before it
 			if err := updateDoc(o.doc, rows); err != nil {

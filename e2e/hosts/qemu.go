@@ -10,6 +10,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -41,21 +43,33 @@ func hasKVM() bool {
 	return err == nil
 }
 
+// emulator returns the QEMU of a machine's architecture, its arguments for the board, and the guest's console.
+func (m machine) emulator() (program string, args []string, console string) {
+	if m.release.arch == "arm64" {
+		return "qemu-system-aarch64", []string{"-machine", "virt"}, "ttyAMA0"
+	}
+	return "qemu-system-x86_64", []string{"-machine", "q35"}, "ttyS0"
+}
+
 // accelerator returns QEMU's arguments for the guest's processors, and its environment.
 //
 // An emulated processor is too slow for the time limits of calls and tests, in particular on a busy
 // machine. So libfaketime slows down the guest's clock, and the guest does not get the processor's
 // own counter, which is not slowed down. Unchanged tests then see a machine of nearly ordinary
 // speed.
-func (o options) accelerator() (args, env []string, err error) {
-	if hasKVM() {
+func (o options) accelerator(arch string) (args, env []string, err error) {
+	if hasKVM() && arch == runtime.GOARCH {
 		return []string{"-accel", "kvm", "-cpu", "max"}, os.Environ(), nil
 	}
 	libraries, err := filepath.Glob("/usr/lib/*/faketime/libfaketimeMT.so.1")
 	if err != nil || len(libraries) == 0 {
 		return nil, nil, errors.New("no libfaketime to slow a machine's clock with: scripts/needs.sh hosts installs it")
 	}
-	return []string{"-accel", "tcg,thread=multi", "-cpu", "max,tsc=off"},
+	cpu := "max,tsc=off"
+	if arch == "arm64" {
+		cpu = "max,pauth-impdef=on" // QEMU's authentication of pointers as ARM has it takes half of the time
+	}
+	return []string{"-accel", "tcg,thread=multi", "-cpu", cpu},
 		append(os.Environ(), "LD_PRELOAD="+libraries[0], fmt.Sprintf("FAKETIME=+0 x%g", o.clock)), nil
 }
 
@@ -64,22 +78,31 @@ type guest struct {
 	cmd    *exec.Cmd
 	exited chan struct{} // closed when QEMU has ended
 	client *ssh.Client
-	dir    string
+	log    string // file with QEMU's output
+	socket string // of QEMU's monitor
 	port   string
 	how    *ssh.ClientConfig
 	// patience limits a boot and a shutdown, by the host's clock.
 	patience time.Duration
 }
 
-// boot starts a machine of the lab and waits until it answers. disks are more of QEMU's arguments.
-// The root is that of the last boot, unless fresh is set.
-func (l *lab) boot(ctx context.Context, fresh bool, disks ...string) (_ *guest, err error) {
+// boot starts a machine of the lab and waits until it answers. The root is that of the last boot, unless fresh is set.
+func (l *lab) boot(ctx context.Context, fresh bool) (*guest, error) {
 	overlay := filepath.Join(l.dir, "root.qcow2")
 	if _, err := os.Stat(overlay); fresh || err != nil {
-		if err := makeOverlay(ctx, filepath.Join(l.root, "root.img"), overlay); err != nil {
+		if err := makeOverlay(ctx, filepath.Join(l.root, "root.img"), "raw", overlay); err != nil {
 			return nil, err
 		}
 	}
+	g, err := l.start(ctx, overlay, hotPort...)
+	if err != nil {
+		return nil, err
+	}
+	return g, g.await(ctx)
+}
+
+// start starts QEMU with a root disk and more arguments.
+func (l *lab) start(ctx context.Context, root string, more ...string) (*guest, error) {
 	address, err := freeAddress()
 	if err != nil {
 		return nil, err
@@ -88,13 +111,17 @@ func (l *lab) boot(ctx context.Context, fresh bool, disks ...string) (_ *guest, 
 	if err != nil {
 		return nil, err
 	}
-	g := &guest{dir: l.dir, port: port, exited: make(chan struct{}), how: &ssh.ClientConfig{
-		User: "root", Auth: []ssh.AuthMethod{ssh.PublicKeys(l.luggage.key)},
-		// The machine was just started by this process, at a port of the loopback interface.
-		HostKeyCallback: ssh.InsecureIgnoreHostKey(),
-		Timeout:         l.outside(dialLimit),
-	}}
-	how, env, err := l.options.accelerator()
+	g := &guest{
+		log: filepath.Join(l.logs, "qemu.log"), socket: filepath.Join(l.dir, "monitor"), port: port,
+		exited: make(chan struct{}), patience: l.outside(bootLimit),
+		how: &ssh.ClientConfig{
+			User: "root", Auth: []ssh.AuthMethod{ssh.PublicKeys(l.luggage.key)},
+			// The machine was just started by this process, at a port of the loopback interface.
+			HostKeyCallback: ssh.InsecureIgnoreHostKey(),
+			Timeout:         l.outside(dialLimit),
+		},
+	}
+	how, env, err := l.options.accelerator(l.machine.release.arch)
 	if err != nil {
 		return nil, err
 	}
@@ -102,19 +129,20 @@ func (l *lab) boot(ctx context.Context, fresh bool, disks ...string) (_ *guest, 
 	if l.machine.small {
 		cpus, memory = "1", "1024"
 	}
-	args := append([]string{
-		"-nodefaults", "-machine", "q35", "-smp", cpus, "-m", memory,
+	program, args, console := l.machine.emulator()
+	args = append(args,
+		"-nodefaults", "-smp", cpus, "-m", memory,
 		"-kernel", filepath.Join(l.root, "vmlinuz"), "-initrd", filepath.Join(l.root, "initrd"),
-		"-append", "root=LABEL=root rw console=ttyS0 panic=-1 " + l.machine.append,
-		"-drive", "if=virtio,format=qcow2,file=" + overlay,
-		"-drive", "if=virtio,format=raw,readonly=on,file=" + l.luggage.image,
-		"-netdev", "user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:" + port + "-:22",
+		"-append", "root=LABEL=root rw panic=-1 console="+console+" "+l.machine.append,
+		"-drive", "if=virtio,format=qcow2,file="+root,
+		"-drive", "if=virtio,format=raw,readonly=on,file="+l.luggage.image,
+		"-netdev", "user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:"+port+"-:22",
 		"-device", "virtio-net-pci,netdev=net",
 		"-device", "virtio-rng-pci", "-display", "none", "-no-reboot",
-		"-serial", "file:" + filepath.Join(l.logs, "console.log"),
-	}, append(how, disks...)...)
-	g.cmd = exec.Command("qemu-system-x86_64", args...)
-	log, err := os.Create(filepath.Join(l.logs, "qemu.log"))
+		"-serial", "file:"+filepath.Join(l.logs, "console.log"),
+		"-qmp", "unix:"+g.socket+",server=on,wait=off")
+	g.cmd = exec.Command(program, slices.Concat(args, how, more)...)
+	log, err := os.Create(g.log)
 	if err != nil {
 		return nil, err
 	}
@@ -125,31 +153,36 @@ func (l *lab) boot(ctx context.Context, fresh bool, disks ...string) (_ *guest, 
 		return nil, err
 	}
 	go func() { _ = g.cmd.Wait(); close(g.exited) }() // its status does not matter
-	g.patience = l.outside(bootLimit)
+	return g, nil
+}
+
+// await waits until the machine answers, and ends QEMU if that does not happen.
+func (g *guest) await(ctx context.Context) error {
 	deadline := time.Now().Add(g.patience)
 	for {
-		if err = g.dial(); err == nil {
-			return g, nil
+		err := g.dial()
+		if err == nil {
+			return nil
 		}
 		select {
 		case <-g.exited:
-			text, _ := os.ReadFile(log.Name()) // the error is reported in any case
-			return nil, fmt.Errorf("QEMU ended: %s", lastLines(string(text), 3))
+			text, _ := os.ReadFile(g.log) // the error is reported in any case
+			return fmt.Errorf("QEMU ended: %s", lastLines(string(text), 3))
 		case <-ctx.Done():
 			g.cut()
-			return nil, ctx.Err()
+			return ctx.Err()
 		case <-time.After(time.Second): // a poll with a deadline
 		}
 		if time.Now().After(deadline) {
 			g.cut()
-			return nil, fmt.Errorf("no answer after %s: %w", g.patience, err)
+			return fmt.Errorf("no answer after %s: %w", g.patience, err)
 		}
 	}
 }
 
-// makeOverlay makes a disk with the content of base, whose writes go to overlay.
-func makeOverlay(ctx context.Context, base, overlay string) error {
-	return command(ctx, "qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", overlay)
+// makeOverlay makes a disk with the content of base, which has a format, whose writes go to overlay.
+func makeOverlay(ctx context.Context, base, format, overlay string) error {
+	return command(ctx, "qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", format, overlay)
 }
 
 // dial opens the connection that carries commands. QEMU accepts a connection before the machine has a network, and

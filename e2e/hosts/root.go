@@ -19,23 +19,23 @@ var rootScript string
 // the root unless the cache has one that was made with the same settings.
 func makeRoot(ctx context.Context, cache string, r release) (dir string, err error) {
 	arguments := append([]string{r.kernel}, r.packages...)
-	sum := sha256.Sum256([]byte(rootScript + strings.Join(arguments, "\n")))
-	dir = filepath.Join(cache, r.suite+"-"+hex.EncodeToString(sum[:6]))
+	sum := sha256.Sum256([]byte(rootScript + r.arch + strings.Join(arguments, "\n")))
+	dir = filepath.Join(cache, r.name()+"-"+hex.EncodeToString(sum[:6]))
 	if _, err := os.Stat(dir); err == nil {
 		return dir, nil
 	}
-	fmt.Printf("making the root of %s, which takes some minutes\n", r.suite)
+	fmt.Printf("making the root of %s, which takes some minutes\n", r.name())
 	draft, err := os.MkdirTemp(cache, "root-")
 	if err != nil {
 		return "", err
 	}
 	defer os.RemoveAll(draft) // it has another name if it became the root
-	script := exec.CommandContext(ctx, "bash", append([]string{"-s", "--", r.suite, draft}, arguments...)...)
+	script := exec.CommandContext(ctx, "bash", append([]string{"-s", "--", r.suite, r.arch, draft}, arguments...)...)
 	script.Stdin = strings.NewReader(rootScript)
 	if out, err := script.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("%w: %s", err, lastLines(string(out), 20))
 	}
-	old, err := filepath.Glob(filepath.Join(cache, r.suite+"-*"))
+	old, err := filepath.Glob(filepath.Join(cache, r.name()+"-*"))
 	if err != nil {
 		return "", err
 	}

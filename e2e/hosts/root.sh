@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Makes the root of a machine: a disk image, its kernel and its initrd.
-#   root.sh SUITE DIRECTORY PACKAGE...
+#   root.sh SUITE ARCHITECTURE DIRECTORY PACKAGE...
 set -euo pipefail
-suite=$1 out=$2
-shift 2
-packages=(systemd systemd-sysv dbus udev kmod iproute2 nftables curl ca-certificates python3 procps psmisc openssh-server
-	e2fsprogs jq git erofs-utils busybox-static mmdebstrap ufw firewalld docker.io "$@")
+suite=$1 arch=$2 out=$3
+shift 3
+packages=(systemd systemd-sysv dbus udev kmod iproute2 curl ca-certificates procps psmisc openssh-server e2fsprogs jq
+	busybox-static "$@")
 root=$out/root
-mmdebstrap --quiet --mode=root --variant=apt --dpkgopt=force-unsafe-io --dpkgopt='path-exclude=/usr/share/man/*' \
+mmdebstrap --quiet --mode=root --variant=apt --architectures="$arch" --dpkgopt=force-unsafe-io --dpkgopt='path-exclude=/usr/share/man/*' \
 	--dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
 	--include="$(IFS=,; echo "${packages[*]}")" "$suite" "$root" 2>"$out/mmdebstrap.log" ||
 	{ tail -n 20 "$out/mmdebstrap.log" >&2; exit 1; }
@@ -42,7 +42,9 @@ echo "AuthorizedKeysFile /mnt/lab/authorized_keys" >"$root/etc/ssh/sshd_config.d
 mkdir -p "$root/var/log/journal"
 {
 	chroot "$root" systemctl enable systemd-networkd
-	chroot "$root" systemctl disable docker.service docker.socket containerd firewalld ufw nftables
+	for unit in docker.service docker.socket containerd.service firewalld.service ufw.service nftables.service; do
+		if [[ -e $root/lib/systemd/system/$unit ]]; then chroot "$root" systemctl disable "$unit"; fi
+	done
 	chroot "$root" systemctl mask apt-daily.timer apt-daily-upgrade.timer fstrim.timer e2scrub_all.timer
 } &>>"$out/mmdebstrap.log"
 

@@ -1,7 +1,10 @@
 # After a cut, every answered change is there, nothing is incomplete, and nothing is left over.
-mkdir -p /var/lib/cay
+eventually 60 blkid -L data # the disk was put in a moment ago
 mount LABEL=data /var/lib/cay
-install_unit CAY_POOL_ENABLED=false
+[[ -e /var/lib/cay/api-key ]] || { cp -a /root/prepared/. /var/lib/cay/; sync; }
+systemctl start cay
+eventually 300 ready
+eventually 300 template_ready
 loss() { echo "loss: $*"; }
 was() { jq -r ".$1 // empty" <<<"${answered:-null}"; }
 has_mark() { # ID

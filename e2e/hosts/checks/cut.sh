@@ -22,7 +22,7 @@ marked() { # makes a persistent sandbox with the mark in a file, and prints its 
 	echo "$id"
 }
 good() { # ANSWER fails if the answer is an error
-	if [[ $(jq -r '.error.code // empty' <<<"${1:-null}" 2>/dev/null) != "" ]]; then echo "answer: $1" >&2; exit 1; fi
+	if [[ $(jq -r '.code // empty' <<<"${1:-null}" 2>/dev/null) != "" ]]; then echo "answer: $1" >&2; exit 1; fi
 }
 case $action in
 create) id=$(create); answer id "$id" ;;

@@ -25,7 +25,7 @@ go_tests() {
 	if [[ $code != 0 && -z $failed ]]; then
 		failed=$(grep -m1 -E '^(panic|fatal error|FAIL)' "$out" || echo "ended with $code")
 	fi
-	echo "note: $passed passed${parts:+: $parts}${skipped:+; skipped: $skipped}${failed:+; failed: $failed}"
+	echo "note: ${only:+$only }$passed passed${parts:+: $parts}${skipped:+; skipped: $skipped}${failed:+; failed: $failed}"
 	[[ $code == 0 && $passed -gt 0 ]]
 }
 
@@ -104,6 +104,29 @@ forty_two() {
 # pids ID prints the processes in a sandbox's control groups, lowest first.
 pids() {
 	find /sys/fs/cgroup -path "*/cay-*/$1*" -name cgroup.procs -exec cat {} + 2>/dev/null | sort -nu
+}
+
+# allocate ID has one process of a sandbox and then eight at once ask for more memory than there is. They are ended,
+# and the sandbox lives.
+allocate() {
+	local id=$1 sentry what answer
+	sentry=$(pids "$id" | head -1)
+	for what in 'python3 -c "b = bytearray(2 << 30)"; echo all gone' \
+		'for i in 1 2 3 4 5 6 7 8; do python3 -c "b = bytearray(2 << 30)" & done; wait; echo all gone'; do
+		answer=$(api POST "/sandboxes/$id/execute" "$(jq -n --arg c "$what" '{command: $c, timeout: "5m"}')")
+		echo "$answer"
+		[[ $(jq .oom_killed <<<"$answer") == true ]] || fail "not killed for memory: $answer"
+	done
+	[[ $(inside "$id" 'echo alive') == alive ]] || fail "the sandbox does not answer"
+	[[ $(pids "$id" | head -1) == "$sentry" ]] || fail "the sandbox has other processes than before"
+}
+
+# memory_events ID prints the kernel's counts of a sandbox's group: one file is that of v2, the other of v1.
+memory_events() {
+	local file
+	for file in /sys/fs/cgroup/cay-*/"$1"/memory.events /sys/fs/cgroup/memory/cay-*/"$1"/memory.oom_control; do
+		if [[ -e $file ]]; then xargs <"$file"; fi
+	done
 }
 
 # world makes a namespace with a server that stands for the network outside of the machine.
