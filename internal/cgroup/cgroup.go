@@ -185,7 +185,7 @@ func (g Group) Kill(ctx context.Context) error {
 			_ = g.set("", "cgroup.kill", "1") // the loop below kills what this misses
 		}
 		pids, err := g.Procs()
-		if err != nil || len(pids) == 0 {
+		if err != nil || len(pids) == 0 && !g.leaving() {
 			return err
 		}
 		for _, pid := range pids {
@@ -199,6 +199,20 @@ func (g Group) Kill(ctx context.Context) error {
 		case <-time.After(killPoll):
 		}
 	}
+}
+
+// leaving reports whether the group, which lists no process, still has processes that end (v2). The kernel lists none
+// that has begun to end, and the group cannot be removed before the last has returned its memory.
+func (g Group) leaving() bool {
+	if !g.h.unified {
+		return false
+	}
+	events, err := g.stat("", "cgroup.events")
+	if err != nil || events["populated"] == 0 {
+		return false // most likely there is no such group
+	}
+	below, err := g.Children() // their processes count too
+	return err == nil && len(below) == 0
 }
 
 // Remove removes the group, which must be empty, and the groups below it. It succeeds if

@@ -53,6 +53,14 @@ func TestMain(m *testing.M) {
 			os.Exit(5)
 		}
 		os.Exit(0)
+	case "hold":
+		b := make([]byte, 256<<20) // whose return takes the kernel longer than it takes to look
+		for i := 0; i < len(b); i += 4096 {
+			b[i] = 1
+		}
+		_, _ = os.Stdout.WriteString("held") // the parent sees its end
+		_, _ = os.Stdin.Read(b[:1])
+		return
 	case "sleep":
 		time.Sleep(time.Hour)
 		return
@@ -398,6 +406,55 @@ func TestKillAndRemove(t *testing.T) {
 	}
 	// Both succeed for a group that does not exist.
 	if err := errors.Join(g.Kill(ctx), g.Remove()); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestKillWaitsForTheEnd checks with cgroup v2 that a group can be removed when Kill has returned. The kernel does not
+// list processes that are about to end, and this one has much memory to return.
+func TestKillWaitsForTheEnd(t *testing.T) {
+	caytest.RequireRoot(t)
+	h, err := Detect()
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := "/cay-test-" + caytest.Instance()
+	if !h.unified {
+		path = "/unified" + path // v2 without controllers, beside v1
+		if _, err := os.Stat(mountRoot + "/unified/cgroup.procs"); err != nil {
+			caytest.Missing(t, "there is no cgroup v2")
+		}
+	}
+	g := (&Hierarchy{unified: true}).Group(path)
+	if err := os.Mkdir(g.dir(""), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = []string{childMode + "=hold"}
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stdin.Close()
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if err := g.Join("", cmd.Process.Pid); err != nil {
+		t.Error(err)
+	}
+	if _, err := io.ReadFull(stdout, make([]byte, len("held"))); err != nil {
+		t.Error(err)
+	}
+	killed := g.Kill(t.Context())
+	if err := errors.Join(killed, unix.Rmdir(g.dir(""))); err != nil {
+		t.Error(err)
+	}
+	_ = cmd.Wait() // killed, as meant
+	if err := g.Remove(); err != nil {
 		t.Error(err)
 	}
 }
