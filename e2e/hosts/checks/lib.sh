@@ -80,8 +80,9 @@ install_unit() {
 	install -m 755 $lab/bin/cay /usr/local/bin/cay
 	cp $lab/deploy/cay.service /etc/systemd/system/
 	mkdir -p /etc/cay
-	# The machine has no network, so templates come from the disk of the lab.
-	printf '%s\n' "CAY_IMAGES_CACHE_DIR=$CAY_IMAGES_CACHE_DIR" "$@" >/etc/cay/environment
+	# The machine has no network, so templates come from the disk of the lab. One is enough: sums of images take long
+	# in emulation.
+	printf '%s\n' "CAY_IMAGES_CACHE_DIR=$CAY_IMAGES_CACHE_DIR" CAY_TEMPLATES_PREPARE=python "$@" >/etc/cay/environment
 	systemctl daemon-reload
 	systemctl enable -q cay
 	systemctl restart cay
