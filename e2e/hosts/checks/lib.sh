@@ -75,14 +75,18 @@ inside() {
 state() { api GET "/sandboxes/$1" | jq -r .state; }
 is() { [[ $(state "$1") == "$2" ]]; }
 
+# settings SETTING... writes the settings of the server. The machine has no network, so templates come from the disk of
+# the lab; one is enough, since sums of images take long in emulation.
+settings() {
+	mkdir -p /etc/cay
+	printf '%s\n' "CAY_IMAGES_CACHE_DIR=$CAY_IMAGES_CACHE_DIR" CAY_TEMPLATES_PREPARE=python "$@" >/etc/cay/environment
+}
+
 # install_unit installs the server as docs/operating.md says, and waits until it serves.
 install_unit() {
 	install -m 755 $lab/bin/cay /usr/local/bin/cay
 	cp $lab/deploy/cay.service /etc/systemd/system/
-	mkdir -p /etc/cay
-	# The machine has no network, so templates come from the disk of the lab. One is enough: sums of images take long
-	# in emulation.
-	printf '%s\n' "CAY_IMAGES_CACHE_DIR=$CAY_IMAGES_CACHE_DIR" CAY_TEMPLATES_PREPARE=python "$@" >/etc/cay/environment
+	settings "$@"
 	systemctl daemon-reload
 	systemctl enable -q cay
 	systemctl restart cay

@@ -4,7 +4,7 @@ back() { ip address add 127.0.0.1/8 dev lo 2>/dev/null || true; install_unit; }
 trap back EXIT
 systemctl stop cay
 ip address del 127.0.0.1/8 dev lo
-printf '%s\n' "CAY_IMAGES_CACHE_DIR=$CAY_IMAGES_CACHE_DIR" 'CAY_LISTEN=[::1]:7070' >/etc/cay/environment
+settings 'CAY_LISTEN=[::1]:7070'
 systemctl restart cay
 ready() { curl -g -fsS -o /dev/null 'http://[::1]:7070/readyz'; }
 eventually 120 ready

@@ -13,7 +13,7 @@ back() {
 	install_unit
 }
 trap back EXIT
-printf '%s\n' "CAY_IMAGES_CACHE_DIR=$CAY_IMAGES_CACHE_DIR" CAY_DATA_DIR=/srv/cay >/etc/cay/environment
+settings CAY_DATA_DIR=/srv/cay
 systemctl restart cay
 for _ in $(seq 120); do if ready; then break; fi; sleep 0.5; done
 if ready; then
