@@ -410,8 +410,9 @@ func TestIdle(t *testing.T) {
 		s.alive(used)
 		time.Sleep(200 * time.Millisecond) // a poll with a deadline
 	}
-	if slept := time.Since(began); slept < 9*time.Second {
-		t.Errorf("the idle sandbox was suspended after %s", slept)
+	row := s.get(left)
+	if idle := orZero(row.SuspendedAt).Sub(orZero(row.LastActivityAt)); idle < 9*time.Second {
+		t.Errorf("the sandbox was suspended after it was idle for %s: %s", idle, jsonOf(row))
 	}
 	for _, id := range []string{used, working} {
 		if state, _ := s.state(id); state != "running" {

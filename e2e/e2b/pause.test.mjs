@@ -68,14 +68,14 @@ test('the end of its time pauses it', async () => {
   const sandbox = await Sandbox.create({ timeoutMs: 3_000, lifecycle: { onTimeout: 'pause' } })
   try {
     assert.deepEqual((await sandbox.getInfo()).lifecycle, { onTimeout: 'pause', autoResume: false })
-    await until('the pause', async () => (await sandbox.getInfo()).state === 'paused', 15_000)
+    await until('the pause', async () => (await sandbox.getInfo()).state === 'paused')
     assert.equal(await sandbox.isRunning(), false)
     await assert.rejects(sandbox.commands.run('true'), SandboxNotFoundError)
     assert.equal((await sandbox.getInfo()).state, 'paused')
     const again = await Sandbox.connect(sandbox.sandboxId, { timeoutMs: 30_000 })
     assert.equal((await again.commands.run('echo back')).stdout, 'back\n')
     await again.setTimeout(0)
-    await until('the pause at once', async () => (await again.getInfo()).state === 'paused', 15_000)
+    await until('the pause at once', async () => (await again.getInfo()).state === 'paused')
   } finally {
     assert.equal(await sandbox.kill(), true)
   }
@@ -167,12 +167,13 @@ test('the end of its time pauses it without memory', async () => {
   const lifecycle = { onTimeout: { action: 'pause', keepMemory: false } }
   const both = await control('POST', '/v2/sandboxes', { templateID: 'base', autoPause: true, autoPauseMemory: false, autoResume: { enabled: true } })
   assert.deepEqual([both.status, both.body.code], [400, 400])
-  const sandbox = await Sandbox.create({ timeoutMs: 4_000, lifecycle })
+  const sandbox = await Sandbox.create({ timeoutMs: 60_000, lifecycle })
   try {
     assert.deepEqual((await sandbox.getInfo()).lifecycle, { onTimeout: 'pause', autoResume: false })
     await sandbox.files.write('note', 'remember\n')
     const { boot } = await state(sandbox)
-    await until('the pause', async () => (await sandbox.getInfo()).state === 'paused', 15_000)
+    await sandbox.setTimeout(1_000)
+    await until('the pause', async () => (await sandbox.getInfo()).state === 'paused')
     await Sandbox.connect(sandbox.sandboxId, { timeoutMs: 30_000 })
     const after = await state(sandbox)
     assert.equal(after.note, 'remember')

@@ -72,14 +72,14 @@ withSandbox('timeouts', { timeoutMs: 60_000 }, async (sandbox) => {
   await Sandbox.connect(sandbox.sandboxId, { timeoutMs: 200_000 })
   assert.ok((await end()) > 150_000)
   await sandbox.setTimeout(1_000)
-  await until('its end', async () => !(await sandbox.isRunning()), 15_000)
+  await until('its end', async () => !(await sandbox.isRunning()))
   await assert.rejects(sandbox.setTimeout(1_000), NotFoundError)
 })
 
 test('a timeout that is over at once', async () => {
   const sandbox = await Sandbox.create({ timeoutMs: 60_000 })
   await sandbox.setTimeout(0)
-  await until('its end', async () => !(await sandbox.isRunning()), 15_000)
+  await until('its end', async () => !(await sandbox.isRunning()))
 })
 
 test('what the versions leave out', async () => {
