@@ -32,6 +32,7 @@ func (s *server) sandboxes(status string) []string {
 // TestRestartAdopts ends the server with SIGTERM and with SIGKILL. Sandboxes go on with their
 // processes, and still end when their time is up.
 func TestRestartAdopts(t *testing.T) {
+	t.Parallel() // it has its own server
 	s := newServer(t)
 	s.start()
 	s.needTemplate("python")
@@ -60,6 +61,7 @@ func TestRestartAdopts(t *testing.T) {
 
 // TestTermLetsCallsFinish sends SIGTERM while a command runs.
 func TestTermLetsCallsFinish(t *testing.T) {
+	t.Parallel() // it has its own server
 	s := newServer(t)
 	s.start()
 	s.needTemplate("python")
@@ -86,6 +88,7 @@ func TestTermLetsCallsFinish(t *testing.T) {
 // each start every sandbox is running or destroyed, running ones work, and the host has nothing
 // without a row.
 func TestKilledAtAnyMoment(t *testing.T) {
+	t.Parallel() // it has its own server
 	s := newServer(t)
 	s.start()
 	s.needTemplate("python")

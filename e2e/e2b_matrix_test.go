@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 )
 
@@ -17,6 +18,9 @@ import (
 var writeMatrix = flag.Bool("e2b.matrix", false, "write the tables of methods in docs/e2b.md")
 
 const matrixFile = "../docs/e2b.md"
+
+// matrixMu is held while the document is compared or written.
+var matrixMu sync.Mutex
 
 // checkMatrix compares the table of methods in the document with what the tests have recorded: a method
 // works if a call of it succeeded, and is refused if every call was answered with 501. A method that no
@@ -39,6 +43,8 @@ func checkMatrix(t *testing.T, node, dir, record string, templates bool) {
 		return strings.HasPrefix(strings.ToLower(name), "template") != templates
 	}), works, refused)
 
+	matrixMu.Lock()
+	defer matrixMu.Unlock()
 	doc, err := os.ReadFile(matrixFile)
 	if err != nil {
 		t.Fatal(err)

@@ -85,6 +85,7 @@ func (s *server) awaitDenied(id, part string) {
 
 // TestEgressByRange gives one sandbox one policy after the other.
 func TestEgressByRange(t *testing.T) {
+	t.Parallel() // it looks only at its own sandboxes
 	s := shared(t)
 	o := newOutside(t)
 	other := o.second
@@ -182,6 +183,7 @@ until [ -s /tmp/n ]; do sleep 0.02; done`, o.address))
 // TestEgressSurvives checks that the policy holds after a suspend and a wake and after the death of
 // the server, and that a change during the sleep holds after the wake.
 func TestEgressSurvives(t *testing.T) {
+	t.Parallel() // it has its own server
 	s := newServer(t)
 	s.start()
 	s.needTemplate("python")
@@ -241,6 +243,7 @@ func (o *outside) serveWeb(t *testing.T) {
 
 // TestEgressByName allows names that share their address with other names.
 func TestEgressByName(t *testing.T) {
+	t.Parallel() // it has its own server
 	o := newOutside(t)
 	o.serveWeb(t)
 	o.listen(t, 8080)

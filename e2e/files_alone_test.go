@@ -72,6 +72,7 @@ func TestFilesAlone(t *testing.T) {
 // TestFilesAloneKilledAtAnyMoment kills the server while it suspends a sandbox without memory or boots it
 // from that, again and again. The sandbox has its files each time.
 func TestFilesAloneKilledAtAnyMoment(t *testing.T) {
+	t.Parallel() // it has its own server
 	s := newServer(t)
 	s.start()
 	s.needTemplate("python")

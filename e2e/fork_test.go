@@ -237,6 +237,7 @@ nohup python3 /root/c.py >/root/c.log 2>&1 & until [ -e /root/connected ] || ! k
 // TestForkPolicy forks a process that connects to the outside all the time into a child that may
 // not. The child lets no connection out from its first moment on.
 func TestForkPolicy(t *testing.T) {
+	t.Parallel() // it looks only at its own sandboxes
 	s := shared(t)
 	o := newOutside(t)
 	o.listen(t, 8080)
@@ -287,6 +288,7 @@ nohup python3 /root/c.py >/root/c.log 2>&1 & until [ -s /root/through ]; do slee
 // TestSnapshots makes and uses snapshots with the command line, after the end of their sandboxes
 // and of the server.
 func TestSnapshots(t *testing.T) {
+	t.Parallel() // it has its own server
 	s := newServer(t)
 	s.start()
 	s.needTemplate("python")
@@ -350,6 +352,7 @@ func TestSnapshots(t *testing.T) {
 // TestDeleteWhileCreatingFrom deletes a snapshot while sandboxes are made from it, at different
 // moments. Each create gives a working sandbox or fails because the snapshot does not exist.
 func TestDeleteWhileCreatingFrom(t *testing.T) {
+	t.Parallel() // it has its own server
 	s := newServer(t)
 	s.start()
 	s.needTemplate("python")
@@ -388,6 +391,7 @@ func TestDeleteWhileCreatingFrom(t *testing.T) {
 // snapshots. Afterwards the snapshots on the disk are those that are listed, each can be used,
 // every child runs or is gone, and the forked sandbox has gone on.
 func TestForkKilledAtAnyMoment(t *testing.T) {
+	t.Parallel() // it has its own server
 	s := newServer(t)
 	s.start()
 	s.needTemplate("python")
@@ -536,6 +540,7 @@ func TestNoDiskToFork(t *testing.T) {
 // TestForkInPart asks for more children than the quota allows. Some are made, and each of the
 // others has an error that says why not.
 func TestForkInPart(t *testing.T) {
+	t.Parallel() // it has its own server
 	s := newServer(t, "CAY_QUOTA_SANDBOXES=3")
 	s.start()
 	s.needTemplate("python")

@@ -4,12 +4,16 @@
 // The tests need root and bin/cay (make build). One server serves most of them; tests that kill
 // servers start their own. Every server has a data directory, an instance and a range of addresses
 // of its own.
+//
+// Parallel tests have a server of their own, or look only at their own sandboxes on a shared one. A
+// test that counts what a shared server or the host has is not parallel, and so runs before them.
 package e2e
 
 import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"flag"
 	"fmt"
 	"io"
 	"net"
@@ -35,6 +39,11 @@ const patience = 90 * time.Second
 
 // templatePatience limits the first preparation of a template without a cache.
 const templatePatience = 20 * time.Minute
+
+// parallelTests limits how many tests run at once, unless -parallel says otherwise. It is more than
+// the processors of CI, since the tests wait most of the time. With more of them, programs inside that
+// must get on within seconds get too little of the processors.
+const parallelTests = "4"
 
 func cayBinary(t testing.TB) string {
 	t.Helper()
@@ -542,7 +551,11 @@ func TestMain(m *testing.M) {
 	if beHonestClient() {
 		return
 	}
-	code := m.Run()
+	if err := flag.Set("test.parallel", parallelTests); err != nil {
+		fmt.Println(err)
+		os.Exit(2)
+	}
+	code := m.Run() // parses the flags
 	for i := len(suite.cleanups) - 1; i >= 0; i-- {
 		suite.cleanups[i]()
 	}

@@ -40,6 +40,7 @@ func hostOOMKills(t *testing.T, s *server, id string) string {
 // TestMemory lets commands ask for more memory than there is, in every way a process can. The
 // process at fault is killed and flagged; the sandbox and its other commands live.
 func TestMemory(t *testing.T) {
+	t.Parallel() // it looks only at its own sandboxes
 	s := shared(t)
 	id := s.create(nil)
 	defer s.destroy(id)
@@ -155,6 +156,7 @@ print("written")' && ls -l /var/tmp/big && rm /var/tmp/big`, object{"timeout": "
 }
 
 func TestForkBomb(t *testing.T) {
+	t.Parallel() // it looks only at its own sandboxes
 	s := shared(t)
 	id, other := s.create(nil), s.create(nil)
 	defer s.destroy(id)
@@ -243,6 +245,7 @@ func TestFullDisk(t *testing.T) {
 }
 
 func TestZombiesAndKilledChildren(t *testing.T) {
+	t.Parallel() // it looks only at its own sandboxes
 	s := shared(t)
 	id := s.create(nil)
 	defer s.destroy(id)

@@ -322,6 +322,7 @@ func TestStreamsAndCrashes(t *testing.T) {
 }
 
 func TestProcesses(t *testing.T) {
+	t.Parallel() // it looks only at its own sandboxes
 	s := shared(t)
 	id := s.create(nil)
 	defer s.destroy(id)
@@ -391,6 +392,7 @@ func TestProcesses(t *testing.T) {
 // TestProcessesSleep checks that processes survive a suspend and a wake with their output, that
 // they do not keep a sandbox awake, and that following does.
 func TestProcessesSleep(t *testing.T) {
+	t.Parallel() // it looks only at its own sandboxes
 	s := shared(t)
 	id := s.persistent(object{"idle_timeout": "10s"})
 	defer s.destroy(id)

@@ -28,9 +28,14 @@ type outside struct {
 	gateway string // this machine's address on that network
 }
 
+// outsides is held while a host outside gets its addresses, so that no two take the same.
+var outsides sync.Mutex
+
 func newOutside(t *testing.T) *outside {
 	t.Helper()
 	ip := caytest.RequireProgram(t, "ip")
+	outsides.Lock()
+	defer outsides.Unlock()
 	// The block of eight addresses must have no route of another test, also of another run on the
 	// machine.
 	first := 8 * rand.IntN(32)
@@ -256,6 +261,7 @@ func TestAgentIsNotForTheInside(t *testing.T) {
 // TestNameResolution resolves names through the test's own name server, which the server's
 // configuration names.
 func TestNameResolution(t *testing.T) {
+	t.Parallel() // it has its own server
 	o := newOutside(t)
 	queries := inNamespace(t, o.name, func() (net.PacketConn, error) { return net.ListenPacket("udp4", ":53") })
 	t.Cleanup(func() { queries.Close() })

@@ -134,6 +134,7 @@ while True:
 // TestSleepKeepsEverything suspends and wakes a sandbox a few times. It checks that the sandbox
 // still has everything, and that the host has nothing of it meanwhile.
 func TestSleepKeepsEverything(t *testing.T) {
+	t.Parallel() // it looks only at its own sandboxes
 	s := shared(t)
 	id := s.persistent(object{"env": object{"KEPT": "yes"}})
 	defer s.destroy(id)
@@ -385,6 +386,7 @@ func (s *server) events(id string) []event {
 
 // TestIdle checks that sandboxes are suspended when no client uses them, and not before.
 func TestIdle(t *testing.T) {
+	t.Parallel() // it looks only at its own sandboxes
 	s := shared(t)
 	const least = "10s" // the shortest that is allowed
 	left, used, working := s.persistent(object{"idle_timeout": least}), s.persistent(object{"idle_timeout": least}),
@@ -431,6 +433,7 @@ func TestIdle(t *testing.T) {
 // TestActivitySurvives checks that the time of the last activity survives the death of the server,
 // within 5 seconds.
 func TestActivitySurvives(t *testing.T) {
+	t.Parallel() // it has its own server
 	s := newServer(t)
 	s.start()
 	s.needTemplate("python")
@@ -459,6 +462,7 @@ func TestActivitySurvives(t *testing.T) {
 
 // TestPurgeTakesTheSleeping purges a suspended sandbox. Nothing of it is left.
 func TestPurgeTakesTheSleeping(t *testing.T) {
+	t.Parallel() // it has its own server
 	s := newServer(t)
 	s.start()
 	s.needTemplate("python")

@@ -51,6 +51,7 @@ func (s *server) createFrom(source string, request object) string {
 }
 
 func TestPool(t *testing.T) {
+	t.Parallel() // it has its own server
 	s := newServer(t, "CAY_POOL_ENABLED=true")
 	s.start()
 	s.needTemplate("python")
@@ -123,6 +124,7 @@ func TestPool(t *testing.T) {
 
 // TestPoolPolicy checks that the policy of a warm sandbox is in force when the create answers.
 func TestPoolPolicy(t *testing.T) {
+	t.Parallel() // it has its own server
 	s := newServer(t, "CAY_POOL_ENABLED=true")
 	s.start()
 	s.needTemplate("python")
@@ -148,6 +150,7 @@ func TestPoolPolicy(t *testing.T) {
 // TestPoolOutlivesTheServer checks that pooled sandboxes are there after a restart, as long as the
 // pool is on.
 func TestPoolOutlivesTheServer(t *testing.T) {
+	t.Parallel() // it has its own server
 	s := newServer(t, "CAY_POOL_ENABLED=true")
 	s.start()
 	s.needTemplate("python")
@@ -181,6 +184,7 @@ func TestPoolOutlivesTheServer(t *testing.T) {
 // TestPoolOfATemplate checks that pooled sandboxes of a template with a service have the service
 // running, and that the pool follows the template to its next version and to its end.
 func TestPoolOfATemplate(t *testing.T) {
+	t.Parallel() // it has its own server
 	s, tiny := newBuilder(t, "CAY_POOL_ENABLED=true")
 	s.needBuilt(object{"name": "web", "image": tiny, "env": object{"SAYS": "one"}, "ready": object{"port": 8000},
 		"start_command": "mkdir /www; echo $SAYS $(head -c 8 /dev/urandom | sha256sum) >/www/index.html; exec httpd -f -p 8000 -h /www"}, nil)
@@ -227,6 +231,7 @@ func TestPoolOfATemplate(t *testing.T) {
 // pooled sandboxes, until later starts have found both interrupted. After each start every running
 // sandbox works, and the host soon has only those and a full pool.
 func TestPoolKilledAtAnyMoment(t *testing.T) {
+	t.Parallel() // it has its own server
 	s := newServer(t, "CAY_POOL_ENABLED=true")
 	s.start()
 	s.needTemplate("python")

@@ -488,6 +488,7 @@ func TestPortAccess(t *testing.T) {
 // TestPortWakes checks that a request wakes a sandbox and keeps it running while it lasts, and that
 // a public port stays public after a restart of the server.
 func TestPortWakes(t *testing.T) {
+	t.Parallel() // it looks only at its own sandboxes
 	s := sharedPorts(t)
 	id := s.persistent(object{"idle_timeout": "10s"})
 	defer s.destroy(id)

@@ -121,6 +121,7 @@ func (w *worker) use(ctx context.Context) {
 // TestSentryKilled kills sandboxes' kernels, like a bug in one or a lack of memory on the host. A
 // persistent sandbox falls back to its latest recovery point; any other is lost.
 func TestSentryKilled(t *testing.T) {
+	t.Parallel() // it looks only at its own sandboxes
 	s := shared(t)
 	id := s.persistent(nil)
 	defer s.destroy(id)
@@ -333,6 +334,7 @@ func (s *server) in(t testing.TB) *server {
 // and a CPU weight, and what is left of the group when the server has ended. With cgroup v2 a server
 // that systemd has started, in a service or a session, stays in the group that it was started in.
 func TestServerGroup(t *testing.T) {
+	t.Parallel() // it has its own server
 	s := newServer(t)
 	s.start()
 	group := "/cay-" + s.instance() + "-server"

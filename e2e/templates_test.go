@@ -251,6 +251,7 @@ func newBuilder(t *testing.T, env ...string) (s *server, tiny string) {
 // TestDockerfiles builds Dockerfiles with every instruction and checks the results from inside a
 // sandbox.
 func TestDockerfiles(t *testing.T) {
+	t.Parallel() // it has its own server
 	s, tiny := newBuilder(t)
 	for name, tt := range map[string]struct {
 		dockerfile string // "%s" is replaced by the tiny image
@@ -383,6 +384,7 @@ func TestDockerfiles(t *testing.T) {
 
 // TestImages makes templates of images from a registry that needs a password and from archives.
 func TestImages(t *testing.T) {
+	t.Parallel() // it has its own server
 	const user, password = "reader", "s3cret-and-long"
 	open := registry.New(registry.Logger(log.New(io.Discard, "", 0)))
 	closed := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -445,6 +447,7 @@ func TestImages(t *testing.T) {
 
 // TestBuildFails checks that a failed build names the error and the step, and leaves nothing.
 func TestBuildFails(t *testing.T) {
+	t.Parallel() // it has its own server
 	s, tiny := newBuilder(t, "CAY_BUILD_DISK_MB=280")
 	for name, tt := range map[string]struct {
 		dockerfile string
@@ -523,6 +526,7 @@ func zeroArchive(t *testing.T, size int64) string {
 
 // TestBuildReaches connects from RUN to addresses that a sandbox may not reach.
 func TestBuildReaches(t *testing.T) {
+	t.Parallel() // it has its own server
 	s, tiny := newBuilder(t)
 	o := newOutside(t)
 	o.listen(t, 8080)
@@ -537,6 +541,7 @@ func TestBuildReaches(t *testing.T) {
 
 // TestTemplateLife takes one template through rebuilds, failures, use, and its end.
 func TestTemplateLife(t *testing.T) {
+	t.Parallel() // it has its own server
 	s, tiny := newBuilder(t)
 	s.needBuilt(object{"name": "mine", "dockerfile": "FROM " + tiny + "\nRUN echo one >/which\n",
 		"env":    object{"MODE": "dev"},
@@ -584,6 +589,7 @@ func TestTemplateLife(t *testing.T) {
 
 // TestBuildSurvives checks that a build goes on after the server was killed, and can be cancelled.
 func TestBuildSurvives(t *testing.T) {
+	t.Parallel() // it has its own server
 	s, tiny := newBuilder(t)
 	s.beginBuild(object{"name": "slow", "dockerfile": "FROM " + tiny + "\nRUN sleep 4\nRUN echo done >/done\n"}, nil)
 	s.waitTemplate("slow", "building")
@@ -620,6 +626,7 @@ func (s *server) waitTemplate(name, want string) {
 
 // TestTemplateStarts makes a sandbox with a service that is ready when the create answers.
 func TestTemplateStarts(t *testing.T) {
+	t.Parallel() // it has its own server
 	s, tiny := newBuilder(t)
 	s.needBuilt(object{"name": "web", "ready": object{"port": 8000, "timeout": "20s"},
 		"dockerfile": "FROM " + tiny + "\nRUN mkdir /www && echo served >/www/index.html\nCMD [\"httpd\", \"-f\", \"-p\", \"8000\", \"-h\", \"/www\"]\n"}, nil)
@@ -636,6 +643,7 @@ func TestTemplateStarts(t *testing.T) {
 
 // TestTemplateByLine uses templates with the command line.
 func TestTemplateByLine(t *testing.T) {
+	t.Parallel() // it has its own server
 	s, tiny := newBuilder(t)
 	dir := t.TempDir()
 	for path, content := range map[string]string{"Dockerfile": "FROM " + tiny + "\nCOPY hello /hello\n",

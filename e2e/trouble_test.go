@@ -60,6 +60,7 @@ func flip(t testing.TB, path string) {
 // TestDamagedCheckpoint damages each file of a checkpoint. The sandbox stays suspended with an
 // error that says why, and wakes with its old state when the file is repaired.
 func TestDamagedCheckpoint(t *testing.T) {
+	t.Parallel() // it looks only at its own sandboxes
 	s := shared(t)
 	id := s.persistent(nil)
 	defer s.destroy(id)
@@ -244,6 +245,7 @@ func TestNoDiskToSleep(t *testing.T) {
 
 // TestDestroyWins destroys sandboxes at any moment of a suspend or a wake.
 func TestDestroyWins(t *testing.T) {
+	t.Parallel() // it looks only at its own sandboxes
 	s := shared(t)
 	for _, verb := range []string{"suspend", "wake"} {
 		t.Run(verb, func(t *testing.T) {

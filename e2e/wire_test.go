@@ -25,6 +25,7 @@ const wireFile = "testdata/wire.txt"
 // headers and body, but for ids, times and measurements. A difference means that clients see
 // another wire than before.
 func TestWire(t *testing.T) {
+	t.Parallel() // it has its own server
 	recorded, err := os.ReadFile(wireFile)
 	if err != nil {
 		t.Fatal(err)

@@ -15,7 +15,12 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 )
+
+// installing is held while packages are looked for and installed, so that tests that run at once do
+// not install the same ones.
+var installing sync.Mutex
 
 // oldestNode is the major version of Node.js that all packages of the tests support.
 const oldestNode = 22
@@ -37,6 +42,8 @@ func NPM(ctx context.Context, dir string) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("looking for the cache of packages: %w", err)
 	}
+	installing.Lock()
+	defer installing.Unlock()
 	installed := filepath.Join(cache, "cay", "npm", hex.EncodeToString(sum.Sum(nil)[:8]))
 	if _, err := os.Stat(installed); err == nil {
 		missing, err := missingPackages(installed)
