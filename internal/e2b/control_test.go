@@ -366,7 +366,7 @@ func TestCallsNameTheirSandbox(t *testing.T) {
 	id, token := h.create(`{"templateID":"base"}`)
 	sbx := idPrefix + id
 	check("a create", sbx, h.org.Org.ID)
-	for pattern := range h.surface.table() {
+	for pattern := range h.handler.table() {
 		method, path, _ := strings.Cut(pattern, " ")
 		if strings.Contains(path, "sandboxes/{id}") && method != http.MethodDelete {
 			path = strings.Replace(path, "{id}", id, 1)
