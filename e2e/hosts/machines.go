@@ -44,8 +44,8 @@ func (r release) name() string {
 var (
 	use   = []string{"unit", "doctor", "restart", "reboot", "allocators", "swap"}
 	rooms = []string{"cgroup", "runsc", "network", "agent", "node", "buildkit"}
-	story = []string{"story", "limits", "builds", "memory-one", "memory-many", "memory-files", "processes", "disk", "sleep", "egress",
-		"crashes"}
+	story = []string{"story", "limits", "builds", "memory-one", "memory-many", "memory-files", "processes", "disk",
+		"sleep", "egress", "crashes"}
 	odd = []string{"oomd", "noexec", "full-var", "clock", "loopback6", "ufw", "firewalld", "docker"}
 )
 
