@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -52,8 +53,17 @@ func (g Group) Make(l Limits) error {
 	return errors.Join(errs...)
 }
 
-// delegate lets the groups above give memory, cpu and pids to their children (v2).
+// delegate lets the groups above give their controllers to their children (v2). A sandbox or a step below cannot start
+// without cpuset, which tells runsc the number of CPUs.
 func (g Group) delegate() error {
+	has, err := os.ReadFile(filepath.Join(mountRoot, "cgroup.controllers"))
+	if err != nil {
+		return fmt.Errorf("reading the controllers of %s: %w", mountRoot, err)
+	}
+	hand := "+memory +cpu +pids"
+	if slices.Contains(strings.Fields(string(has)), "cpuset") {
+		hand += " +cpuset"
+	}
 	dir := mountRoot
 	above := strings.FieldsFunc(filepath.Dir(g.path), func(r rune) bool { return r == '/' })
 	for _, name := range append([]string{""}, above...) {
@@ -61,8 +71,7 @@ func (g Group) delegate() error {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return fmt.Errorf("making group %s: %w", g.path, err)
 		}
-		err := os.WriteFile(filepath.Join(dir, "cgroup.subtree_control"), []byte("+memory +cpu +pids"), 0)
-		if err != nil {
+		if err := os.WriteFile(filepath.Join(dir, "cgroup.subtree_control"), []byte(hand), 0); err != nil {
 			return fmt.Errorf("handing controllers down to %s: %w", g.path, err)
 		}
 	}
