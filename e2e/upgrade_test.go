@@ -11,8 +11,10 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/cayhq/cay/internal/caytest"
 	cay "github.com/cayhq/cay/sdk/go"
@@ -22,7 +24,12 @@ import (
 // another version. It returns the path of the binary.
 func anotherBuild(t testing.TB) string {
 	t.Helper()
-	dir, root := t.TempDir(), filepath.Dir(filepath.Dir(cayBinary(t)))
+	dir, err := os.MkdirTemp("", "cay-older-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	root := filepath.Dir(filepath.Dir(cayBinary(t)))
 	build := func(output, flags string, args ...string) {
 		t.Helper()
 		cmd := exec.Command(caytest.RequireProgram(t, "go"), append([]string{"build", "-trimpath", "-o", output, "-ldflags",
@@ -51,6 +58,14 @@ func anotherBuild(t testing.TB) string {
 		"./cmd/cay")
 	return filepath.Join(dir, "cay")
 }
+
+// olderBinary returns the cay of an older version that CAY_TEST_OLDER names, or else another build of this one.
+var olderBinary = sync.OnceValue(func() string {
+	if path := os.Getenv("CAY_TEST_OLDER"); path != "" {
+		return path
+	}
+	return anotherBuild(suite)
+})
 
 // pack compresses a file into one beside it.
 func pack(t testing.TB, path string) {
@@ -113,14 +128,12 @@ func (s *server) runtimeOf(id string) string {
 
 // TestUpgrade starts another build of cay on the data of an older one. Sandboxes that the older one
 // has started keep the older programs until they are destroyed, however often they are suspended.
-// CAY_TEST_OLDER may name the binary of an older version.
+// CAY_TEST_OLDER may name the binary of an older version, for this test and for TestUpgradeOfThePool.
 func TestUpgrade(t *testing.T) {
 	t.Parallel() // it has its own server
 	s := newServer(t)
 	current := s.binary
-	if s.binary = os.Getenv("CAY_TEST_OLDER"); s.binary == "" { // set to test the upgrade from a released version
-		s.binary = anotherBuild(t)
-	}
+	s.binary = olderBinary()
 	s.start()
 	s.needTemplate("python")
 	asleep, running, saved := s.startWorker(s.persistent(nil), 4), s.startWorker(s.persistent(nil), 4),
@@ -197,6 +210,54 @@ func TestUpgrade(t *testing.T) {
 		t.Errorf("after the next start the programs are %v", kept)
 	}
 	fresh.check()
+}
+
+// TestUpgradeOfThePool starts another build of cay on the data of an older one that has a pool, an ephemeral sandbox
+// and a template of a user.
+func TestUpgradeOfThePool(t *testing.T) {
+	t.Parallel() // it has its own server
+	s := newServer(t, "CAY_POOL_ENABLED=true")
+	current := s.binary
+	s.binary = olderBinary()
+	s.start()
+	s.needTemplate("python")
+	s.needBuilt(object{"name": "mine", "dockerfile": "Dockerfile"}, tarOf(t, map[string]string{
+		"Dockerfile": "FROM python\nCOPY hello /hello\nRUN echo built >> /hello\n", "hello": "hello "}))
+	ephemeral := s.createFrom("cold", nil)
+	s.want(ephemeral, "echo before > /tmp/mark")
+	s.awaitPool(2)
+	before := s.groupsOnHost()
+
+	s.stop(syscall.SIGTERM)
+	s.binary = current
+	s.start()
+	if got := s.want(ephemeral, "cat /tmp/mark"); got != "before" {
+		t.Errorf("the ephemeral sandbox of the older build has %q", got)
+	}
+	for _, id := range s.groupsOnHost() {
+		if id != ephemeral && slices.Contains(before, id) {
+			t.Errorf("%s of the older build's pool is still there", id)
+		}
+	}
+	cold := s.createFrom("cold", nil)
+	s.awaitPool(2)
+	warm := s.createFrom("warm", nil)
+	s.alive(warm)
+	if got := s.inside("mine", "cat /hello"); got != "hello built" {
+		t.Errorf("the template of a user has %q", got)
+	}
+	s.needBuilt(object{"name": "mine-too", "dockerfile": "Dockerfile"}, tarOf(t, map[string]string{
+		"Dockerfile": "FROM mine\nRUN echo again >> /hello\n"}))
+	if got := s.inside("mine-too", "cat /hello"); got != "hello built\nagain" {
+		t.Errorf("a template from it has %q", got)
+	}
+	for _, id := range []string{ephemeral, cold, warm} {
+		s.destroy(id)
+	}
+	s.stop(syscall.SIGTERM)
+	s.env = append(s.env, "CAY_POOL_ENABLED=false")
+	s.start()
+	s.agree(time.Now())
 }
 
 // withoutRuntime moves away the runtime that a sandbox needs to wake, and puts it back.
