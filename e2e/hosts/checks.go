@@ -151,7 +151,7 @@ func (l *lab) try(ctx context.Context, g *guest, name string) (note string, err 
 func (o options) goTests(check string, limit time.Duration) []byte {
 	run, only := goTests[check].run, ""
 	if o.tests[check] != "" {
-		run, only = o.tests[check], "of "+o.tests[check]
+		run, only = o.tests[check], "of a choice"
 	}
 	return fmt.Appendf(nil, "stop_server\nonly=%s go_tests %s %s %s\n", shellQuote(only), goTests[check].dir,
 		shellQuote(run), limit)

@@ -108,7 +108,7 @@ func (l *lab) cutOnce(ctx context.Context, data string, i int, action, answered 
 // errNoAnswer reports that a machine gave no answer, so that its power was not cut.
 var errNoAnswer = errors.New("no answer came")
 
-// prepareCuts makes the disk of the data, and saves a machine that has booted and has what the first start puts there.
+// prepareCuts makes the disk of the data, and saves a machine that has booted and on which the server has not run.
 func (l *lab) prepareCuts(ctx context.Context, data string) error {
 	if err := command(ctx, "mke2fs", "-q", "-t", "ext4", "-L", "data", data, "8G"); err != nil {
 		return err
@@ -119,13 +119,6 @@ func (l *lab) prepareCuts(ctx context.Context, data string) error {
 	}
 	if _, err := l.try(ctx, g, "prepare-cuts"); err != nil {
 		g.cut()
-		return err
-	}
-	// Nothing of the server that prepared the data is left after another boot.
-	if err := g.reboot(ctx); err != nil {
-		return err
-	}
-	if g, err = l.boot(ctx, false); err != nil {
 		return err
 	}
 	return l.save(ctx, g)

@@ -133,7 +133,8 @@ func (l *lab) start(ctx context.Context, root string, more ...string) (*guest, e
 	args = append(args,
 		"-nodefaults", "-smp", cpus, "-m", memory,
 		"-kernel", filepath.Join(l.root, "vmlinuz"), "-initrd", filepath.Join(l.root, "initrd"),
-		"-append", "root=LABEL=root rw panic=-1 console="+console+" "+l.machine.append,
+		// Without the last, systemd would renew caches of the root at each boot.
+		"-append", "root=LABEL=root rw panic=-1 console="+console+" "+l.machine.append+" systemd.condition_needs_update=0",
 		"-drive", "if=virtio,format=qcow2,file="+root,
 		"-drive", "if=virtio,format=raw,readonly=on,file="+l.luggage.image,
 		"-netdev", "user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:"+port+"-:22",

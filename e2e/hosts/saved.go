@@ -95,8 +95,7 @@ func (l *lab) resume(ctx context.Context, devices ...string) (_ *guest, err erro
 			return nil, fmt.Errorf("the saved machine does not continue: %w", err)
 		}
 	}
-	disk := map[string]any{"driver": "virtio-blk-pci", "id": "datadisk", "bus": "hot", "drive": "data",
-		"write-cache": "on"}
+	disk := map[string]any{"driver": "virtio-blk-pci", "bus": "hot", "drive": "data", "write-cache": "on"}
 	if _, err := g.monitor("device_add", disk); err != nil {
 		return nil, err
 	}

@@ -53,8 +53,8 @@ func (g Group) Make(l Limits) error {
 	return errors.Join(errs...)
 }
 
-// delegate lets the groups above give their controllers to their children (v2). A sandbox or a step below cannot start
-// without cpuset, which tells runsc the number of CPUs.
+// delegate lets the groups above give controllers to their children (v2). runsc needs cpuset, from which it reads the
+// number of CPUs: without it no step of a build starts.
 func (g Group) delegate() error {
 	has, err := os.ReadFile(filepath.Join(mountRoot, "cgroup.controllers"))
 	if err != nil {

@@ -1,7 +1,6 @@
 # After a cut, every answered change is there, nothing is incomplete, and nothing is left over.
 eventually 60 blkid -L data # the disk was put in a moment ago
 mount LABEL=data /var/lib/cay
-[[ -e /var/lib/cay/api-key ]] || { cp -a /root/prepared/. /var/lib/cay/; sync; }
 systemctl start cay
 eventually 300 ready
 eventually 300 template_ready

@@ -82,12 +82,17 @@ settings() {
 	printf '%s\n' "CAY_IMAGES_CACHE_DIR=$CAY_IMAGES_CACHE_DIR" CAY_TEMPLATES_PREPARE=python "$@" >/etc/cay/environment
 }
 
-# install_unit installs the server as docs/operating.md says, and waits until it serves.
-install_unit() {
+# install_files installs the server as docs/operating.md says.
+install_files() {
 	install -m 755 $lab/bin/cay /usr/local/bin/cay
 	cp $lab/deploy/cay.service /etc/systemd/system/
 	settings "$@"
 	systemctl daemon-reload
+}
+
+# install_unit installs the server and waits until it serves.
+install_unit() {
+	install_files "$@"
 	systemctl enable -q cay
 	systemctl restart cay
 	eventually 300 ready

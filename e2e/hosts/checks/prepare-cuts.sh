@@ -1,8 +1,4 @@
-# Prepares the machine and the data directory for the first cut: a server with its template. The first start puts the
-# directory on the disk of the data.
-install_unit CAY_POOL_ENABLED=false
-systemctl stop cay
-systemctl disable -q cay
-mv /var/lib/cay /root/prepared
+# Prepares the machine that is saved: the server is installed and has not run.
+install_files CAY_POOL_ENABLED=false
 mkdir -p /var/lib/cay
 sync
