@@ -43,7 +43,8 @@ func (s *Service) Create(ctx context.Context, c Caller, r Request, once Once, wa
 	if warm, done, err := s.createWarm(ctx, c, sbx, version, once, wait); done {
 		return warm, err
 	}
-	return s.makeNew(ctx, c, sbx, sbx.spec(), bootTimeout+sbx.Start.Patience(), once, wait, func() {})
+	return s.makeNew(ctx, c, sbx, making{spec: sbx.spec(), patience: bootTimeout + sbx.Start.Patience(), once: once,
+		wait: wait, release: func() {}})
 }
 
 // createWarm serves a create from the pool if the pool has a pooled sandbox of its kind. It returns
@@ -70,39 +71,46 @@ func (s *Service) handedOver(ctx context.Context, sbx Sandbox) {
 	s.live.track(newInstance(sbx))
 }
 
-// makeNew makes a new sandbox from spec within patience. It calls release after the sandbox is made
-// or has failed.
-func (s *Service) makeNew(ctx context.Context, c Caller, sbx Sandbox, spec Spec, patience time.Duration, once Once,
-	wait bool, release func()) (Sandbox, error) {
+// making says how makeNew makes a sandbox.
+type making struct {
+	spec     Spec
+	patience time.Duration // limits the work on the node
+	once     Once
+	wait     bool   // return the sandbox when it runs, not at once
+	release  func() // called after the sandbox is made or has failed
+}
+
+// makeNew makes a new sandbox.
+func (s *Service) makeNew(ctx context.Context, c Caller, sbx Sandbox, m making) (Sandbox, error) {
 	// begin runs before the row exists, so that no other operation can start on a row that is found, and
 	// before room, so that the pool takes no room while the create waits for it.
 	op, _ := s.ops.begin(sbx.ID, opCreate)
 	if op == nil {
-		release()
+		m.release()
 		return Sandbox{}, errClosing
 	}
 	if err := s.pool.room(ctx, sbx.Size); err != nil {
-		release()
+		m.release()
 		s.ops.finish(sbx.ID, op, nil, err)
 		return Sandbox{}, err
 	}
 	end := trace.Start(ctx, "insert")
-	prior, found, err := s.store.Insert(ctx, sbx, c.Quota, once)
+	prior, found, err := s.store.Insert(ctx, sbx, c.Quota, m.once)
 	end()
 	if err != nil || found {
-		release()
+		m.release()
 		s.ops.finish(sbx.ID, op, nil, err)
 		if err != nil {
 			return Sandbox{}, err
 		}
-		return s.repeated(ctx, prior, wait)
+		return s.repeated(ctx, prior, m.wait)
 	}
 	s.observe(Event{SandboxID: sbx.ID, At: sbx.CreatedAt, To: Creating})
 	s.ops.do(ctx, sbx.ID, op, func(ctx context.Context) (any, error) {
-		defer release()
-		return s.boot(ctx, sbx, spec, patience)
+		defer m.release()
+		return s.boot(ctx, sbx, m.spec, m.patience)
 	})
-	if !wait {
+	if !m.wait {
 		return sbx, nil
 	}
 	return await[Sandbox](ctx, op)

@@ -155,7 +155,7 @@ func (s *Service) makeChildren(f *fork) {
 			defer func() { <-slots }()
 			sbx.CreatedAt = time.Now().UTC()
 			f.children[i].Sandbox, f.children[i].Err = s.restoreNew(context.Background(), f.caller, sbx, f.from,
-				Once{}, true, func() {})
+				making{wait: true, release: func() {}})
 		})
 	}
 	wg.Wait()
@@ -175,7 +175,7 @@ func (s *Service) createFrom(ctx context.Context, c Caller, r Request, once Once
 		return Sandbox{}, err
 	}
 	sbx.Source, sbx.Origin = Restored, string(snap.ID)
-	return s.restoreNew(ctx, c, sbx, snap, once, wait, release)
+	return s.restoreNew(ctx, c, sbx, snap, making{once: once, wait: wait, release: release})
 }
 
 // restore returns the sandbox that a request for one from a snapshot asks for.
@@ -196,11 +196,10 @@ func (r Request) restore(cfg Config, snap Snapshot, now time.Time) (Sandbox, err
 	return sbx, CheckEnv(sbx.Env)
 }
 
-// restoreNew makes a sandbox from a snapshot that the caller holds. It calls release when the
-// snapshot is no longer needed.
-func (s *Service) restoreNew(ctx context.Context, c Caller, sbx Sandbox, from Snapshot, once Once, wait bool,
-	release func()) (Sandbox, error) {
-	spec := sbx.restored(from.Kept)
-	spec.From = from.ID
-	return s.makeNew(ctx, c, sbx, spec, checkpointTimeout, once, wait, release)
+// restoreNew makes a sandbox from a snapshot, which the caller holds until m.release. It sets the spec and the
+// patience of m.
+func (s *Service) restoreNew(ctx context.Context, c Caller, sbx Sandbox, from Snapshot, m making) (Sandbox, error) {
+	m.spec, m.patience = sbx.restored(from.Kept), checkpointTimeout
+	m.spec.From = from.ID
+	return s.makeNew(ctx, c, sbx, m)
 }
