@@ -214,8 +214,8 @@ func (p Pool) check(sizes map[string]bool) error {
 	if p.Target < 0 {
 		return fmt.Errorf("pool.target: must be at least 0, not %d", p.Target)
 	}
-	if p.MaxMembers < 0 {
-		return fmt.Errorf("pool.max_members: must be at least 0, not %d", p.MaxMembers)
+	if p.MaxPooled < 0 {
+		return fmt.Errorf("pool.max_members: must be at least 0, not %d", p.MaxPooled)
 	}
 	for i, t := range p.Templates {
 		switch {

@@ -150,10 +150,10 @@ type Build struct {
 
 // Pool sets the number of sandboxes in the warm pool.
 type Pool struct {
-	Enabled    bool           `toml:"enabled"`
-	Target     int            `toml:"target"`
-	MaxMembers int            `toml:"max_members"`
-	Templates  []PoolTemplate `toml:"templates"`
+	Enabled   bool           `toml:"enabled"`
+	Target    int            `toml:"target"`
+	MaxPooled int            `toml:"max_members"`
+	Templates []PoolTemplate `toml:"templates"`
 }
 
 // PoolTemplate sets the number of pooled sandboxes of one template.
@@ -200,7 +200,7 @@ func Default() Config {
 			ContextLimitMB: 1024, ContextsMB: 10 << 10, MemoryMB: 2048, CPUs: 2, DiskMB: 20 << 10, CacheMB: 10 << 10,
 			IdleTimeout: Duration(5 * time.Minute)},
 		Memory: Memory{CallsMB: 192, OrgCallsMB: 96, HeapMB: 384, LimitMB: 1024},
-		Pool:   Pool{Enabled: true, Target: 2, MaxMembers: 16},
+		Pool:   Pool{Enabled: true, Target: 2, MaxPooled: 16},
 		Proxy:  Proxy{Scheme: "https"},
 		E2B:    E2B{Enabled: true},
 		Events: Events{Keep: Duration(30 * 24 * time.Hour), MaxPerOrg: 1_000_000, MaxFollowers: 32},

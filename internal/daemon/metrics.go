@@ -52,7 +52,7 @@ func (s *server) pool() sandbox.PoolConfig {
 		Help:    "Time to prepare a pooled sandbox, by result.",
 		Buckets: []float64{.1, .2, .3, .5, .75, 1, 2, 5, 10, 30, 60}}, []string{"result"})
 	s.registry.MustRegister(prepared, poolMetrics{s})
-	p := sandbox.PoolConfig{Enabled: cfg.Enabled, Target: cfg.Target, MaxMembers: cfg.MaxMembers,
+	p := sandbox.PoolConfig{Enabled: cfg.Enabled, Target: cfg.Target, MaxPooled: cfg.MaxPooled,
 		Prepared: func(took time.Duration, err error) {
 			result := "ready"
 			if err != nil {

@@ -135,7 +135,7 @@ const (
 const (
 	CodeBlobTooLarge  = "blob_too_large"
 	CodeInstanceInUse = "instance_in_use"
-	CodeNoMember      = "no_member"
+	CodeNoPooled      = "no_member" // an older word for a pooled sandbox
 	CodeRangeInUse    = "range_in_use"
 	CodeSlotNotFound  = "slot_not_found"
 	CodeSnapshotState = "snapshot_state"

@@ -47,7 +47,7 @@ func (n *Node) Prepare(ctx context.Context, spec sandbox.Spec) error {
 func (n *Node) Claim(ctx context.Context, spec sandbox.Spec) error {
 	b := n.instance(spec.ID)
 	if b == nil || !b.unwarm(spec) {
-		return fault.New(fault.Conflict, fault.CodeNoMember, "there is no pooled sandbox %s on this machine", spec.ID)
+		return fault.New(fault.Conflict, fault.CodeNoPooled, "there is no pooled sandbox %s on this machine", spec.ID)
 	}
 	return n.walk(ctx, b, []step{
 		{"claimed", func(context.Context) error { return b.writeRecord() }},

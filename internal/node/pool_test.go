@@ -141,10 +141,10 @@ func TestPrepareAndClaimFailAtEveryStep(t *testing.T) {
 	}
 }
 
-// TestAdoptMembers opens another Node: a pooled sandbox is still pooled and closed, and can be
+// TestAdoptPooled opens another Node: a pooled sandbox is still pooled and closed, and can be
 // claimed; one whose claim had begun is not pooled; and none is pooled for a Node that makes
 // sandboxes in another way.
-func TestAdoptMembers(t *testing.T) {
+func TestAdoptPooled(t *testing.T) {
 	m := newMachine(t)
 	idle, begun := m.pooled(), m.pooled()
 	b := m.node.instance(begun.ID)
@@ -176,9 +176,9 @@ func TestAdoptMembers(t *testing.T) {
 	m.wantNothing()
 }
 
-// TestMembersServe checks that a start command is ready in the pool, under its policy, and that the
+// TestPooledServe checks that a start command is ready in the pool, under its policy, and that the
 // claim does not start it again. A claimed sandbox is suspended and woken like any other.
-func TestMembersServe(t *testing.T) {
+func TestPooledServe(t *testing.T) {
 	m := newMachine(t)
 	spec := m.serving(sandbox.Ready{Port: 8080})
 	spec.Egress = rangePolicy

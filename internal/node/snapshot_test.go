@@ -329,9 +329,9 @@ func otherPrograms(t *testing.T, m *machine) embedded.Programs {
 	return other
 }
 
-// TestMemberFromASnapshot prepares pooled sandboxes from a snapshot of one that had been started,
+// TestPooledFromASnapshot prepares pooled sandboxes from a snapshot of one that had been started,
 // and claims one: it is independent and runs the processes of the first.
-func TestMemberFromASnapshot(t *testing.T) {
+func TestPooledFromASnapshot(t *testing.T) {
 	m := newMachine(t)
 	first, n := m.working()
 	snap := m.snapshot(first)

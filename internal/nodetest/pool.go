@@ -33,7 +33,7 @@ func (n *Fake) Claim(ctx context.Context, spec sandbox.Spec) error {
 	h := n.sandboxes[spec.ID]
 	if !h.Warm || h.Run != spec.Run || h.token != "" && h.token != spec.Token {
 		n.mu.Unlock()
-		return fault.New(fault.Conflict, fault.CodeNoMember, "there is no pooled sandbox %s", spec.ID)
+		return fault.New(fault.Conflict, fault.CodeNoPooled, "there is no pooled sandbox %s", spec.ID)
 	}
 	h.Warm = false
 	n.sandboxes[spec.ID] = h

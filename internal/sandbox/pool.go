@@ -29,9 +29,9 @@ type Pooled struct {
 
 // PoolConfig holds the operator's settings for the pool.
 type PoolConfig struct {
-	Enabled    bool
-	Target     int // pooled sandboxes for each template in use, at its default size
-	MaxMembers int // of all templates together
+	Enabled   bool
+	Target    int // pooled sandboxes for each template in use, at its default size
+	MaxPooled int // of all templates together
 	// Templates sets targets for single templates. Others have Target while they are in use.
 	Templates []PoolTemplate
 	// Prepared, if not nil, is called with the duration and error of each preparation of a pooled sandbox. It
@@ -285,7 +285,7 @@ func (p *pool) status() []PoolStatus {
 	defer p.mu.Unlock()
 	have := p.kindsLocked()
 	all := []PoolStatus{}
-	for _, d := range share(p.demands, p.cfg.Pool.MaxMembers, time.Now()) {
+	for _, d := range share(p.demands, p.cfg.Pool.MaxPooled, time.Now()) {
 		if d.kind.TemplateID != "" {
 			all = append(all, PoolStatus{d.version.Name, d.version.Version, d.kind.Size, have[d.kind], d.claimed, d.share})
 		}

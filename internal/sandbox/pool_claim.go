@@ -102,7 +102,7 @@ func (p *pool) handOver(ctx context.Context, sbx Sandbox, q Quota, once Once) (a
 		p.handedOver(ctx, sbx)
 		p.count(demandKey{sbx.TemplateID, sbx.Size.Name}, true)
 		return claimed{sandbox: sbx}, nil
-	case fault.As(err) != nil && fault.As(err).Code != fault.CodeNoMember:
+	case fault.As(err) != nil && fault.As(err).Code != fault.CodeNoPooled:
 		return claimed{}, err // a cold start would fail in the same way
 	}
 	return claimed{}, fmt.Errorf("%w: %w", errNotWarm, err)

@@ -138,13 +138,13 @@ func (p *pool) lacking() (demand, bool) {
 	defer p.mu.Unlock()
 	have := p.kindsLocked()
 	var most *demand
-	for _, d := range share(p.demands, p.cfg.Pool.MaxMembers, now) {
+	for _, d := range share(p.demands, p.cfg.Pool.MaxPooled, now) {
 		if d.share > have[d.kind] && d.version.ID != "" && now.After(d.paused) &&
 			(most == nil || d.lacks(have) > most.lacks(have)) {
 			most = d
 		}
 	}
-	if most == nil || len(p.ready) >= p.cfg.Pool.MaxMembers {
+	if most == nil || len(p.ready) >= p.cfg.Pool.MaxPooled {
 		return demand{}, false
 	}
 	return *most, true
@@ -206,7 +206,7 @@ func (p *pool) drain(ctx context.Context) {
 	for ctx.Err() == nil {
 		now := time.Now()
 		p.mu.Lock()
-		share(p.demands, p.cfg.Pool.MaxMembers, now)
+		share(p.demands, p.cfg.Pool.MaxPooled, now)
 		over := p.kindsLocked()
 		for _, d := range p.demands {
 			over[d.kind] -= d.share

@@ -15,11 +15,11 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-var twoOfEach = sandbox.PoolConfig{Enabled: true, Target: 2, MaxMembers: 6}
+var twoOfEach = sandbox.PoolConfig{Enabled: true, Target: 2, MaxPooled: 6}
 
 // fixed returns a configuration with target pooled sandboxes of the template python from the start.
 func fixed(target int) sandbox.PoolConfig {
-	return sandbox.PoolConfig{Enabled: true, MaxMembers: 10,
+	return sandbox.PoolConfig{Enabled: true, MaxPooled: 10,
 		Templates: []sandbox.PoolTemplate{{Template: "python", Target: target}}}
 }
 
@@ -152,7 +152,7 @@ func TestOnlyTheSameIsWarm(t *testing.T) {
 		}
 	})
 	synctest.Test(t, func(t *testing.T) { // with a start command that has run
-		h := newPoolFixture(t, sandbox.PoolConfig{Enabled: true, Target: 1, MaxMembers: 2})
+		h := newPoolFixture(t, sandbox.PoolConfig{Enabled: true, Target: 1, MaxPooled: 2})
 		var prepared sandbox.Spec
 		h.node.OnPrepare = func(_ context.Context, spec sandbox.Spec) error { prepared = spec; return nil }
 		h.mustCreate(sandbox.Request{Template: "service"})
@@ -223,7 +223,7 @@ func TestClaimFails(t *testing.T) {
 	}
 }
 
-func TestRefusedCreatesSpendNoMember(t *testing.T) {
+func TestRefusedCreatesSpendNoPooled(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newPoolFixture(t, fixed(2))
 		before := h.settled()
@@ -418,7 +418,7 @@ func TestPoolFollowsTheTemplate(t *testing.T) {
 	})
 }
 
-func TestUnusedMembersGo(t *testing.T) {
+func TestUnusedPooledGo(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newPoolFixture(t, twoOfEach)
 		h.mustCreate(sandbox.Request{})
@@ -460,8 +460,8 @@ func TestTargetFollowsDemand(t *testing.T) {
 	})
 }
 
-// TestMembersGiveWay checks that pooled sandboxes never cause a create to be refused.
-func TestMembersGiveWay(t *testing.T) {
+// TestPooledGiveWay checks that pooled sandboxes never cause a create to be refused.
+func TestPooledGiveWay(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newPoolFixture(t, fixed(3))
 		h.node.SetMost(8)
@@ -512,7 +512,7 @@ func TestMembersGiveWay(t *testing.T) {
 	})
 }
 
-func TestDeadMembersAreReplaced(t *testing.T) {
+func TestDeadPooledAreReplaced(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newPoolFixture(t, fixed(2))
 		before := h.settled()
@@ -594,7 +594,7 @@ func TestPreparingIsPaced(t *testing.T) {
 func TestSharesAreFair(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		pool := fixed(6)
-		pool.MaxMembers = 4
+		pool.MaxPooled = 4
 		pool.Templates = append(pool.Templates, sandbox.PoolTemplate{Template: "python", Size: "big", Target: 6})
 		h := newPoolFixture(t, pool)
 		sizes := map[string]int{}

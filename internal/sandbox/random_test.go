@@ -68,7 +68,7 @@ func randomLives(t *testing.T, address func() string, times int) {
 				secs:  rapid.IntRange(1, 90).Draw(t, "secs"),
 			}
 		}), 1, 25).Draw(rt, "steps")
-		pool := sandbox.PoolConfig{Enabled: rapid.Bool().Draw(rt, "pool"), Target: 2, MaxMembers: 4}
+		pool := sandbox.PoolConfig{Enabled: rapid.Bool().Draw(rt, "pool"), Target: 2, MaxPooled: 4}
 		var failure string
 		synctest.Test(t, func(t *testing.T) {
 			l := &scenario{fixture: newPoolFixture(t, pool), had: map[sandbox.ID]bool{}, asked: map[sandbox.ID]bool{},
@@ -406,7 +406,7 @@ func (l *scenario) agree() string {
 			return fmt.Sprintf("pooled sandbox %s of the pool is (%v) %+v", m.ID, there, f)
 		}
 	}
-	if want := l.pool.Target; l.pool.Enabled && len(pooled) > l.pool.MaxMembers || !l.pool.Enabled && len(pooled) > 0 {
+	if want := l.pool.Target; l.pool.Enabled && len(pooled) > l.pool.MaxPooled || !l.pool.Enabled && len(pooled) > 0 {
 		return fmt.Sprintf("the pool has %d pooled sandboxes, wants %d", len(pooled), want)
 	}
 	if s := l.snapshotsAgree(); s != "" {

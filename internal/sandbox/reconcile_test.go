@@ -25,7 +25,7 @@ func TestDecide(t *testing.T) {
 		"part+point":  {Remains: true, Checkpoint: checkpoint},
 		"point":       {Checkpoint: checkpoint},
 		"directory":   {}, // neither an instance nor a point
-		// Members of the pool.
+		// Pooled sandboxes.
 		"warm":       {Run: "now", Alive: true, Remains: true, Warm: true},
 		"warm dead":  {Run: "now", Remains: true, Warm: true},
 		"warm other": {Run: "before", Alive: true, Remains: true, Warm: true},

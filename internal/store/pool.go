@@ -109,7 +109,7 @@ func (db *DB) Claim(ctx context.Context, s sandbox.Sandbox, q sandbox.Quota,
 			if err != nil {
 				return fmt.Errorf("taking the pooled sandbox: %w", err)
 			}
-			return fault.New(fault.Conflict, fault.CodeNoMember, "the warm pool has no sandbox %s", s.ID)
+			return fault.New(fault.Conflict, fault.CodeNoPooled, "the warm pool has no sandbox %s", s.ID)
 		}
 		return insertSandbox(ctx, tx, out, s, once,
 			sandbox.Event{SandboxID: s.ID, At: s.StartedAt, From: sandbox.Creating, To: sandbox.Running})

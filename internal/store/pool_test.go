@@ -13,8 +13,8 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// fullMember returns a pooled sandbox with a value in every field.
-func fullMember(i int) sandbox.Pooled {
+// fullPooled returns a pooled sandbox with a value in every field.
+func fullPooled(i int) sandbox.Pooled {
 	return sandbox.Pooled{ID: sandbox.NewID(), Run: fmt.Sprint("run", i), Token: "secret",
 		OrgID: "org_a", Template: "python", TemplateID: "tpl_python", TemplateVersion: 3, Shape: fullShape(i),
 		CreatedAt: start.Add(time.Duration(i) * time.Second), Holder: holderOfTests}
@@ -36,7 +36,7 @@ func claimed(m sandbox.Pooled, org string) sandbox.Sandbox {
 	return s
 }
 
-func wantMembers(t *testing.T, st sandbox.Store, want ...sandbox.Pooled) {
+func wantPooled(t *testing.T, st sandbox.Store, want ...sandbox.Pooled) {
 	t.Helper()
 	got, err := st.ListPooled(t.Context())
 	if err != nil {
@@ -47,15 +47,15 @@ func wantMembers(t *testing.T, st sandbox.Store, want ...sandbox.Pooled) {
 	}
 }
 
-func poolMembers(t *testing.T, st sandbox.Store) {
-	wantMembers(t, st)
-	b, a := mustAdd(t, st, fullMember(2)), mustAdd(t, st, fullMember(1))
-	wantMembers(t, st, a, b)
+func poolRows(t *testing.T, st sandbox.Store) {
+	wantPooled(t, st)
+	b, a := mustAdd(t, st, fullPooled(2)), mustAdd(t, st, fullPooled(1))
+	wantPooled(t, st, a, b)
 	if err := st.AddPooled(t.Context(), a); err == nil {
 		t.Error("added a pooled sandbox twice")
 	}
 	s := mustInsert(t, st, small("org_a", 0))
-	taken := fullMember(3)
+	taken := fullPooled(3)
 	taken.ID = s.ID
 	if err := st.AddPooled(t.Context(), taken); err == nil {
 		t.Error("added a pooled sandbox with the ID of a sandbox")
@@ -69,18 +69,18 @@ func poolMembers(t *testing.T, st sandbox.Store) {
 			t.Error(err)
 		}
 	}
-	wantMembers(t, st, b)
+	wantPooled(t, st, b)
 }
 
 func poolClaim(t *testing.T, st sandbox.Store) {
 	ctx := t.Context()
-	a, b := mustAdd(t, st, fullMember(1)), mustAdd(t, st, fullMember(2))
+	a, b := mustAdd(t, st, fullPooled(1)), mustAdd(t, st, fullPooled(2))
 	once := sandbox.Once{Key: "key", Hash: "hash"}
 	want := claimed(a, "org_a")
 	if _, found, err := st.Claim(ctx, want, sandbox.Quota{Sandboxes: 1}, once); err != nil || found {
 		t.Fatalf("claiming: found %v, %v", found, err)
 	}
-	wantMembers(t, st, b)
+	wantPooled(t, st, b)
 	got, err := st.Get(ctx, a.ID)
 	if d := cmp.Diff(asStored(want), got, prefixes); err != nil || d != "" {
 		t.Errorf("the row (-want +got), %v:\n%s", err, d)
@@ -120,7 +120,7 @@ func poolClaim(t *testing.T, st sandbox.Store) {
 			case err != nil || !found || prior.ID != a.ID:
 				t.Errorf("%s, %s: %s, found %v, %v", name, what, prior.ID, found, err)
 			}
-			wantMembers(t, st, b)
+			wantPooled(t, st, b)
 		}
 	}
 	if _, found, err := st.Admit(ctx, claimed(b, "org_a"), sandbox.Quota{Sandboxes: 2},
@@ -139,16 +139,16 @@ func poolClaim(t *testing.T, st sandbox.Store) {
 
 // poolClaimRace makes many claims at once, several for each of a few pooled sandboxes.
 func poolClaimRace(t *testing.T, st sandbox.Store) {
-	members := []sandbox.Pooled{
-		mustAdd(t, st, fullMember(1)),
-		mustAdd(t, st, fullMember(2)),
-		mustAdd(t, st, fullMember(3)),
+	pooled := []sandbox.Pooled{
+		mustAdd(t, st, fullPooled(1)),
+		mustAdd(t, st, fullPooled(2)),
+		mustAdd(t, st, fullPooled(3)),
 	}
 	var won atomic.Int64
 	var wg sync.WaitGroup
 	for i := range 12 {
 		wg.Go(func() {
-			m := members[i%len(members)]
+			m := pooled[i%len(pooled)]
 			_, _, err := st.Claim(t.Context(), claimed(m, fmt.Sprint("org_", i)), sandbox.Quota{}, sandbox.Once{})
 			if err == nil {
 				won.Add(1)
@@ -161,5 +161,5 @@ func poolClaimRace(t *testing.T, st sandbox.Store) {
 	if won.Load() != 3 {
 		t.Errorf("%d claims of 3 pooled sandboxes succeeded", won.Load())
 	}
-	wantMembers(t, st)
+	wantPooled(t, st)
 }

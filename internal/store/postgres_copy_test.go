@@ -25,7 +25,7 @@ func fillAll(t *testing.T, db *DB) (s sandbox.Sandbox) {
 	}
 	over := mustInsert(t, db, small("org_a", 1))
 	mustMove(t, db, over.ID, sandbox.Creating, sandbox.Destroyed, start)
-	mustAdd(t, db, fullMember(1))
+	mustAdd(t, db, fullPooled(1))
 	saved := mustSave(t, db, fullSnapshot("org_a", "snap", 0))
 	if _, err := db.BeginCheckpoint(ctx, checkpointOf(string(saved.ID), start)); err != nil {
 		t.Fatal(err)

@@ -297,7 +297,7 @@ func TestPostgresCounts(t *testing.T) {
 			return db.SetPublicPort(t.Context(), s.ID, 1+i, true)
 		}},
 		"pooled": {1, fault.Internal, func(int) error {
-			m := fullMember(0)
+			m := fullPooled(0)
 			m.ID = "sbx_same"
 			return db.AddPooled(t.Context(), m)
 		}},

@@ -119,7 +119,7 @@ func testSandboxStore(t *testing.T, open func(t *testing.T) sandbox.Store) {
 		"purge":                  sandboxPurge,
 		"purge of many":          sandboxPurgeMany,
 		"events are bounded":     sandboxEventsBounded,
-		"pool":                   poolMembers,
+		"pool":                   poolRows,
 		"claim":                  poolClaim,
 		"claims in a race":       poolClaimRace,
 		"snapshots":              snapshotLives,

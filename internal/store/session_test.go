@@ -48,7 +48,7 @@ func putRows(t *testing.T, db *DB) (r rowsOf) {
 	t.Helper()
 	r.running, r.creating = mustInsert(t, db, small("org_a", 0)), mustInsert(t, db, small("org_a", 1))
 	mustMove(t, db, r.running.ID, sandbox.Creating, sandbox.Running, start)
-	r.pooled = fullMember(0)
+	r.pooled = fullPooled(0)
 	r.pooled.ID = sandbox.NewID()
 	mustAdd(t, db, r.pooled)
 	r.making, r.ready = fullSnapshot("org_a", "", 0), fullSnapshot("org_a", "", 1)
