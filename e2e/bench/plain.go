@@ -79,7 +79,7 @@ func (p *plain) once(ctx context.Context, r *results) (err error) {
 	if err := os.Mkdir(bundle, 0o700); err != nil {
 		return err
 	}
-	spec := runsc.NewSpec(runsc.Box{
+	spec := runsc.NewSpec(runsc.SandboxSpec{
 		Hostname: "plain", Root: runsc.Root{Image: p.image, Overlay: bundle, MaxBytes: 2 << 30},
 		Binds: []runsc.Bind{{From: bundle, To: "/mnt"}}, // it also makes runsc start a gofer, as cay has one
 		Args:  []string{"sleep", "1000"}, Env: []string{"PATH=/usr/bin:/bin"}, ShmBytes: 64 << 20,

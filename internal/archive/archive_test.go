@@ -228,13 +228,13 @@ func (w *world) collectTwice(t *testing.T) {
 // TestArchiveLives follows the copies of a sandbox and a snapshot to their end.
 func TestArchiveLives(t *testing.T) {
 	w := newWorld(t, directory(t))
-	box := w.sandbox(t)
+	id := w.sandbox(t)
 	snap := sandbox.Snapshot{ID: sandbox.NewSnapshotID(), OrgID: "org_a", State: sandbox.SnapshotCreating,
 		CreatedAt: time.Now()}
 	if err := w.db.AddSnapshot(t.Context(), snap, 0); err != nil {
 		t.Fatal(err)
 	}
-	first := w.copied(t, box, w.save(t, box, "first"))
+	first := w.copied(t, id, w.save(t, id, "first"))
 	saved := w.copied(t, string(snap.ID), w.save(t, string(snap.ID), "saved"))
 	for _, c := range []struct {
 		row  sandbox.StoredCheckpoint
@@ -251,11 +251,11 @@ func TestArchiveLives(t *testing.T) {
 		t.Errorf("the programs are %q", got)
 	}
 
-	second := w.copied(t, box, w.save(t, box, "second"))
+	second := w.copied(t, id, w.save(t, id, "second"))
 	if second.Number <= first.Number {
 		t.Errorf("the second copy has the number %d, the first %d", second.Number, first.Number)
 	}
-	if w.Stored(box, second.MadeAt.Add(time.Second)) {
+	if w.Stored(id, second.MadeAt.Add(time.Second)) {
 		t.Error("a checkpoint that was not made is stored")
 	}
 	if got, err := w.fetch(t, first); err != nil || got != "first" {
@@ -271,14 +271,14 @@ func TestArchiveLives(t *testing.T) {
 		}
 	}
 
-	if _, err := w.db.Transition(t.Context(), sandbox.Change{ID: sandbox.ID(box), From: []sandbox.State{sandbox.Creating},
+	if _, err := w.db.Transition(t.Context(), sandbox.Change{ID: sandbox.ID(id), From: []sandbox.State{sandbox.Creating},
 		To: sandbox.Destroyed, At: time.Now()}); err != nil {
 		t.Fatal(err)
 	}
 	if err := w.db.DropSnapshot(t.Context(), snap.ID); err != nil {
 		t.Fatal(err)
 	}
-	if err := errors.Join(w.saved.Remove(box), w.saved.Remove(string(snap.ID))); err != nil {
+	if err := errors.Join(w.saved.Remove(id), w.saved.Remove(string(snap.ID))); err != nil {
 		t.Fatal(err)
 	}
 	w.start() // a process that has uploaded no program
@@ -286,7 +286,7 @@ func TestArchiveLives(t *testing.T) {
 	if got := append(w.keys(t, checkpointPrefix), w.keys(t, programPrefix)...); len(got) != 0 || len(w.rows(t)) != 0 {
 		t.Errorf("left are %q and %+v", got, w.rows(t))
 	}
-	if w.Stored(box, second.MadeAt) {
+	if w.Stored(id, second.MadeAt) {
 		t.Error("a copy that was removed is still stored")
 	}
 }
@@ -294,28 +294,28 @@ func TestArchiveLives(t *testing.T) {
 // TestArchiveClockSetBack makes a checkpoint whose time is before that of the one before, which is not taken for it.
 func TestArchiveClockSetBack(t *testing.T) {
 	w := newWorld(t, directory(t))
-	box := w.sandbox(t)
+	id := w.sandbox(t)
 	now := time.Now()
-	first := w.copied(t, box, w.saveAt(t, box, "first", now))
-	made := w.saveAt(t, box, "second", now.Add(-time.Hour))
-	second := w.copied(t, box, made)
+	first := w.copied(t, id, w.saveAt(t, id, "first", now))
+	made := w.saveAt(t, id, "second", now.Add(-time.Hour))
+	second := w.copied(t, id, made)
 	if got, err := w.fetch(t, second); err != nil || got != "second" || second.Number <= first.Number {
 		t.Errorf("fetched %q of number %d after %d, %v", got, second.Number, first.Number, err)
 	}
-	if w.Stored(box, first.MadeAt) {
+	if w.Stored(id, first.MadeAt) {
 		t.Error("the checkpoint before is still the stored one")
 	}
 	w.stop()
 	w.start()
-	eventually(t, "the next process knows the newest copy", func() bool { return w.Stored(box, made) })
+	eventually(t, "the next process knows the newest copy", func() bool { return w.Stored(id, made) })
 }
 
 // TestArchiveUploadsAgain takes the copies out of the bucket, as files.url does that names another one.
 func TestArchiveUploadsAgain(t *testing.T) {
 	w := newWorld(t, directory(t))
-	box := w.sandbox(t)
-	made := w.save(t, box, "text")
-	before := w.copied(t, box, made)
+	id := w.sandbox(t)
+	made := w.save(t, id, "text")
+	before := w.copied(t, id, made)
 	for _, key := range w.keys(t, checkpointPrefix) {
 		if err := w.bucket.Delete(t.Context(), key); err != nil {
 			t.Fatal(err)
@@ -325,7 +325,7 @@ func TestArchiveUploadsAgain(t *testing.T) {
 	if err := w.collect(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if w.Stored(box, made) {
+	if w.Stored(id, made) {
 		t.Error("a copy that is not in the bucket is taken for stored")
 	}
 	w.start()
@@ -341,8 +341,8 @@ func TestArchiveUploadsAgain(t *testing.T) {
 // TestArchiveUploadsProgramsAgain takes the programs out of the bucket, which the same process has uploaded.
 func TestArchiveUploadsProgramsAgain(t *testing.T) {
 	w := newWorld(t, directory(t))
-	box := w.sandbox(t)
-	w.copied(t, box, w.save(t, box, "text"))
+	id := w.sandbox(t)
+	w.copied(t, id, w.save(t, id, "text"))
 	w.stop()
 	programs := w.keys(t, programPrefix)
 	if err := w.bucket.Delete(t.Context(), programs[0]); err != nil {
@@ -351,7 +351,7 @@ func TestArchiveUploadsProgramsAgain(t *testing.T) {
 	if err := w.collect(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if err := w.upload(t.Context(), box); err != nil {
+	if err := w.upload(t.Context(), id); err != nil {
 		t.Fatal(err)
 	}
 	if got := w.keys(t, programPrefix); !slices.Equal(got, programs) {
@@ -363,25 +363,25 @@ func TestArchiveUploadsProgramsAgain(t *testing.T) {
 func TestArchiveTriesAgainWithoutProgram(t *testing.T) {
 	w := newWorld(t, directory(t))
 	w.stop()
-	box := w.sandbox(t)
-	made := w.save(t, box, "text")
+	id := w.sandbox(t)
+	made := w.save(t, id, "text")
 	runsc := filepath.Join(w.dir, "runsc")
 	if err := os.Rename(runsc, runsc+".away"); err != nil {
 		t.Fatal(err)
 	}
-	if err := w.upload(t.Context(), box); err == nil {
+	if err := w.upload(t.Context(), id); err == nil {
 		t.Error("an upload without a program is over")
 	}
-	if w.Stored(box, made) || len(w.rows(t)) != 0 || len(w.keys(t, checkpointPrefix)) != 0 {
+	if w.Stored(id, made) || len(w.rows(t)) != 0 || len(w.keys(t, checkpointPrefix)) != 0 {
 		t.Errorf("without a program there are %+v", w.rows(t))
 	}
 	if err := os.Rename(runsc+".away", runsc); err != nil {
 		t.Fatal(err)
 	}
-	if err := w.upload(t.Context(), box); err != nil {
+	if err := w.upload(t.Context(), id); err != nil {
 		t.Fatal(err)
 	}
-	if got, err := w.fetch(t, w.copied(t, box, made)); err != nil || got != "text" {
+	if got, err := w.fetch(t, w.copied(t, id, made)); err != nil || got != "text" {
 		t.Errorf("fetched %q, %v", got, err)
 	}
 }
@@ -433,11 +433,11 @@ func TestArchiveUploadsDuringCollection(t *testing.T) {
 	if got := w.keys(t, programPrefix); len(got) != 4 {
 		t.Fatalf("the programs are %q before the grace has passed", got)
 	}
-	box := w.sandbox(t)
-	made := w.save(t, box, "text")
+	id := w.sandbox(t)
+	made := w.save(t, id, "text")
 	b.between = func() {
 		uploaded := make(chan error)
-		go func() { uploaded <- w.upload(t.Context(), box) }()
+		go func() { uploaded <- w.upload(t.Context(), id) }()
 		select {
 		case err := <-uploaded:
 			if err != nil {
@@ -451,7 +451,7 @@ func TestArchiveUploadsDuringCollection(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.between = nil
-	if !w.Stored(box, made) {
+	if !w.Stored(id, made) {
 		t.Error("the checkpoint is not stored")
 	}
 	row := w.rows(t)[0]
@@ -487,12 +487,12 @@ func TestArchiveResumes(t *testing.T) {
 		t.Fatal(err)
 	}
 	w := newWorld(t, bucket)
-	box := w.sandbox(t)
+	id := w.sandbox(t)
 	for _, restart := range []bool{false, true} {
 		s3.Stop()
-		made := w.save(t, box, fmt.Sprint("restart ", restart))
-		if c := w.Counts(); c.Waiting != 1 || c.WaitingBytes == 0 || w.Stored(box, made) {
-			t.Errorf("without the bucket: %+v, stored %t", c, w.Stored(box, made))
+		made := w.save(t, id, fmt.Sprint("restart ", restart))
+		if c := w.Counts(); c.Waiting != 1 || c.WaitingBytes == 0 || w.Stored(id, made) {
+			t.Errorf("without the bucket: %+v, stored %t", c, w.Stored(id, made))
 		}
 		w.pass(time.Hour)
 		if c := w.Counts(); c.Lag < time.Hour {
@@ -506,16 +506,16 @@ func TestArchiveResumes(t *testing.T) {
 		s3.Start(t)
 		eventually(t, "it is stored", func() bool {
 			w.pass(time.Minute)
-			return w.Stored(box, made)
+			return w.Stored(id, made)
 		})
-		if got, err := w.fetch(t, w.copied(t, box, made)); err != nil || got != fmt.Sprint("restart ", restart) {
+		if got, err := w.fetch(t, w.copied(t, id, made)); err != nil || got != fmt.Sprint("restart ", restart) {
 			t.Errorf("fetched %q, %v", got, err)
 		}
 	}
 	w.stop()
 	w.start()
 	newest := w.rows(t)[0].MadeAt
-	eventually(t, "the next process knows what is stored", func() bool { return w.Stored(box, newest) })
+	eventually(t, "the next process knows what is stored", func() bool { return w.Stored(id, newest) })
 	if c := w.Counts(); c.Waiting != 0 || c.Uploaded != 0 {
 		t.Errorf("the next process has the counts %+v", c)
 	}
@@ -524,18 +524,18 @@ func TestArchiveResumes(t *testing.T) {
 // TestArchiveContinues ends a process after it has written all objects, and before it has recorded that.
 func TestArchiveContinues(t *testing.T) {
 	w := newWorld(t, directory(t))
-	box := w.sandbox(t)
+	id := w.sandbox(t)
 	failing := &failingEnd{CheckpointStore: w.db, fail: true}
 	w.stop()
 	w.Archive = New(Config{Bucket: w.bucket, Transfer: objects.NewTransfer(w.bucket), Records: failing, Source: w,
 		Key: w.cfg.Key, Log: w.cfg.Log, Now: w.clock})
-	made := w.save(t, box, "text")
-	if err := w.upload(t.Context(), box); err == nil || w.Stored(box, made) {
-		t.Fatalf("the row was not written: %v, stored %t", err, w.Stored(box, made))
+	made := w.save(t, id, "text")
+	if err := w.upload(t.Context(), id); err == nil || w.Stored(id, made) {
+		t.Fatalf("the row was not written: %v, stored %t", err, w.Stored(id, made))
 	}
 	keys := w.keys(t, checkpointPrefix)
 	w.start()
-	w.copied(t, box, made)
+	w.copied(t, id, made)
 	if got := w.keys(t, checkpointPrefix); strings.Join(got, " ") != strings.Join(keys, " ") {
 		t.Errorf("the objects are %q, and were %q", got, keys)
 	}
@@ -557,8 +557,8 @@ func (f *failingEnd) EndCheckpoint(ctx context.Context, c sandbox.StoredCheckpoi
 // TestArchiveRefusesChanges changes objects as somebody who can write to the bucket could.
 func TestArchiveRefusesChanges(t *testing.T) {
 	w := newWorld(t, directory(t))
-	box := w.sandbox(t)
-	row := w.copied(t, box, w.save(t, box, "the memory of a sandbox"))
+	id := w.sandbox(t)
+	row := w.copied(t, id, w.save(t, id, "the memory of a sandbox"))
 	other := w.sandbox(t)
 	otherRow := w.copied(t, other, w.save(t, other, "the memory of another one"))
 	w.stop()
@@ -635,11 +635,11 @@ func TestArchiveRefusesChanges(t *testing.T) {
 // TestArchiveBoundsUnneeded saves a sandbox again and again, whose earlier copies may take two copies' space.
 func TestArchiveBoundsUnneeded(t *testing.T) {
 	w := newWorld(t, directory(t))
-	box := w.sandbox(t)
+	id := w.sandbox(t)
 	const copies = 5
 	var bytes int64
 	for i := range copies {
-		bytes = w.copied(t, box, w.save(t, box, fmt.Sprint("text ", i))).Bytes
+		bytes = w.copied(t, id, w.save(t, id, fmt.Sprint("text ", i))).Bytes
 	}
 	w.stop()
 	w.cfg.MaxUnneeded = 2 * bytes

@@ -243,7 +243,7 @@ func (n *Node) container(b *instance, spec sandbox.Spec, image string) runsc.Con
 	memory := int64(spec.Size.MemoryMB) << 20
 	pids := min(n.cfg.MaxPIDs, tasksFor(spec.Size.MemoryMB))
 	c := b.container()
-	c.Spec = runsc.NewSpec(runsc.Box{
+	c.Spec = runsc.NewSpec(runsc.SandboxSpec{
 		Hostname:  hostname(spec.ID),
 		Root:      runsc.Root{Image: image, Overlay: n.dir(spec.ID), MaxBytes: int64(spec.DiskMB) << 20},
 		Binds:     binds(n.cfg.Programs),

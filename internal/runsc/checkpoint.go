@@ -120,9 +120,9 @@ type Place struct {
 	Binds     []Bind // the same, maybe from elsewhere
 	Namespace string // path of the network namespace
 	Cgroups   string // as in [Limits]
-	HostUID   uint32 // as in [Box]
+	HostUID   uint32 // as in [SandboxSpec]
 	CPUShares uint64 // as in [Limits]; 0 leaves what was saved
-	Hostname  string // as in [Box]; only for a reboot
+	Hostname  string // as in [SandboxSpec]; only for a reboot
 }
 
 // Restore starts the sandbox that was saved into dir, with the spec it was saved with, in

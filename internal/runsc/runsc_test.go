@@ -24,7 +24,7 @@ func TestSpec(t *testing.T) {
 			CPUShares: 2048, CPUQuota: 2 * CPUPeriod, PIDs: 4096},
 	} {
 		t.Run(name, func(t *testing.T) {
-			spec := NewSpec(Box{
+			spec := NewSpec(SandboxSpec{
 				HostUID: 2_005_000_042, Hostname: "x",
 				Root:  Root{Image: "/images/i.erofs", Overlay: "/sandboxes/sbx_x", MaxBytes: 100 << 20},
 				Binds: []Bind{{From: "/programs/1", To: "/.cay"}}, Args: []string{"/.cay/cay-agent"}, Env: []string{"A=b"},
@@ -63,7 +63,7 @@ exit 128
 		t.Fatal(err)
 	}
 	r := &Runtime{Program: program, Root: filepath.Join(dir, "root"), Flags: Flags("systrap")}
-	_, err := r.Run(context.Background(), Container{ID: "sbx_x", Bundle: dir, Spec: NewSpec(Box{})})
+	_, err := r.Run(context.Background(), Container{ID: "sbx_x", Bundle: dir, Spec: NewSpec(SandboxSpec{})})
 	if err == nil || !strings.Contains(err.Error(), "no such image") {
 		t.Errorf("got %v", err)
 	}

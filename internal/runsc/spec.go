@@ -33,8 +33,8 @@ type Limits struct {
 // CPUPeriod is the period of a CPU quota in µs: the kernel's default.
 const CPUPeriod = 100_000
 
-// Box describes a sandbox for [NewSpec].
-type Box struct {
+// SandboxSpec describes a sandbox for [NewSpec].
+type SandboxSpec struct {
 	Hostname  string
 	Root      Root
 	Binds     []Bind // at least one: without a gofer the writable layer cannot be a file
@@ -72,11 +72,11 @@ const (
 	devInodes = "nr_inodes=4096"
 )
 
-// NewSpec returns the OCI spec of a sandbox. The same Box gives the same spec, as a
+// NewSpec returns the OCI spec of a sandbox. The same SandboxSpec gives the same spec, as a
 // restore requires.
-func NewSpec(b Box) *specs.Spec {
-	shares, quota, period := b.Limits.CPUShares, b.Limits.CPUQuota, uint64(CPUPeriod)
-	memory, pids := b.Limits.MemoryBytes, b.Limits.PIDs
+func NewSpec(s SandboxSpec) *specs.Spec {
+	shares, quota, period := s.Limits.CPUShares, s.Limits.CPUQuota, uint64(CPUPeriod)
+	memory, pids := s.Limits.MemoryBytes, s.Limits.PIDs
 	cpu := &specs.LinuxCPU{Shares: &shares}
 	if quota > 0 {
 		cpu.Quota, cpu.Period = &quota, &period
@@ -87,18 +87,18 @@ func NewSpec(b Box) *specs.Spec {
 		{Destination: "/dev", Type: "tmpfs", Source: "dev",
 			Options: []string{"nosuid", "strictatime", "mode=755", devSize, devInodes}},
 		{Destination: "/dev/shm", Type: "tmpfs", Source: "shm",
-			Options: []string{"nosuid", "noexec", "nodev", "mode=1777", "size=" + strconv.FormatInt(b.ShmBytes, 10)}},
+			Options: []string{"nosuid", "noexec", "nodev", "mode=1777", "size=" + strconv.FormatInt(s.ShmBytes, 10)}},
 	}
-	for _, bind := range b.Binds {
+	for _, bind := range s.Binds {
 		mounts = append(mounts, specs.Mount{Destination: bind.To, Type: "bind", Source: bind.From,
 			Options: []string{"ro", "rbind", "nosuid", "nodev"}})
 	}
 	spec := &specs.Spec{
 		Version:  "1.1.0",
-		Hostname: b.Hostname,
-		Root:     &specs.Root{Path: b.Root.Overlay}, // not used: the annotations give the root
+		Hostname: s.Hostname,
+		Root:     &specs.Root{Path: s.Root.Overlay}, // not used: the annotations give the root
 		Process: &specs.Process{
-			Args: b.Args, Env: b.Env, Cwd: "/",
+			Args: s.Args, Env: s.Env, Cwd: "/",
 			User: specs.User{UID: 0, GID: 0},
 			Capabilities: &specs.LinuxCapabilities{
 				Bounding: capabilities, Effective: capabilities, Permitted: capabilities,
@@ -107,14 +107,14 @@ func NewSpec(b Box) *specs.Spec {
 		},
 		Mounts: mounts,
 		Annotations: map[string]string{
-			rootSource:                       b.Root.Image,
+			rootSource:                       s.Root.Image,
 			"dev.gvisor.spec.rootfs.type":    "erofs",
-			rootOverlay:                      "dir=" + b.Root.Overlay,
-			"dev.gvisor.spec.rootfs.options": "size=" + strconv.FormatInt(b.Root.MaxBytes, 10),
-			"dev.cay.memory.pause":           strconv.FormatInt(b.Limits.PauseBytes, 10),
+			rootOverlay:                      "dir=" + s.Root.Overlay,
+			"dev.gvisor.spec.rootfs.options": "size=" + strconv.FormatInt(s.Root.MaxBytes, 10),
+			"dev.cay.memory.pause":           strconv.FormatInt(s.Limits.PauseBytes, 10),
 		},
 		Linux: &specs.Linux{
-			CgroupsPath: b.Limits.CgroupsPath,
+			CgroupsPath: s.Limits.CgroupsPath,
 			Resources: &specs.LinuxResources{
 				Memory: &specs.LinuxMemory{Limit: &memory},
 				CPU:    cpu,
@@ -122,11 +122,11 @@ func NewSpec(b Box) *specs.Spec {
 			},
 			Namespaces: []specs.LinuxNamespace{
 				{Type: specs.PIDNamespace}, {Type: specs.IPCNamespace}, {Type: specs.UTSNamespace}, {Type: specs.MountNamespace},
-				{Type: specs.NetworkNamespace, Path: b.Namespace},
+				{Type: specs.NetworkNamespace, Path: s.Namespace},
 			},
 		},
 	}
-	runAs(spec, b.HostUID)
+	runAs(spec, s.HostUID)
 	return spec
 }
 

@@ -28,7 +28,7 @@ case $args in *sbx_slow*) exec sleep 60;; *sbx_bad*) exit 7;; esac
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), within)
 		defer cancel()
-		_, err := r.Run(ctx, Container{ID: id, Bundle: t.TempDir(), Spec: NewSpec(Box{})})
+		_, err := r.Run(ctx, Container{ID: id, Bundle: t.TempDir(), Spec: NewSpec(SandboxSpec{})})
 		return err
 	}
 	plain := &Runtime{Program: program, Root: t.TempDir()}

@@ -37,7 +37,7 @@ func testCheckpointStore(t *testing.T, db *DB) {
 			t.Errorf("the rows (-want +got), %v:\n%s", err, d)
 		}
 	}
-	box := mustInsert(t, db, small("org_a", 1))
+	sbx := mustInsert(t, db, small("org_a", 1))
 	snap := fullSnapshot("org_a", "first", 0)
 	if err := db.AddSnapshot(ctx, snap, 0); err != nil {
 		t.Fatal(err)
@@ -45,14 +45,14 @@ func testCheckpointStore(t *testing.T, db *DB) {
 	_, err := st.BeginCheckpoint(ctx, checkpointOf("sbx_none", start))
 	wantFault(t, err, fault.NotFound, "sandbox_not_found")
 
-	ofBox, ofSnap := begin(checkpointOf(string(box.ID), start)), begin(checkpointOf(string(snap.ID), start))
-	for _, c := range []sandbox.StoredCheckpoint{ofBox, ofSnap} {
+	ofSandbox, ofSnap := begin(checkpointOf(string(sbx.ID), start)), begin(checkpointOf(string(snap.ID), start))
+	for _, c := range []sandbox.StoredCheckpoint{ofSandbox, ofSnap} {
 		if c.Number != start.UnixMicro() {
 			t.Errorf("the first copy of %s has the number %d", c.Name, c.Number)
 		}
 	}
-	if again := begin(checkpointOf(string(box.ID), start)); again != ofBox {
-		t.Errorf("the same checkpoint begun again is %+v, want %+v", again, ofBox)
+	if again := begin(checkpointOf(string(sbx.ID), start)); again != ofSandbox {
+		t.Errorf("the same checkpoint begun again is %+v, want %+v", again, ofSandbox)
 	}
 	end := func(c *sandbox.StoredCheckpoint) {
 		t.Helper()
@@ -67,27 +67,27 @@ func testCheckpointStore(t *testing.T, db *DB) {
 		}
 	}
 	end(&ofSnap)
-	end(&ofBox)
-	want(ofBox, ofSnap)
+	end(&ofSandbox)
+	want(ofSandbox, ofSnap)
 
 	// The earlier copy stays until the later one is uploaded.
-	later := begin(checkpointOf(string(box.ID), start.Add(time.Hour)))
+	later := begin(checkpointOf(string(sbx.ID), start.Add(time.Hour)))
 	if later.Number != later.MadeAt.UnixMicro() {
 		t.Errorf("the second copy has the number %d", later.Number)
 	}
-	want(ofBox, later, ofSnap)
+	want(ofSandbox, later, ofSnap)
 	end(&later)
 	want(later, ofSnap)
-	newest := begin(checkpointOf(string(box.ID), start.Add(2*time.Hour)))
+	newest := begin(checkpointOf(string(sbx.ID), start.Add(2*time.Hour)))
 	abandoned := newest
-	newest = begin(checkpointOf(string(box.ID), start.Add(3*time.Hour)))
+	newest = begin(checkpointOf(string(sbx.ID), start.Add(3*time.Hour)))
 	end(&newest)
 	want(newest, ofSnap)
 	wantFault(t, st.EndCheckpoint(ctx, abandoned), fault.NotFound, "sandbox_not_found")
 	want(newest, ofSnap)
 
 	// A higher fence is later, whatever the numbers.
-	fenced := checkpointOf(string(box.ID), start)
+	fenced := checkpointOf(string(sbx.ID), start)
 	fenced.Node, fenced.Fence = "node_b", 8
 	if fenced = begin(fenced); fenced.Number != start.UnixMicro() {
 		t.Errorf("the first copy of a fence has the number %d", fenced.Number)
@@ -96,7 +96,7 @@ func testCheckpointStore(t *testing.T, db *DB) {
 	want(fenced, ofSnap)
 
 	// A clock that was set back gives no lower number.
-	back := checkpointOf(string(box.ID), start.Add(-time.Hour))
+	back := checkpointOf(string(sbx.ID), start.Add(-time.Hour))
 	back.Node, back.Fence = fenced.Node, fenced.Fence
 	if back = begin(back); back.Number != fenced.Number+1 {
 		t.Errorf("the copy after %d has the number %d", fenced.Number, back.Number)
@@ -109,7 +109,7 @@ func testCheckpointStore(t *testing.T, db *DB) {
 		t.Fatal(err)
 	}
 	want(fenced, ofSnap)
-	mustMove(t, db, box.ID, sandbox.Creating, sandbox.Destroyed, start)
+	mustMove(t, db, sbx.ID, sandbox.Creating, sandbox.Destroyed, start)
 	if err := st.DropCheckpoints(ctx); err != nil {
 		t.Fatal(err)
 	}
