@@ -131,11 +131,11 @@ func TestSentryKilled(t *testing.T) {
 		s := s.in(t)
 		w.s = s
 		least := w.check()
-		point := s.checkpoint(id)
+		checkpoint := s.checkpoint(id)
 		w.check()
 		s.killSentry(id)
 		s.waitState(id, "suspended")
-		s.fellBackTo(id, point)
+		s.fellBackTo(id, checkpoint)
 		w.fellBack(least)
 	})
 	t.Run("ephemeral", func(t *testing.T) {
@@ -162,7 +162,7 @@ func TestSentryKilled(t *testing.T) {
 		before, after := 0, 0
 		for range 10 {
 			least := w.check() // this wakes the sandbox
-			point := s.checkpoint(id)
+			checkpoint := s.checkpoint(id)
 			latest := w.check()
 			began, pid := time.Now(), s.sentry(id)
 			answer := make(chan error)
@@ -181,14 +181,14 @@ func TestSentryKilled(t *testing.T) {
 				if suspended == nil {
 					t.Error("the suspend answered 200 and left no checkpoint")
 				}
-				s.fellBackTo(id, point)
+				s.fellBackTo(id, checkpoint)
 				w.fellBack(least)
 			} else {
 				after++
 				w.from(latest)
 			}
 		}
-		t.Logf("killed while being suspended: %d times at the point before, %d times at the new one", before, after)
+		t.Logf("killed while being suspended: %d times at the checkpoint before, %d times at the new one", before, after)
 	})
 	t.Run("waking", func(t *testing.T) {
 		s := s.in(t)
@@ -197,7 +197,7 @@ func TestSentryKilled(t *testing.T) {
 		for range 10 {
 			least := w.check()
 			s.suspend(id)
-			point := s.suspendedAt(id)
+			checkpoint := s.suspendedAt(id)
 			answer := make(chan error)
 			go func() {
 				_, err := s.api().Wake(context.Background(), id)
@@ -217,8 +217,8 @@ func TestSentryKilled(t *testing.T) {
 				cut++
 			}
 			s.waitState(id, "suspended")
-			if at := s.suspendedAt(id); !at.Equal(point) {
-				t.Errorf("the checkpoint is of %s, want %s", at, point)
+			if at := s.suspendedAt(id); !at.Equal(checkpoint) {
+				t.Errorf("the checkpoint is of %s, want %s", at, checkpoint)
 			}
 			w.fellBack(least)
 		}
@@ -233,12 +233,12 @@ func TestSentryKilled(t *testing.T) {
 }
 
 // fellBackTo checks that a sandbox is suspended at a recovery point, and that an event says so.
-func (s *server) fellBackTo(id string, point time.Time) {
+func (s *server) fellBackTo(id string, checkpoint time.Time) {
 	s.t.Helper()
-	if at := s.suspendedAt(id); !at.Equal(point) {
-		s.t.Errorf("the checkpoint is of %s, want the recovery point of %s", at, point)
+	if at := s.suspendedAt(id); !at.Equal(checkpoint) {
+		s.t.Errorf("the checkpoint is of %s, want the recovery point of %s", at, checkpoint)
 	}
-	want := "fell back to the recovery point of " + point.UTC().Format(time.RFC3339)
+	want := "fell back to the recovery point of " + checkpoint.UTC().Format(time.RFC3339)
 	if e := s.events(id)[0]; e.To != "suspended" || e.Detail != want {
 		s.t.Errorf("the last event of the sandbox is %+v, want %q", e, want)
 	}
@@ -256,7 +256,7 @@ func TestReboot(t *testing.T) {
 	asleep.check()
 	s.suspend(asleep.id)
 	least := saved.check()
-	point := s.checkpoint(saved.id)
+	checkpoint := s.checkpoint(saved.id)
 	saved.check()
 	s.stop(syscall.SIGKILL)
 	s.reboot()
@@ -271,7 +271,7 @@ func TestReboot(t *testing.T) {
 		t.Errorf("the suspended sandbox is %s", state)
 	}
 	s.waitState(saved.id, "suspended")
-	s.fellBackTo(saved.id, point)
+	s.fellBackTo(saved.id, checkpoint)
 	asleep.check()
 	saved.fellBack(least)
 
@@ -284,7 +284,7 @@ func TestReboot(t *testing.T) {
 		slept := asleep.check()
 		s.suspend(asleep.id)
 		least = saved.check()
-		point = s.checkpoint(saved.id)
+		checkpoint = s.checkpoint(saved.id)
 		latest := saved.check()
 		s.killHalfWay(saved.id, asleep.id)
 		s.reboot()
@@ -292,8 +292,8 @@ func TestReboot(t *testing.T) {
 		for _, w := range []*worker{saved, asleep} {
 			s.waitState(w.id, "suspended")
 		}
-		if s.suspendedAt(saved.id).Equal(point) {
-			s.fellBackTo(saved.id, point)
+		if s.suspendedAt(saved.id).Equal(checkpoint) {
+			s.fellBackTo(saved.id, checkpoint)
 			saved.fellBack(least)
 		} else {
 			saved.from(latest) // the new checkpoint was complete

@@ -112,11 +112,11 @@ func (w *worker) fellBack(least int) {
 // checkpoint takes a recovery point and returns its time.
 func (s *server) checkpoint(id string) time.Time {
 	s.t.Helper()
-	point, err := s.api().Checkpoint(context.Background(), id)
+	checkpoint, err := s.api().Checkpoint(context.Background(), id)
 	if err != nil {
 		s.t.Fatalf("checkpoint: %v", err)
 	}
-	return point.CreatedAt
+	return checkpoint.CreatedAt
 }
 
 // suspendedAt returns the time of the checkpoint that a suspended sandbox wakes from.

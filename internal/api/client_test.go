@@ -120,11 +120,11 @@ func clientSleep(t *testing.T, ctx context.Context, c *cay.Client, fatal func(er
 		RecoveryInterval: new("30m")}
 	sbx, err := c.CreateSandbox(ctx, r, cay.CreateOptions{})
 	fatal(err)
-	point, err := c.Checkpoint(ctx, sbx.ID)
+	checkpoint, err := c.Checkpoint(ctx, sbx.ID)
 	fatal(err)
-	if *sbx.IdleTimeoutSeconds != 0 || *sbx.RecoveryIntervalSeconds != 1800 || point.CreatedAt.Before(sbx.CreatedAt) ||
-		point.SizeBytes == 0 {
-		t.Errorf("created %+v, recovery point %+v", sbx, point)
+	if *sbx.IdleTimeoutSeconds != 0 || *sbx.RecoveryIntervalSeconds != 1800 ||
+		checkpoint.CreatedAt.Before(sbx.CreatedAt) || checkpoint.SizeBytes == 0 {
+		t.Errorf("created %+v, recovery point %+v", sbx, checkpoint)
 	}
 	asleep, err := c.Suspend(ctx, sbx.ID)
 	fatal(err)

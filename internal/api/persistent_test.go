@@ -170,20 +170,20 @@ func TestFallsBack(t *testing.T) {
 	sbx := h.newAsleep(t)
 	path := "/v1/sandboxes/" + sbx.ID
 	as[Sandbox](t, 200, h.send(t, "POST", path+"/wake", h.key, ""))
-	point := as[RecoveryPoint](t, 200, h.send(t, "POST", path+"/checkpoint", h.key, ""))
+	checkpoint := as[RecoveryPoint](t, 200, h.send(t, "POST", path+"/checkpoint", h.key, ""))
 	h.node.Kill(sandbox.ID(sbx.ID))
 	if err := h.sandboxes.Reconcile(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	fallen := as[Sandbox](t, 200, h.send(t, "GET", path, h.key, ""))
 	// The database keeps times to the microsecond.
-	if fallen.Status != SandboxStatusSuspended || fallen.SuspendedAt.Sub(point.CreatedAt).Abs() > time.Microsecond {
-		t.Errorf("suspended at %v, want %v: %+v", fallen.SuspendedAt, point.CreatedAt, fallen)
+	if fallen.Status != SandboxStatusSuspended || fallen.SuspendedAt.Sub(checkpoint.CreatedAt).Abs() > time.Microsecond {
+		t.Errorf("suspended at %v, want %v: %+v", fallen.SuspendedAt, checkpoint.CreatedAt, fallen)
 	}
 	r := h.send(t, "GET", path+"/events", h.key, "")
 	events := as[EventList](t, 200, r).Events
 	if e := events[0]; e.To != "suspended" || e.Reason != "lost" || e.Detail == nil ||
-		!strings.Contains(*e.Detail, point.CreatedAt.Format(time.RFC3339)) {
+		!strings.Contains(*e.Detail, checkpoint.CreatedAt.Format(time.RFC3339)) {
 		t.Errorf("event %+v of %s", e, r.body)
 	}
 	if e := events[1]; e.Detail != nil {

@@ -244,12 +244,12 @@ func (s *server) CheckpointSandbox(w http.ResponseWriter, r *http.Request, id Sa
 		s.fail(w, r, err)
 		return
 	}
-	point, err := s.Sandboxes.Checkpoint(r.Context(), callOf(r).Who.Org.ID, sandbox.ID(id))
+	checkpoint, err := s.Sandboxes.Checkpoint(r.Context(), callOf(r).Who.Org.ID, sandbox.ID(id))
 	if err != nil {
 		s.fail(w, r, err)
 		return
 	}
-	s.answer(w, r, http.StatusOK, RecoveryPoint{CreatedAt: point.At.UTC(), SizeBytes: point.Size})
+	s.answer(w, r, http.StatusOK, RecoveryPoint{CreatedAt: checkpoint.At.UTC(), SizeBytes: checkpoint.Size})
 }
 
 // SetEgress answers PUT /v1/sandboxes/{id}/egress.

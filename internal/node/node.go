@@ -334,7 +334,7 @@ func (n *Node) Inspect(_ context.Context, id sandbox.ID) (*sandbox.Observed, err
 	}
 	_, err := os.Stat(n.dir(id))
 	observed.Remains = b != nil || err == nil || n.state.Knows(string(id)) || n.groups.Group(n.groupPath(id)).Exists()
-	if observed.Checkpoint, err = n.point(id); err != nil {
+	if observed.Checkpoint, err = n.latestCheckpoint(id); err != nil {
 		return nil, err
 	}
 	if !observed.Remains && observed.Checkpoint == nil && !n.checkpoints.Has(string(id)) {

@@ -82,13 +82,13 @@ func TestChildrenOfASnapshot(t *testing.T) {
 	// A child is independent: it can be suspended, woken and destroyed, and a snapshot of it has
 	// children too.
 	m.counts(specs[1], n)
-	point, err := m.node.Suspend(m.ctx(), specs[1].ID, sandbox.KeepAll)
+	saved, err := m.node.Suspend(m.ctx(), specs[1].ID, sandbox.KeepAll)
 	if err != nil {
 		t.Fatal(err)
 	}
 	of := sandbox.NewSnapshotID()
-	if copied, err := m.node.SnapshotCheckpoint(m.ctx(), specs[1].ID, of); err != nil || copied != point {
-		t.Errorf("the snapshot is %+v, the recovery point %+v, %v", copied, point, err)
+	if copied, err := m.node.SnapshotCheckpoint(m.ctx(), specs[1].ID, of); err != nil || copied != saved {
+		t.Errorf("the snapshot is %+v, the recovery point %+v, %v", copied, saved, err)
 	}
 	specs[1].From = ""
 	awake := m.wake(specs[1])
@@ -201,7 +201,7 @@ func TestRestoreFailsAtEveryStep(t *testing.T) {
 func TestSnapshotFails(t *testing.T) {
 	m := newMachine(t)
 	spec, n := m.working()
-	point, err := m.node.Checkpoint(m.ctx(), spec.ID)
+	saved, err := m.node.Checkpoint(m.ctx(), spec.ID)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -226,7 +226,7 @@ func TestSnapshotFails(t *testing.T) {
 			t.Errorf("%s: the machine has %v, %v", name, got, err)
 		}
 		if observed, err := m.node.Inspect(m.ctx(), spec.ID); err != nil ||
-			observed.Checkpoint == nil || *observed.Checkpoint != point {
+			observed.Checkpoint == nil || *observed.Checkpoint != saved {
 			t.Errorf("%s: its recovery point is %+v, %v", name, observed.Checkpoint, err)
 		}
 	}

@@ -58,7 +58,7 @@ func (n *Node) Suspend(ctx context.Context, id sandbox.ID, keep sandbox.Kept) (s
 	if err != nil {
 		return sandbox.Checkpoint{}, err
 	}
-	point, err := n.commit(w, string(id))
+	made, err := n.commit(w, string(id))
 	if err != nil {
 		err = errors.Join(err, hold.Release())
 		return sandbox.Checkpoint{}, n.giveUp(w.instance, w.draft, err)
@@ -66,7 +66,7 @@ func (n *Node) Suspend(ctx context.Context, id sandbox.ID, keep sandbox.Kept) (s
 	// From here on the checkpoint is the sandbox, and the paused instance is not.
 	w.instance.gone.Store(true)
 	err = n.Rest(ctx, id)
-	return point, errors.Join(err, hold.Release())
+	return made, errors.Join(err, hold.Release())
 }
 
 // Checkpoint implements sandbox.Node.
@@ -83,11 +83,11 @@ func (n *Node) saveLive(ctx context.Context, id sandbox.ID, name string) (sandbo
 	if err != nil {
 		return sandbox.Checkpoint{}, err
 	}
-	point, err := n.commit(w, name)
+	made, err := n.commit(w, name)
 	if err != nil {
 		return sandbox.Checkpoint{}, n.giveUp(w.instance, w.draft, err)
 	}
-	return point, nil
+	return made, nil
 }
 
 // saveAttempts limits the tries of a save. A save that fails because state changed during it rarely
@@ -277,9 +277,9 @@ func (n *Node) revive(b *instance) error {
 	return n.groups.Group(n.groupPath(b.record.ID)).Kill(n.ctx)
 }
 
-// point returns the sandbox's recovery point, nil if it has none. It also returns one that cannot
+// latestCheckpoint returns the sandbox's recovery point, nil if it has none. It also returns one that cannot
 // be read: that one is kept, and a wake reports what is wrong with it.
-func (n *Node) point(id sandbox.ID) (*sandbox.Checkpoint, error) {
+func (n *Node) latestCheckpoint(id sandbox.ID) (*sandbox.Checkpoint, error) {
 	c, err := n.checkpoints.Latest(string(id))
 	if err != nil {
 		if fault.As(err) == nil {

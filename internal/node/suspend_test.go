@@ -47,12 +47,12 @@ func next(spec sandbox.Spec) sandbox.Spec {
 // suspend suspends the sandbox, which must succeed.
 func (m *machine) suspend(spec sandbox.Spec) sandbox.Checkpoint {
 	m.t.Helper()
-	point, err := m.node.Suspend(m.ctx(), spec.ID, sandbox.KeepAll)
+	saved, err := m.node.Suspend(m.ctx(), spec.ID, sandbox.KeepAll)
 	if err != nil {
 		m.t.Fatalf("suspending: %v", err)
 	}
 	m.wantAsleep(spec.ID)
-	return point
+	return saved
 }
 
 func (m *machine) wake(spec sandbox.Spec) sandbox.Spec {
@@ -145,10 +145,10 @@ func TestSuspendAndWake(t *testing.T) {
 	spec, n := m.working()
 	for i := range 3 {
 		began := time.Now()
-		point := m.suspend(spec)
+		saved := m.suspend(spec)
 		slept := time.Now()
 		spec = m.wake(spec)
-		t.Logf("cycle %d: %d KiB, suspend %s, wake %s", i, point.Size>>10, slept.Sub(began), time.Since(slept))
+		t.Logf("cycle %d: %d KiB, suspend %s, wake %s", i, saved.Size>>10, slept.Sub(began), time.Since(slept))
 		n = m.counts(spec, n)
 		inside, err := strconv.ParseInt(m.sh(spec, "date +%s"), 10, 64)
 		if now := time.Now().Unix(); err != nil || inside < now-2 || inside > now+2 {

@@ -14,11 +14,11 @@ func (n *Fake) Suspend(ctx context.Context, id sandbox.ID, keep sandbox.Kept) (s
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	point, err := n.save(id, keep)
+	checkpoint, err := n.save(id, keep)
 	if err == nil {
 		n.rest(id)
 	}
-	return point, err
+	return checkpoint, err
 }
 
 // Checkpoint implements sandbox.Node.
@@ -39,14 +39,14 @@ func (n *Fake) save(id sandbox.ID, keep sandbox.Kept) (sandbox.Checkpoint, error
 	if err != nil {
 		return sandbox.Checkpoint{}, err
 	}
-	point := write(h.Run)
-	point.Kept = keep
-	h.Checkpoint, h.point = &point, h.now
+	checkpoint := write(h.Run)
+	checkpoint.Kept = keep
+	h.Checkpoint, h.saved = &checkpoint, h.now
 	if keep == sandbox.KeepFiles {
-		h.point.busy = false
+		h.saved.busy = false
 	}
 	n.sandboxes[id] = h
-	return point, nil
+	return checkpoint, nil
 }
 
 // savable returns a sandbox that a checkpoint can be written of.

@@ -20,10 +20,10 @@ func (s *suite) wantCheckpoint(c sandbox.Checkpoint, err error, run string) sand
 // suspend suspends a sandbox, which must succeed and leave its recovery point alone.
 func (s *suite) suspend(spec sandbox.Spec) sandbox.Checkpoint {
 	s.Helper()
-	point, err := s.Node.Suspend(s.ctx(), spec.ID, sandbox.KeepAll)
-	s.wantCheckpoint(point, err, spec.Run)
-	s.wantObserved(sandbox.Observed{ID: spec.ID, Checkpoint: &point})
-	return point
+	checkpoint, err := s.Node.Suspend(s.ctx(), spec.ID, sandbox.KeepAll)
+	s.wantCheckpoint(checkpoint, err, spec.Run)
+	s.wantObserved(sandbox.Observed{ID: spec.ID, Checkpoint: &checkpoint})
+	return checkpoint
 }
 
 func testSuspend(s *suite) {
@@ -31,23 +31,23 @@ func testSuspend(s *suite) {
 	spec.Workdir = "/tmp"
 	s.must(s.Node.Create(s.ctx(), spec))
 	s.Write(s.T, spec, "one")
-	point := s.suspend(spec)
+	checkpoint := s.suspend(spec)
 	s.wantNotRunning(spec.ID)
 	s.must(s.Node.Rest(s.ctx(), spec.ID))
-	s.wantObserved(sandbox.Observed{ID: spec.ID, Checkpoint: &point})
+	s.wantObserved(sandbox.Observed{ID: spec.ID, Checkpoint: &checkpoint})
 
 	// A wake keeps the environment of the create and takes the policy of its own spec.
 	spec.Egress = sandbox.Egress{Mode: sandbox.DenyAll}
 	spec = s.wake(spec)
 	s.wantObserved(sandbox.Observed{ID: spec.ID, Run: spec.Run, Alive: true, Remains: true, Egress: spec.Egress,
-		Checkpoint: &point})
+		Checkpoint: &checkpoint})
 	s.wantText(spec, "one")
 	s.wantCommand(spec)
 	s.must(s.Node.Check(s.ctx(), spec.ID))
 	s.Write(s.T, spec, "two")
 	next := s.suspend(spec)
-	if !next.At.After(point.At) {
-		s.Errorf("the second point is from %s, the first from %s", next.At, point.At)
+	if !next.At.After(checkpoint.At) {
+		s.Errorf("the second checkpoint is from %s, the first from %s", next.At, checkpoint.At)
 	}
 	spec = s.wake(spec)
 	s.wantText(spec, "two")
@@ -64,26 +64,26 @@ func testFilesAlone(s *suite) {
 	s.must(s.Node.Create(s.ctx(), spec))
 	s.Write(s.T, spec, "one")
 	s.Work(s.T, spec)
-	point, err := s.Node.Suspend(s.ctx(), spec.ID, sandbox.KeepFiles)
-	s.wantCheckpoint(point, err, spec.Run)
-	if point.Kept != sandbox.KeepFiles {
-		s.Errorf("the point keeps %q", point.Kept)
+	checkpoint, err := s.Node.Suspend(s.ctx(), spec.ID, sandbox.KeepFiles)
+	s.wantCheckpoint(checkpoint, err, spec.Run)
+	if checkpoint.Kept != sandbox.KeepFiles {
+		s.Errorf("the checkpoint keeps %q", checkpoint.Kept)
 	}
-	s.wantObserved(sandbox.Observed{ID: spec.ID, Checkpoint: &point})
+	s.wantObserved(sandbox.Observed{ID: spec.ID, Checkpoint: &checkpoint})
 
-	// The start command runs again. If it fails, the point is left.
+	// The start command runs again. If it fails, the checkpoint is left.
 	fails := spec
 	fails.Run, fails.Start = "fails", failingStart
 	s.wantFault(s.Node.Wake(s.ctx(), fails), fault.Conflict, "start_failed")
-	s.wantObserved(sandbox.Observed{ID: spec.ID, Checkpoint: &point})
+	s.wantObserved(sandbox.Observed{ID: spec.ID, Checkpoint: &checkpoint})
 
 	from := sandbox.NewSnapshotID()
-	if c, err := s.Node.SnapshotCheckpoint(s.ctx(), spec.ID, from); err != nil || c != point {
-		s.Errorf("the snapshot is %+v, %v, the point %+v", c, err, point)
+	if c, err := s.Node.SnapshotCheckpoint(s.ctx(), spec.ID, from); err != nil || c != checkpoint {
+		s.Errorf("the snapshot is %+v, %v, the checkpoint %+v", c, err, checkpoint)
 	}
 	spec = s.wake(spec)
 	s.wantObserved(sandbox.Observed{ID: spec.ID, Run: spec.Run, Alive: true, Remains: true, Egress: spec.Egress,
-		Checkpoint: &point})
+		Checkpoint: &checkpoint})
 	if busy, err := s.Node.Busy(s.ctx(), spec.ID); err != nil || busy {
 		s.Errorf("after the boot it is busy: %v, %v", busy, err)
 	}
@@ -110,15 +110,15 @@ func testFilesAlone(s *suite) {
 }
 
 // testRecovery takes recovery points of a running sandbox, ends its processes and wakes it from the
-// last point.
+// last one.
 func testRecovery(s *suite) {
 	spec := s.create()
 	runs := sandbox.Observed{ID: spec.ID, Run: spec.Run, Alive: true, Remains: true, Egress: spec.Egress}
 	for _, text := range []string{"one", "two"} {
 		s.Write(s.T, spec, text)
-		point, err := s.Node.Checkpoint(s.ctx(), spec.ID)
-		s.wantCheckpoint(point, err, spec.Run)
-		runs.Checkpoint = &point
+		checkpoint, err := s.Node.Checkpoint(s.ctx(), spec.ID)
+		s.wantCheckpoint(checkpoint, err, spec.Run)
+		runs.Checkpoint = &checkpoint
 		s.wantObserved(runs)
 		s.wantText(spec, text)
 	}
@@ -153,7 +153,7 @@ func testSnapshots(s *suite) {
 	spec.Workdir = "/tmp"
 	s.must(s.Node.Create(s.ctx(), spec))
 	s.Write(s.T, spec, "one")
-	point, err := s.Node.Checkpoint(s.ctx(), spec.ID)
+	checkpoint, err := s.Node.Checkpoint(s.ctx(), spec.ID)
 	s.must(err)
 	s.Write(s.T, spec, "two")
 	of := sandbox.NewSnapshotID()
@@ -164,7 +164,7 @@ func testSnapshots(s *suite) {
 
 	// A snapshot leaves its sandbox and the recovery point of that as they are.
 	s.wantObserved(sandbox.Observed{ID: spec.ID, Run: spec.Run, Alive: true, Remains: true, Egress: spec.Egress,
-		Checkpoint: &point})
+		Checkpoint: &checkpoint})
 
 	child := s.child(spec, of)
 	child.Egress = sandbox.Egress{Mode: sandbox.DenyAll}
@@ -201,17 +201,17 @@ func testSnapshotCheckpoint(s *suite) {
 	s.wantFault(err, fault.Conflict, "sandbox_not_running")
 	s.wantSnapshots()
 	s.Write(s.T, spec, "one")
-	point, err := s.Node.Checkpoint(s.ctx(), spec.ID)
+	checkpoint, err := s.Node.Checkpoint(s.ctx(), spec.ID)
 	s.must(err)
 	s.Write(s.T, spec, "two")
-	if c, err := s.Node.SnapshotCheckpoint(s.ctx(), spec.ID, running); err != nil || c != point {
-		s.Errorf("the snapshot is %+v, %v, the point %+v", c, err, point)
+	if c, err := s.Node.SnapshotCheckpoint(s.ctx(), spec.ID, running); err != nil || c != checkpoint {
+		s.Errorf("the snapshot is %+v, %v, the checkpoint %+v", c, err, checkpoint)
 	}
-	point = s.suspend(spec)
-	if c, err := s.Node.SnapshotCheckpoint(s.ctx(), spec.ID, suspended); err != nil || c != point {
-		s.Errorf("the snapshot is %+v, %v, the point %+v", c, err, point)
+	checkpoint = s.suspend(spec)
+	if c, err := s.Node.SnapshotCheckpoint(s.ctx(), spec.ID, suspended); err != nil || c != checkpoint {
+		s.Errorf("the snapshot is %+v, %v, the checkpoint %+v", c, err, checkpoint)
 	}
-	s.wantObserved(sandbox.Observed{ID: spec.ID, Checkpoint: &point})
+	s.wantObserved(sandbox.Observed{ID: spec.ID, Checkpoint: &checkpoint})
 	s.destroy(spec.ID)
 	s.wantSnapshots(running, suspended)
 	for from, text := range map[sandbox.SnapshotID]string{running: "one", suspended: "two"} {

@@ -63,7 +63,7 @@ type held struct {
 	sandbox.Observed
 	token   string // of a pooled sandbox
 	now     inside // of the instance
-	point   inside // of the recovery point
+	saved   inside // in the recovery point
 	traffic sandbox.Traffic
 }
 

@@ -83,7 +83,7 @@ func (n *Fake) Wake(ctx context.Context, spec sandbox.Spec) error {
 			return err
 		}
 	}
-	n.sandboxes[spec.ID] = held{now: h.point, point: h.point, Observed: sandbox.Observed{ID: spec.ID, Run: spec.Run,
+	n.sandboxes[spec.ID] = held{now: h.saved, saved: h.saved, Observed: sandbox.Observed{ID: spec.ID, Run: spec.Run,
 		Alive: true, Remains: true, Egress: spec.Egress, Checkpoint: h.Checkpoint}}
 	return nil
 }
@@ -108,7 +108,7 @@ func (n *Fake) rest(id sandbox.ID) {
 		delete(n.sandboxes, id)
 		return
 	}
-	n.sandboxes[id] = held{point: h.point, Observed: sandbox.Observed{ID: id, Checkpoint: h.Checkpoint}}
+	n.sandboxes[id] = held{saved: h.saved, Observed: sandbox.Observed{ID: id, Checkpoint: h.Checkpoint}}
 }
 
 // Destroy implements sandbox.Node.

@@ -30,7 +30,7 @@ func (n *Fake) SnapshotCheckpoint(ctx context.Context, id sandbox.ID, to sandbox
 		return sandbox.Checkpoint{}, fault.New(fault.Conflict, fault.CodeSandboxNotRunning,
 			"sandbox %s has no recovery point", id)
 	}
-	return n.keep(to, h.point, *h.Checkpoint, failed)
+	return n.keep(to, h.saved, *h.Checkpoint, failed)
 }
 
 // keep keeps a snapshot, in part if writing it failed.

@@ -53,8 +53,8 @@ func TestDropMemory(t *testing.T) {
 
 		// A crash after the files were kept leaves a claim, which is settled to what the machine has.
 		id = h.left(sandbox.Waking)
-		point := &sandbox.Checkpoint{At: time.Now(), Size: 1, Run: "r", Kept: sandbox.KeepFiles}
-		h.node.Put(sandbox.Observed{ID: id, Checkpoint: point})
+		checkpoint := &sandbox.Checkpoint{At: time.Now(), Size: 1, Run: "r", Kept: sandbox.KeepFiles}
+		h.node.Put(sandbox.Observed{ID: id, Checkpoint: checkpoint})
 		if err := h.Reconcile(ctx); err != nil {
 			t.Error(err)
 		}

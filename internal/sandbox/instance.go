@@ -44,7 +44,7 @@ type instance struct {
 func newInstance(sbx Sandbox) *instance {
 	return &instance{id: sbx.ID, run: sbx.Run, mode: sbx.Mode, idle: sbx.IdleTimeout,
 		interval: sbx.RecoveryInterval, last: sbx.LastActivityAt, saved: sbx.LastActivityAt,
-		looked: sbx.StartedAt.Add(firstPoint - sbx.RecoveryInterval), changed: true,
+		looked: sbx.StartedAt.Add(firstRecovery - sbx.RecoveryInterval), changed: true,
 		about: sbx.about(), known: true}
 }
 
@@ -366,7 +366,7 @@ func (u *instances) rewind(l *instance, failed bool) {
 }
 
 // markChanged records whether a sandbox may differ from its latest recovery point. A sandbox with
-// leases while the point is taken always may.
+// leases while the recovery point is taken always may.
 func (u *instances) markChanged(id ID, changed bool) {
 	u.mu.Lock()
 	defer u.mu.Unlock()

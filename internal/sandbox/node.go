@@ -89,12 +89,12 @@ type NodeInstances interface {
 	// that cannot be restored is Internal, code "restore_failed", with a detail for the user.
 	Create(ctx context.Context, spec Spec) error
 	// Wake starts an instance from the sandbox's latest recovery point, as spec.Run and with
-	// spec.Token, and returns when its agent answers. From a point that holds files alone it boots the
+	// spec.Token, and returns when its agent answers. From one that holds files alone it boots the
 	// sandbox, runs the start command and waits for it as Create does. Only ID, Run, Token and Egress of
-	// the spec are new; the rest must be the same as for Create. The point stays. After an error Wake has
-	// undone its work and the point is still there. A sandbox with something for Rest to remove is an
+	// the spec are new; the rest must be the same as for Create. The recovery point stays. After an error Wake has
+	// undone its work and the recovery point is still there. A sandbox with something for Rest to remove is an
 	// error, and stays as it is. No room on the machine, and a start command that fails, are errors as
-	// for Create. A missing point, or one that cannot be restored, is Internal, code "wake_failed", with
+	// for Create. A missing recovery point, or one that cannot be restored, is Internal, code "wake_failed", with
 	// a detail for the user.
 	Wake(ctx context.Context, spec Spec) error
 	// Rest ends the sandbox's processes and removes everything of it except its recovery point. It
@@ -106,7 +106,7 @@ type NodeInstances interface {
 	// Check returns an error if a sandbox's agent does not answer.
 	Check(ctx context.Context, id ID) error
 	// Busy reports whether any process besides the agent runs inside. Such a process could have
-	// changed the sandbox since its latest point without a call.
+	// changed the sandbox since its latest checkpoint without a call.
 	Busy(ctx context.Context, id ID) (bool, error)
 	// Dial connects to the sandbox's agent.
 	Dial(ctx context.Context, id ID) (net.Conn, error)
@@ -136,7 +136,7 @@ type NodeCheckpoints interface {
 	// the sandbox's disk are NoSpace too, after they were written.
 	Suspend(ctx context.Context, id ID, keep Kept) (Checkpoint, error)
 	// Checkpoint writes a recovery point while the sandbox keeps running, after a pause that grows
-	// with its memory. It removes the previous point once the new one is whole. Errors are those of
+	// with its memory. It removes the previous recovery point once the new one is whole. Errors are those of
 	// Suspend.
 	Checkpoint(ctx context.Context, id ID) (Checkpoint, error)
 }
@@ -149,7 +149,7 @@ type NodeSnapshots interface {
 	// snapshot is left but what DropSnapshot removes.
 	Snapshot(ctx context.Context, id ID, to SnapshotID) (Checkpoint, error)
 	// SnapshotCheckpoint makes a snapshot from the sandbox's latest recovery point, which it does not
-	// change. A missing point is Conflict, code "sandbox_not_running".
+	// change. A missing recovery point is Conflict, code "sandbox_not_running".
 	SnapshotCheckpoint(ctx context.Context, id ID, to SnapshotID) (Checkpoint, error)
 	// DropSnapshot removes a complete or partial snapshot. Sandboxes that were made from it continue;
 	// one that is being made fails. A missing snapshot is no error.

@@ -102,13 +102,14 @@ func (h *fixture) left(state sandbox.State) sandbox.ID {
 			h.t.Fatal(err)
 		}
 	}
-	point := &sandbox.Checkpoint{At: now, Size: 1, Run: "r"}
+	checkpoint := &sandbox.Checkpoint{At: now, Size: 1, Run: "r"}
 	switch {
 	case state.Over():
 	case state == sandbox.Suspended:
-		h.node.Put(sandbox.Observed{ID: sbx.ID, Checkpoint: point})
+		h.node.Put(sandbox.Observed{ID: sbx.ID, Checkpoint: checkpoint})
 	default:
-		h.node.Put(sandbox.Observed{ID: sbx.ID, Run: "r", Alive: true, Remains: true, Egress: sbx.Egress, Checkpoint: point})
+		h.node.Put(sandbox.Observed{ID: sbx.ID, Run: "r", Alive: true, Remains: true, Egress: sbx.Egress,
+			Checkpoint: checkpoint})
 	}
 	return sbx.ID
 }

@@ -93,8 +93,8 @@ var (
 		"set timeout", "attach", "destroy", "keepalive",
 		"call", "connect", "release", "suspend", "suspend", "wake", "checkpoint", "snapshot", "snapshot", "fork", "from snapshot", "delete snapshot", "egress", "egress", "die", "restart", "sleep", "sleep"}
 	// An operation that fails leaves the sandbox alive, dead in its previous state, or dead with the
-	// new point. Otherwise the server dies during it, and maybe the machine too.
-	faults = []string{"", "", "", "fails", "fails and kills", "fails, kills, new point", "cannot clean", "crash",
+	// new checkpoint. Otherwise the server dies during it, and maybe the machine too.
+	faults = []string{"", "", "", "fails", "fails and kills", "fails, kills, new checkpoint", "cannot clean", "crash",
 		"crash and kill", "database"}
 
 	policies = []sandbox.Egress{{Mode: sandbox.AllowAll}, {Mode: sandbox.DenyAll},
@@ -168,8 +168,8 @@ func (l *scenario) inject(s step) error {
 	n := l.node
 	after := func(ctx context.Context, id sandbox.ID) error { // runs the part of the operation that precedes the fault
 		switch s.fault {
-		case "fails, kills, new point":
-			// other sandboxes never have a point
+		case "fails, kills, new checkpoint":
+			// other sandboxes never have a checkpoint
 			if row, err := l.db.Get(ctx, id); err == nil && row.Mode == sandbox.Persistent {
 				_, _ = n.Checkpoint(ctx, id)
 			}
@@ -195,7 +195,7 @@ func (l *scenario) inject(s step) error {
 		n.OnCreate = func(ctx context.Context, spec sandbox.Spec) error { return after(ctx, spec.ID) }
 		n.OnWake, n.OnPrepare, n.OnClaim = n.OnCreate, n.OnCreate, n.OnCreate
 		n.OnSetEgress, n.OnSnapshot = after, after
-		if s.fault != "fails, kills, new point" { // that fault makes a point itself
+		if s.fault != "fails, kills, new checkpoint" { // that fault makes a checkpoint itself
 			n.OnCheckpoint = after
 		}
 	}

@@ -20,7 +20,7 @@ const (
 	Remove  Action = "remove"  // no living row owns what the host has
 	Abandon Action = "abandon" // a crash interrupted the start: clean up, failed
 	Lose    Action = "lose"    // processes gone, no recovery point: clean up, destroyed as lost
-	Fall    Action = "fall"    // processes gone: clean the host, suspended at its point
+	Fall    Action = "fall"    // processes gone: clean the host, suspended at its recovery point
 	Finish  Action = "finish"  // a crash interrupted the destroy: repeat it
 	Rest    Action = "rest"    // a crash interrupted a suspend or a wake: clean the host, suspended
 	Clear   Action = "clear"   // suspended, with leftovers of an instance: clean the host
@@ -71,7 +71,7 @@ func Decide(row *Sandbox, pooledRow *Pooled, observed *Observed) Action {
 		if observed != nil && observed.Remains {
 			return Clear
 		}
-		return Leave // even without a point: a wake reports that, and the user may destroy it
+		return Leave // even without a checkpoint: a wake reports that, and the user may destroy it
 	case Waking:
 		return Rest // the woken instance has not been used
 	case Destroying:

@@ -14,17 +14,17 @@ import (
 func TestDecide(t *testing.T) {
 	checkpoint := &sandbox.Checkpoint{Run: "before"}
 	found := map[string]*sandbox.Observed{
-		"nothing":     nil,
-		"alive":       {Run: "now", Alive: true, Remains: true},
-		"dead":        {Run: "now", Remains: true},
-		"other":       {Run: "before", Alive: true, Remains: true}, // processes of an earlier instance
-		"part":        {Remains: true},                             // the node cannot tell which run it belongs to
-		"alive+point": {Run: "now", Alive: true, Remains: true, Checkpoint: checkpoint},
-		"dead+point":  {Run: "now", Remains: true, Checkpoint: checkpoint},
-		"other+point": {Run: "before", Alive: true, Remains: true, Checkpoint: checkpoint},
-		"part+point":  {Remains: true, Checkpoint: checkpoint},
-		"point":       {Checkpoint: checkpoint},
-		"directory":   {}, // neither an instance nor a point
+		"nothing":          nil,
+		"alive":            {Run: "now", Alive: true, Remains: true},
+		"dead":             {Run: "now", Remains: true},
+		"other":            {Run: "before", Alive: true, Remains: true}, // processes of an earlier instance
+		"part":             {Remains: true},                             // the node cannot tell which run it belongs to
+		"alive+checkpoint": {Run: "now", Alive: true, Remains: true, Checkpoint: checkpoint},
+		"dead+checkpoint":  {Run: "now", Remains: true, Checkpoint: checkpoint},
+		"other+checkpoint": {Run: "before", Alive: true, Remains: true, Checkpoint: checkpoint},
+		"part+checkpoint":  {Remains: true, Checkpoint: checkpoint},
+		"checkpoint":       {Checkpoint: checkpoint},
+		"directory":        {}, // neither an instance nor a checkpoint
 		// Pooled sandboxes.
 		"warm":       {Run: "now", Alive: true, Remains: true, Warm: true},
 		"warm dead":  {Run: "now", Remains: true, Warm: true},
@@ -43,13 +43,13 @@ func TestDecide(t *testing.T) {
 		}
 		return m
 	}
-	withPoint := []string{"dead+point", "other+point", "part+point", "point"}
+	withCheckpoint := []string{"dead+checkpoint", "other+checkpoint", "part+checkpoint", "checkpoint"}
 	want := map[sandbox.State]map[string]sandbox.Action{
 		"":                 but(all(sandbox.Remove), sandbox.Leave, "nothing"),
 		sandbox.Creating:   all(sandbox.Abandon),
-		sandbox.Running:    but(but(all(sandbox.Lose), sandbox.Adopt, "alive", "alive+point"), sandbox.Fall, withPoint...),
-		sandbox.Suspending: but(but(all(sandbox.Lose), sandbox.Resume, "alive", "alive+point"), sandbox.Rest, withPoint...),
-		sandbox.Suspended:  but(all(sandbox.Clear), sandbox.Leave, "nothing", "point", "directory"),
+		sandbox.Running:    but(but(all(sandbox.Lose), sandbox.Adopt, "alive", "alive+checkpoint"), sandbox.Fall, withCheckpoint...),
+		sandbox.Suspending: but(but(all(sandbox.Lose), sandbox.Resume, "alive", "alive+checkpoint"), sandbox.Rest, withCheckpoint...),
+		sandbox.Suspended:  but(all(sandbox.Clear), sandbox.Leave, "nothing", "checkpoint", "directory"),
 		sandbox.Waking:     all(sandbox.Rest),
 		sandbox.Destroying: all(sandbox.Finish),
 		sandbox.Destroyed:  but(all(sandbox.Remove), sandbox.Leave, "nothing"),

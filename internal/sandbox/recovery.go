@@ -8,13 +8,13 @@ import (
 )
 
 const (
-	// firstPoint is the time from a sandbox's start to its first recovery point. A longer time leaves
+	// firstRecovery is the time from a sandbox's start to its first recovery point. A longer time leaves
 	// a new sandbox unprotected against a loss of the machine for longer. A shorter one disturbs the
-	// user who is setting it up: taking a point pauses it for about a tenth of a second.
-	firstPoint = 5 * time.Second
+	// user who is setting it up: taking a recovery point pauses it for about a tenth of a second.
+	firstRecovery = 5 * time.Second
 	// recoveriesAtOnce limits the recovery points that timers take at a time. After a restart many are
 	// due together, and they share one disk with calls. A higher value slows calls; a value of one
-	// would let a slow point delay all others.
+	// would let a slow one delay all others.
 	recoveriesAtOnce = 2
 	// busyTimeout bounds asking a sandbox whether processes run in it, which is one call to its agent.
 	// A lower value fails on a slow machine; a higher one delays the recovery points of a sandbox whose agent
@@ -26,7 +26,7 @@ const (
 // used meanwhile. It shares the result of a checkpoint under way, and continues when ctx ends.
 // Conflicts are those of [Service.Suspend], without "sandbox_in_use". Other errors are the
 // machine's (NoSpace, code "disk_full", …) or Internal, code "checkpoint_failed"; the previous
-// point is then still there. A checkpoint is no transition and leaves no event.
+// recovery point is then still there. A checkpoint is no transition and leaves no event.
 func (s *Service) Checkpoint(ctx context.Context, orgID string, id ID) (Checkpoint, error) {
 	return operate(ctx, s, orgID, id, opCheckpoint, persistent, s.takeCheckpoint)
 }
@@ -59,7 +59,7 @@ func (s *Service) takeCheckpoint(ctx context.Context, sbx Sandbox) (Checkpoint, 
 // changed, and sets the timer for the next one.
 func (s *Service) recoveryDue(l *instance) {
 	looked := true
-	if s.needsPoint(l) { // asked before there is a place: agents that do not answer must not fill the places
+	if s.needsCheckpoint(l) { // asked before there is a place: agents that do not answer must not fill the places
 		s.recoveries <- struct{}{}
 		defer func() { <-s.recoveries }()
 		op, mine := s.ops.run(l.id, opCheckpoint, func(ctx context.Context) (any, error) {
@@ -73,8 +73,8 @@ func (s *Service) recoveryDue(l *instance) {
 	s.live.nextRecovery(l, looked)
 }
 
-// needsPoint reports whether a running sandbox may differ from its latest point.
-func (s *Service) needsPoint(l *instance) bool {
+// needsCheckpoint reports whether a running sandbox may differ from its latest checkpoint.
+func (s *Service) needsCheckpoint(l *instance) bool {
 	if there, changed := s.live.changed(l); !there || changed {
 		return there
 	}

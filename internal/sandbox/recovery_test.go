@@ -27,9 +27,9 @@ func TestCheckpoint(t *testing.T) {
 		id := h.persistent(0)
 		lease := h.mustConnect(id) // calls in flight do not prevent it
 		h.node.OnCheckpoint = func(context.Context, sandbox.ID) error { time.Sleep(3 * time.Second); return nil }
-		points := make(chan sandbox.Checkpoint, 3)
-		for range cap(points) {
-			go func() { points <- h.mustCheckpoint(id) }()
+		made := make(chan sandbox.Checkpoint, 3)
+		for range cap(made) {
+			go func() { made <- h.mustCheckpoint(id) }()
 		}
 		synctest.Wait()
 		began := time.Now()
@@ -44,10 +44,10 @@ func TestCheckpoint(t *testing.T) {
 		if d := time.Since(began); d != 3*time.Second {
 			t.Errorf("suspended after %s", d)
 		}
-		first := <-points
-		for range cap(points) - 1 {
-			if p := <-points; p != first {
-				t.Errorf("points %+v and %+v", first, p)
+		first := <-made
+		for range cap(made) - 1 {
+			if p := <-made; p != first {
+				t.Errorf("recovery points %+v and %+v", first, p)
 			}
 		}
 		if n := h.calls("checkpoint", id); n != 1 {
@@ -95,7 +95,7 @@ func TestRecoveryPoints(t *testing.T) {
 		pass(5*time.Second - time.Millisecond)
 		want(0)
 		pass(time.Millisecond)
-		want(1) // even without use: it had no point at all
+		want(1) // even without use: it had no recovery point at all
 		pass(10 * time.Minute)
 		want(1) // no change
 		h.call(id)
@@ -123,7 +123,7 @@ func TestRecoveryPoints(t *testing.T) {
 		h.node.OnCheckpoint = func(context.Context, sandbox.ID) error { return diskFull }
 		h.call(id)
 		pass(2 * time.Minute)
-		want(11) // a failed point is tried again, an interval later
+		want(11) // a failed one is tried again, an interval later
 		h.node.OnCheckpoint = nil
 		pass(time.Minute)
 		want(12)
@@ -131,7 +131,7 @@ func TestRecoveryPoints(t *testing.T) {
 		want(12)
 		pass(30 * time.Second)
 		h.call(id)
-		h.mustCheckpoint(id) // a requested point counts
+		h.mustCheckpoint(id) // a requested one counts
 		pass(time.Minute)
 		want(13)
 		if n := h.calls("checkpoint", off); n != 0 {
@@ -146,7 +146,7 @@ func TestRecoveryPoints(t *testing.T) {
 	})
 }
 
-// TestRecoveryPointsAfterARestart checks that intervals continue, and that many points that are due
+// TestRecoveryPointsAfterARestart checks that intervals continue, and that many recovery points that are due
 // do not use the disk together.
 // TestSilentAgentsDelayNoRecoveryPoints checks that sandboxes whose agents do not say whether they are busy
 // delay the recovery points of no other sandbox.
@@ -197,13 +197,13 @@ func TestRecoveryPointsAfterARestart(t *testing.T) {
 			now.Add(-1)
 			return nil
 		}
-		pass(35*time.Second - time.Millisecond) // after the first points, at 5 s
+		pass(35*time.Second - time.Millisecond) // after the first recovery points, at 5 s
 		if all.Load() != 0 {
-			t.Errorf("%d points before they were due", all.Load())
+			t.Errorf("%d recovery points before they were due", all.Load())
 		}
 		pass(10 * time.Second)
 		if all.Load() != 10 || most.Load() != 2 {
-			t.Errorf("%d points, %d at a time", all.Load(), most.Load())
+			t.Errorf("%d recovery points, %d at a time", all.Load(), most.Load())
 		}
 	})
 }
@@ -301,12 +301,12 @@ func TestRestartInTheMiddle(t *testing.T) {
 		left  left
 		state sandbox.State
 	}{
-		"suspend, alive":       {false, func(*fixture, sandbox.ID) {}, sandbox.Running},
-		"suspend, dead":        {false, dead, sandbox.Suspended},
-		"suspend, only point":  {false, func(h *fixture, id sandbox.ID) { dead(h, id); _ = h.node.Rest(context.Background(), id) }, sandbox.Suspended},
-		"wake, nothing begun":  {true, func(*fixture, sandbox.ID) {}, sandbox.Suspended},
-		"wake, begun and dead": {true, func(h *fixture, id sandbox.ID) { wakeBehind(h, id); dead(h, id) }, sandbox.Suspended},
-		"wake, done":           {true, wakeBehind, sandbox.Suspended},
+		"suspend, alive":           {false, func(*fixture, sandbox.ID) {}, sandbox.Running},
+		"suspend, dead":            {false, dead, sandbox.Suspended},
+		"suspend, only checkpoint": {false, func(h *fixture, id sandbox.ID) { dead(h, id); _ = h.node.Rest(context.Background(), id) }, sandbox.Suspended},
+		"wake, nothing begun":      {true, func(*fixture, sandbox.ID) {}, sandbox.Suspended},
+		"wake, begun and dead":     {true, func(h *fixture, id sandbox.ID) { wakeBehind(h, id); dead(h, id) }, sandbox.Suspended},
+		"wake, done":               {true, wakeBehind, sandbox.Suspended},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -356,7 +356,7 @@ func wakeBehind(h *fixture, id sandbox.ID) {
 }
 
 // TestSuspendedWithRemains checks that leftovers of an instance are removed and the recovery point
-// stays. A sandbox whose point is gone stays suspended and reports why it does not wake.
+// stays. A sandbox whose recovery point is gone stays suspended and reports why it does not wake.
 func TestSuspendedWithRemains(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newFixture(t)

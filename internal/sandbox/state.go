@@ -15,7 +15,7 @@ package sandbox
 //	                         └───── error ──────┘   destroy, from any state
 //
 // A running sandbox is lost when its processes end unexpectedly. A sandbox with a recovery point is
-// then suspended in the state of that point. A sandbox without one is destroyed: every ephemeral
+// then suspended in the state of that recovery point. A sandbox without one is destroyed: every ephemeral
 // sandbox, and a persistent one during its first seconds. The same holds for a sandbox that dies
 // while it is being suspended.
 //

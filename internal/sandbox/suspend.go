@@ -99,7 +99,7 @@ func (s *Service) suspend(ctx context.Context, sbx Sandbox, keep Kept, reason st
 		At: time.Now().UTC(), Reason: reason, Detail: detailOf(keep, checkpoint.Kept), SuspendedAt: &checkpoint.At,
 		Kept: &checkpoint.Kept, ExpiresAt: new(time.Time)})
 	if err != nil {
-		// The row stays a claim, which the next call or Reconcile settles from the point.
+		// The row stays a claim, which the next call or Reconcile settles from the checkpoint.
 		s.log.ErrorContext(ctx, "recording that a sandbox is suspended", "sandbox", id, "error", err)
 		return Sandbox{}, fmt.Errorf("suspending %s: %w", id, err)
 	}
@@ -147,7 +147,7 @@ func (s *Service) suspendFailed(ctx context.Context, id ID, began time.Time, cau
 		s.log.ErrorContext(ctx, "cleaning up a failed suspend", "sandbox", id, "error", err)
 	} else if sbx, err := s.store.Get(ctx, id); err == nil && sbx.State == Suspended &&
 		!sbx.SuspendedAt.Before(began.Truncate(time.Microsecond)) {
-		return sbx, nil // its new point was whole before the failure: nothing is missing
+		return sbx, nil // its new checkpoint was whole before the failure: nothing is missing
 	}
 	if fault.As(cause) != nil {
 		return Sandbox{}, cause

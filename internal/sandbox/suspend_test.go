@@ -121,19 +121,19 @@ func TestFullDiskKeepsItRunning(t *testing.T) {
 func TestSuspendThatFails(t *testing.T) {
 	broken := errors.New("secret path /etc/x")
 	for name, tt := range map[string]struct {
-		before bool // whether there is an earlier point
+		before bool // whether there is an earlier checkpoint
 		left   func(h *fixture, id sandbox.ID)
 		state  sandbox.State
 		reason sandbox.Reason
 		event  string
-		fell   bool // whether the event tells of the earlier point
+		fell   bool // whether the event tells of the earlier checkpoint
 		ok     bool // whether the caller gets success
 	}{
-		"runs on":             {false, nil, sandbox.Running, "", "suspend_failed", false, false},
-		"runs on, with point": {true, nil, sandbox.Running, "", "suspend_failed", false, false},
-		"dead":                {false, func(h *fixture, id sandbox.ID) { h.node.Kill(id) }, sandbox.Destroyed, sandbox.Lost, "lost", false, false},
-		"dead, with point":    {true, func(h *fixture, id sandbox.ID) { h.node.Kill(id) }, sandbox.Suspended, "", "suspend_failed", true, false},
-		"dead, new point": {true, func(h *fixture, id sandbox.ID) {
+		"runs on":                  {false, nil, sandbox.Running, "", "suspend_failed", false, false},
+		"runs on, with checkpoint": {true, nil, sandbox.Running, "", "suspend_failed", false, false},
+		"dead":                     {false, func(h *fixture, id sandbox.ID) { h.node.Kill(id) }, sandbox.Destroyed, sandbox.Lost, "lost", false, false},
+		"dead, with checkpoint":    {true, func(h *fixture, id sandbox.ID) { h.node.Kill(id) }, sandbox.Suspended, "", "suspend_failed", true, false},
+		"dead, new checkpoint": {true, func(h *fixture, id sandbox.ID) {
 			_, _ = h.node.Checkpoint(context.Background(), id)
 			h.node.Kill(id)
 		}, sandbox.Suspended, "", "suspend_failed", true, true},

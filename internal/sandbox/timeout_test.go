@@ -170,7 +170,7 @@ func TestEndAcrossRestarts(t *testing.T) {
 		pass(time.Second)
 		h.wantState(due, sandbox.Suspended, "")
 		h.wantState(paused, sandbox.Suspended, "")
-		// It was paused once, so it falls back to that point.
+		// It was paused once, so it falls back to that checkpoint.
 		h.wantState(dies, sandbox.Suspended, "")
 		for _, id := range []sandbox.ID{due, paused, dies} {
 			if sbx := h.mustWake(id); sbx.ExpiresAt.IsZero() {

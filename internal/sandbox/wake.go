@@ -19,7 +19,7 @@ const checkpointTimeout = 10 * time.Minute
 // created, being destroyed or destroyed. It returns Exhausted, code "quota_exceeded", or
 // Unavailable, code "no_capacity", when there is no room for the sandbox now. A sandbox whose
 // recovery point cannot be restored stays suspended, with the cause in its Error, and keeps the
-// point.
+// recovery point.
 func (s *Service) Wake(ctx context.Context, c Caller, id ID) (Sandbox, error) {
 	return s.WakeFor(ctx, c, id, 0)
 }
@@ -172,7 +172,7 @@ func (s *Service) restore(ctx context.Context, sbx Sandbox, reason string) (Sand
 		return Sandbox{}, err
 	}
 	l := newInstance(woken)
-	l.looked, l.changed = now, false // it equals its point
+	l.looked, l.changed = now, false // it equals its checkpoint
 	s.live.track(l)
 	return woken, nil
 }

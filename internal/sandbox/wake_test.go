@@ -201,7 +201,7 @@ func TestWakeThatCannotBeWrittenDown(t *testing.T) {
 		if _, err := h.Wake(context.Background(), h.caller(), id); !errors.Is(err, errBroken) {
 			t.Errorf("got %v", err)
 		}
-		h.wantState(id, sandbox.Suspended, "") // the unused instance is gone, its point is not
+		h.wantState(id, sandbox.Suspended, "") // the unused instance is gone, its checkpoint is not
 		h.gate.breakTransitions(nil)
 		h.mustWake(id)
 	})
