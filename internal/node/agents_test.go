@@ -325,7 +325,7 @@ func TestOlderAgents(t *testing.T) {
 	spec := m.spec()
 	b := m.node.newInstance(spec)
 	b.record.Handshake = false
-	if err := m.node.take(m.ctx(), b, m.node.creation(b, spec), m.node.Destroy); err != nil {
+	if err := m.node.take(m.ctx(), b, m.node.bootSteps(b, spec), m.node.Destroy); err != nil {
 		t.Fatal(err)
 	}
 	record, err := os.ReadFile(filepath.Join(m.node.dir(spec.ID), recordFile))

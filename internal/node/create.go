@@ -101,8 +101,8 @@ func (n *Node) newInstance(spec sandbox.Spec) *instance {
 		Reboots: true, Shape: spec.Shape, Programs: n.cfg.Programs.Version, Flags: runsc.Flags(n.cfg.Platform)})
 }
 
-// creation returns the steps that boot a new sandbox.
-func (n *Node) creation(b *instance, spec sandbox.Spec) []step {
+// bootSteps returns the steps that boot a new sandbox.
+func (n *Node) bootSteps(b *instance, spec sandbox.Spec) []step {
 	steps := n.steps(b, spec, func(ctx context.Context, image string) (int, error) {
 		return b.runtime().Run(ctx, n.container(b, spec, image))
 	}, func(ctx context.Context) error { return n.initAgent(ctx, b, spec) })

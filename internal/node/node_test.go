@@ -237,7 +237,7 @@ func TestFiltersAreCompiled(t *testing.T) {
 	spec, logs := m.spec(), t.TempDir()
 	b := m.node.newInstance(spec)
 	b.record.Flags = append(b.record.Flags, "--debug", "--debug-log="+logs+"/")
-	if err := m.node.take(m.ctx(), b, m.node.creation(b, spec), m.node.Destroy); err != nil {
+	if err := m.node.take(m.ctx(), b, m.node.bootSteps(b, spec), m.node.Destroy); err != nil {
 		t.Fatal(err)
 	}
 	m.works(spec)

@@ -25,7 +25,7 @@ func (n *Node) making(ctx context.Context, spec sandbox.Spec) (*instance, []step
 		return n.restoration(ctx, spec, string(spec.From), n.introduce)
 	}
 	b := n.newInstance(spec)
-	return b, n.creation(b, spec), nil
+	return b, n.bootSteps(b, spec), nil
 }
 
 // Wake implements sandbox.Node.

@@ -33,7 +33,7 @@ func (s *Service) Run(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case observed := <-s.node.Lost():
-			background.Go(func() { s.lost(ctx, observed) })
+			background.Go(func() { s.handleLost(ctx, observed) })
 		case d := <-s.node.Denied():
 			s.denials.add(d)
 		case <-reconcile.C:
@@ -52,8 +52,8 @@ func (s *Service) Run(ctx context.Context) {
 	}
 }
 
-// lost settles a sandbox whose processes ended, after any running operation on it has finished.
-func (s *Service) lost(ctx context.Context, observed Observed) {
+// handleLost settles a sandbox whose processes ended, after any running operation on it has finished.
+func (s *Service) handleLost(ctx context.Context, observed Observed) {
 	for {
 		op, mine := s.ops.begin(observed.ID, opSettle)
 		if op == nil {
