@@ -270,7 +270,7 @@ func TestTemplatesRefused(t *testing.T) {
 		{"built-in one from an image", "POST", "/v1/templates/lazy/rebuild", `{"image":"alpine"}`, nil, 403, "template_builtin", ""},
 		{"delete none", "DELETE", "/v1/templates/none", "", nil, 404, "template_not_found", ""},
 		{"delete a built-in one", "DELETE", "/v1/templates/python?force=true", "", nil, 403, "template_builtin", ""},
-		{"delete perhaps", "DELETE", "/v1/templates/mine?force=maybe", "", nil, 400, "invalid_force", "force"},
+		{"delete with a wrong force", "DELETE", "/v1/templates/mine?force=maybe", "", nil, 400, "invalid_force", "force"},
 		{"cancel of none", "POST", "/v1/templates/none/cancel", "", nil, 404, "template_not_found", ""},
 		{"cancel of a built-in one", "POST", "/v1/templates/python/cancel", "", nil, 403, "template_builtin", ""},
 		{"cancel without a build", "POST", "/v1/templates/mine/cancel", "", nil, 409, "no_build", ""},

@@ -240,7 +240,7 @@ func TestTreesRefused(t *testing.T) {
 		{"rename to the root", "POST", base + "/rename", `{"from":"/a","to":"//"}`, nil, 400, "invalid_path", "to"},
 		{"rename over something", "POST", base + "/rename", `{"from":"/a","to":"/b"}`, nil, 409, "path_exists", ""},
 		{"watch without a path", "GET", base + "/watch", "", nil, 400, "invalid_path", "path"},
-		{"watch perhaps", "GET", base + "/watch?path=/&recursive=perhaps", "", nil, 400, "invalid_recursive", "recursive"},
+		{"watch with a wrong recursive", "GET", base + "/watch?path=/&recursive=perhaps", "", nil, 400, "invalid_recursive", "recursive"},
 		{"tar of nothing", "GET", base + "/tar?path=/none", "", nil, 404, "file_not_found", ""},
 		{"tar of a relative path", "GET", base + "/tar?path=x", "", nil, 400, "invalid_path", "path"},
 		{"tar to nowhere", "PUT", base + "/tar", "x", archive, 400, "invalid_path", "path"},

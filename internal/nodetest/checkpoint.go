@@ -55,7 +55,7 @@ func (n *Fake) save(id sandbox.ID, keep sandbox.Kept) (sandbox.Checkpoint, error
 func (n *Fake) savable(id sandbox.ID) (held, error) {
 	h, err := n.running(id)
 	if err == nil && n.diskFull {
-		err = fault.New(fault.NoSpace, "disk_full", "this machine's disk is full")
+		err = fault.New(fault.NoSpace, fault.CodeDiskFull, "this machine's disk is full")
 	}
 	return h, err
 }

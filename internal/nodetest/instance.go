@@ -56,7 +56,7 @@ func (n *Fake) made(spec sandbox.Spec, pooled bool) (held, error) {
 // it is ready; all others are ready at once.
 func start(s sandbox.Start) error {
 	if code, ok := strings.CutPrefix(s.Command, "exit "); ok {
-		return fault.New(fault.Conflict, "start_failed", "the start command ended with exit code %s", code)
+		return fault.New(fault.Conflict, fault.CodeStartFailed, "the start command ended with exit code %s", code)
 	}
 	return nil
 }

@@ -139,14 +139,15 @@ func (p *Processes) room(tag string) error {
 
 // shareHistory divides the memory for output among the detached processes.
 func (p *Processes) shareHistory() {
-	all := p.keptOnes()
+	all := p.detachedOnes()
 	limit := max(leastHistory, min(agentapi.HistorySize, agentapi.MaxHistory/max(1, len(all))))
 	for _, c := range all {
 		c.detached.history.setLimit(limit)
 	}
 }
 
-func (p *Processes) keptOnes() []*command {
+// detachedOnes returns the detached processes that run and those that are kept after their end.
+func (p *Processes) detachedOnes() []*command {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	var all []*command
@@ -167,7 +168,7 @@ func (p *Processes) shelve(c *command) {
 	c.detached.expiry = time.AfterFunc(agentapi.EndedKept, func() { p.forget(c) })
 	c.detached.mu.Unlock()
 	var ended []*command
-	for _, other := range p.keptOnes() {
+	for _, other := range p.detachedOnes() {
 		if !other.detached.ended().IsZero() {
 			ended = append(ended, other)
 		}
