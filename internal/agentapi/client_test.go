@@ -106,7 +106,7 @@ func TestShortRequestsAreSentWhole(t *testing.T) {
 	}
 }
 
-func TestConnectionsBelongToOneLife(t *testing.T) {
+func TestConnectionsBelongToOneRun(t *testing.T) {
 	c, dials := serve(t, func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
 	for i, step := range []struct {
 		target Target

@@ -40,7 +40,7 @@ func (m *machine) wantPolicy(id sandbox.ID, want sandbox.Egress) {
 	}
 }
 
-func TestPolicyThroughALife(t *testing.T) {
+func TestPolicyFromCreateToDestroy(t *testing.T) {
 	m := newMachine(t)
 	var told []netip.Addr
 	m.node.cfg.PolicyChanged = func(a netip.Addr) { told = append(told, a) }

@@ -457,8 +457,8 @@ func TestBrokenAnswer(t *testing.T) {
 	}
 }
 
-// TestConnectionsOfOneLife checks that a run does not use the connections of another.
-func TestConnectionsOfOneLife(t *testing.T) {
+// TestConnectionsOfOneRun checks that a run does not use the connections of another.
+func TestConnectionsOfOneRun(t *testing.T) {
 	d := newDoor(t, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}), Destination{})
 	serve := func(run string, port int) {
 		t.Helper()

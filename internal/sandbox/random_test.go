@@ -384,7 +384,7 @@ func (l *scenario) agree() string {
 		switch {
 		case row.State == sandbox.Running && (!f.Alive || f.Run != row.Run),
 			row.State == sandbox.Suspended && (f.Remains || f.Checkpoint == nil):
-			return fmt.Sprintf("sandbox %s is %s in life %s, and the host has (%v) %+v", row.ID, row.State, row.Run, there, f)
+			return fmt.Sprintf("sandbox %s is %s in run %s, and the host has (%v) %+v", row.ID, row.State, row.Run, there, f)
 		case row.State == sandbox.Running && !f.Egress.Equal(row.Egress):
 			return fmt.Sprintf("sandbox %s has policy %+v, and the host %+v", row.ID, row.Egress, f.Egress)
 		case row.State != sandbox.Running && row.State != sandbox.Suspended:

@@ -241,7 +241,7 @@ func TestCallWithAnOldReading(t *testing.T) {
 		lease := h.mustConnect(id)
 		defer lease.Release()
 		if now, _ := h.db.Get(context.Background(), id); lease.Sandbox.Run != now.Run || lease.Sandbox.Token != now.Token {
-			t.Errorf("leased life %s, it is in %s", lease.Sandbox.Run, now.Run)
+			t.Errorf("leased run %s, it is in %s", lease.Sandbox.Run, now.Run)
 		}
 	})
 }
@@ -286,7 +286,7 @@ func TestNobodyIsSuspendedInUse(t *testing.T) {
 				held.Add(1)
 				if observed, _ := node.Inspect(t.Context(), sbx.ID); observed == nil || !observed.Alive ||
 					observed.Run != lease.Sandbox.Run {
-					t.Errorf("a lease of life %s, the node has %+v", lease.Sandbox.Run, observed)
+					t.Errorf("a lease of run %s, the node has %+v", lease.Sandbox.Run, observed)
 				}
 				held.Add(-1)
 				lease.Release()
