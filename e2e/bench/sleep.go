@@ -27,7 +27,7 @@ const (
 // sleeper is a sandbox that is suspended and woken again and again.
 type sleeper struct {
 	name    string // name of its row
-	size    string // preset
+	size    string // name of its size
 	mib     int    // memory that a process in it fills with random bytes
 	zero    bool   // fill with zeros instead
 	samples func(options) int

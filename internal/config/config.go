@@ -189,7 +189,7 @@ func Default() Config {
 		Sandbox: Sandbox{
 			Platform: "systrap", DefaultSize: "shared-cpu-1x", DefaultDiskMB: 2048, MaxDiskMB: 20480,
 			MaxPIDs: 4096, FirstUID: node.DefaultFirstUID, MaxSnapshots: 100,
-			KeepDestroyed: Duration(7 * 24 * time.Hour), MaxDestroyed: 10_000, AnswerTimeout: Duration(agentapi.DefaultPatience), Sizes: presets(),
+			KeepDestroyed: Duration(7 * 24 * time.Hour), MaxDestroyed: 10_000, AnswerTimeout: Duration(agentapi.DefaultPatience), Sizes: defaultSizes(),
 		},
 		Capacity:  Capacity{MaxSandboxes: 1000, MinFreeMemoryMB: 512, MinFreeDiskMB: 1024},
 		Quota:     Quota{Sandboxes: 500, VCPUs: 2000, MemoryMB: 1 << 20, APIKeys: 1000},
@@ -208,8 +208,8 @@ func Default() Config {
 	}
 }
 
-// presets returns the sizes that the API contract names.
-func presets() []sandbox.Size {
+// defaultSizes returns the sizes that the API contract names.
+func defaultSizes() []sandbox.Size {
 	var sizes []sandbox.Size
 	for _, vcpus := range []int{1, 2, 4, 8} {
 		sizes = append(sizes, sandbox.Size{Name: fmt.Sprintf("shared-cpu-%dx", vcpus), VCPUs: vcpus, MemoryMB: 512 * vcpus})

@@ -44,7 +44,7 @@ func TestConfigPrecedence(t *testing.T) {
 	}
 }
 
-func TestConfigSizesReplaceThePresets(t *testing.T) {
+func TestConfigSizesReplaceTheDefaults(t *testing.T) {
 	file := configFile(t, `
 [sandbox]
 default_size = "tiny"

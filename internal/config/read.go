@@ -15,7 +15,7 @@ import (
 // refuses keys that do not exist, which are typing mistakes. [Config.Check] checks the values.
 func Read(file string, environ []string) (Config, error) {
 	c := Default()
-	// Decoding over the presets would mix them into the file's sizes.
+	// Decoding over the default sizes would mix them into the file's sizes.
 	c.Sandbox.Sizes = nil
 	if file != "" {
 		meta, err := toml.DecodeFile(file, &c)
@@ -27,7 +27,7 @@ func Read(file string, environ []string) (Config, error) {
 		}
 	}
 	if len(c.Sandbox.Sizes) == 0 {
-		c.Sandbox.Sizes = presets()
+		c.Sandbox.Sizes = defaultSizes()
 	}
 	env := map[string]string{}
 	for _, pair := range environ {

@@ -192,7 +192,7 @@ func (r Request) restore(cfg Config, snap Snapshot, now time.Time) (Sandbox, err
 	if err != nil {
 		return Sandbox{}, err
 	}
-	sbx.Size = snap.Size // even if the operator has removed the preset
+	sbx.Size = snap.Size // even if the operator has removed this size
 	return sbx, CheckEnv(sbx.Env)
 }
 

@@ -91,7 +91,7 @@ const (
 	Forked   Source = "fork"     // forked from another sandbox, see Origin
 )
 
-// Size is a preset of the resources of a sandbox.
+// Size gives the CPUs and the memory of a sandbox under a name.
 type Size struct {
 	Name     string `json:"name" toml:"name"`
 	VCPUs    int    `json:"vcpus" toml:"vcpus"`

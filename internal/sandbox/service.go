@@ -121,7 +121,7 @@ func (s *Service) Pool() []PoolStatus { return s.pool.status() }
 // PoolCounts returns the counts of creates.
 func (s *Service) PoolCounts() PoolCounts { return s.pool.totals() }
 
-// Sizes returns the presets.
+// Sizes returns the sizes that a sandbox may have.
 func (s *Service) Sizes() []Size { return s.cfg.Sizes }
 
 // SizeOf returns the size and the disk, in MiB, of a sandbox whose template names these; "" and 0 are the
