@@ -6,11 +6,16 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/netip"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+
 	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/caytest"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/template"
@@ -296,6 +301,32 @@ func TestCreateReadsTheTemplateOnce(t *testing.T) {
 	if r := h.control("POST", "/v2/sandboxes", `{"templateID":"none"}`); r.status != 404 ||
 		r.json["error_code"] != fault.CodeTemplateNotFound {
 		t.Errorf("neither a template nor a snapshot: %d %s", r.status, r.body)
+	}
+}
+
+// TestShapeIsCarried fails if a field of the shape, also one that is added later, is lost or changed between a template
+// and the machine by a create of this API that does not set it.
+func TestShapeIsCarried(t *testing.T) {
+	h := newHarness(t)
+	v := template.Template{ID: "tpl_" + strings.Repeat("s", 20), OrgID: h.org.Org.ID, Name: "shaped",
+		Status: template.Ready, Version: 1, CreatedAt: time.Now().UTC()}
+	caytest.Fill(&v.Shape, 7)
+	v.Size, v.Start.User = sandbox.Size{Name: "small"}, "" // templates have no more of either
+	if err := h.db.InsertTemplate(t.Context(), v, nil, 0); err != nil {
+		t.Fatal(err)
+	}
+	want := v.Shape
+	want.Size = sandbox.Size{Name: "small", VCPUs: 1, MemoryMB: 512}
+	var made sandbox.Shape
+	h.node.OnCreate = func(_ context.Context, spec sandbox.Spec) error {
+		made = spec.Shape
+		return nil
+	}
+	id, _ := h.create(`{"templateID":"shaped"}`)
+	for what, got := range map[string]sandbox.Shape{"the machine": made, "the row": h.row(id).Shape} {
+		if diff := cmp.Diff(want, got, cmpopts.EquateComparable(netip.Prefix{})); diff != "" {
+			t.Errorf("%s has another shape (-template +got):\n%s", what, diff)
+		}
 	}
 }
 
