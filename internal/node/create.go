@@ -59,7 +59,7 @@ type record struct {
 	Org   string `json:"org,omitempty"`
 	Run   string `json:"run"`
 	Token string `json:"token"` // the agent's key; secret: the file is 0600
-	// Handshake reports whether the agent and the host prove to each other that they know Token. In a
+	// Handshake reports whether the agent and the host prove to each other that they know Token. In an
 	// instance that began before there was a handshake the host sends Token with each request; see
 	// agentapi.Client.Bearer.
 	Handshake bool `json:"handshake,omitempty"`
@@ -193,6 +193,7 @@ func (n *Node) steps(b *instance, spec sandbox.Spec, start func(ctx context.Cont
 			image, err = n.images.Path(ctx, spec.Image)
 			return err
 		}},
+		// Server-Timing shows the name turn to callers, so it stays.
 		{"turn", func(ctx context.Context) error { return n.awaitStartSlot(ctx, b, spec.OrgID) }},
 		{"directory", func(context.Context) error { return os.Mkdir(n.dir(spec.ID), 0o700) }},
 		{"network", func(ctx context.Context) (err error) {

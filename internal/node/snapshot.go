@@ -15,7 +15,7 @@ func (n *Node) Snapshot(ctx context.Context, id sandbox.ID, to sandbox.SnapshotI
 	return n.saveLive(ctx, id, string(to))
 }
 
-// SnapshotPoint implements sandbox.Node.
+// SnapshotCheckpoint implements sandbox.Node.
 func (n *Node) SnapshotCheckpoint(_ context.Context, id sandbox.ID, to sandbox.SnapshotID) (sandbox.Checkpoint, error) {
 	c, was, err := n.latest(string(id))
 	if err == nil && c != nil {
