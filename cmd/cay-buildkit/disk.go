@@ -176,7 +176,7 @@ func (d *disk) lend() {
 }
 
 // overran reports whether a build wrote more than it may and got as far as it did only with what it
-// was lent. Of several builds that shared the disk nobody can say which one filled it.
+// was lent. If several builds shared the disk, it is unknown which one filled it.
 func (d *disk) overran(use *diskUse) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()

@@ -223,5 +223,5 @@ const notes = `Samples of cay and of docker are taken in turn; a ratio is of the
 driven by its command line, whose own start is in its numbers as in those of "cay …"
 lines; the others are calls of the Go client. The agent is asked over the same network
 as the server asks it. MB are 10⁶ bytes. A sandbox's own memory is what is anonymous or in its
-memory file, and of other files what nobody else maps.
+memory file, and of other files what nothing else maps.
 `

@@ -282,9 +282,9 @@ func TestPointNotWritten(t *testing.T) {
 	}
 }
 
-// TestNobodyElseWakes checks that callers without the right to use a suspended sandbox do not wake
+// TestNoOtherCallerWakes checks that callers without the right to use a suspended sandbox do not wake
 // it, and that reading it does not either.
-func TestNobodyElseWakes(t *testing.T) {
+func TestNoOtherCallerWakes(t *testing.T) {
 	h := newTestServer(t)
 	sbx := h.newAsleep(t)
 	_, reader := h.newKey(t, 0, auth.SandboxesRead, auth.TemplatesRead)

@@ -554,7 +554,7 @@ func (f *failingEnd) EndCheckpoint(ctx context.Context, c sandbox.StoredCheckpoi
 	return f.CheckpointStore.EndCheckpoint(ctx, c)
 }
 
-// TestArchiveRefusesChanges changes objects as somebody who can write to the bucket could.
+// TestArchiveRefusesChanges changes objects as a program that can write to the bucket could.
 func TestArchiveRefusesChanges(t *testing.T) {
 	w := newWorld(t, directory(t))
 	id := w.sandbox(t)

@@ -61,7 +61,7 @@ func (a *Archive) collect(ctx context.Context) error {
 }
 
 // lost has a checkpoint uploaded again whose copy is not in the bucket, or a program of it: files.url names another
-// bucket now, or somebody removed it.
+// bucket now, or the copy was removed there.
 func (a *Archive) lost(c sandbox.StoredCheckpoint) {
 	a.cfg.Log.Warn("the copy of a checkpoint is not in the bucket, and will be uploaded again", "of", c.Name)
 	a.mu.Lock()

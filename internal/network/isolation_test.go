@@ -396,7 +396,7 @@ func linkAddress(t *testing.T, name string) net.HardwareAddr {
 }
 
 // TestNeverThroughPortForwarding checks that the port forwarding of another tool, which rewrites
-// an address of the host before filters see it, helps neither a sandbox nor anybody to reach one.
+// an address of the host before filters see it, helps neither a sandbox nor another machine to reach one.
 func TestNeverThroughPortForwarding(t *testing.T) {
 	n := open(t, newConfig())
 	a := acquire(t, n)

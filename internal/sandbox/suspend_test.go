@@ -246,9 +246,9 @@ func TestCallWithAnOldReading(t *testing.T) {
 	})
 }
 
-// TestNobodyIsSuspendedInUse races real calls with suspends. It checks that no sandbox is suspended
+// TestNoSandboxIsSuspendedInUse races real calls with suspends. It checks that no sandbox is suspended
 // while a lease is held, and that no call fails.
-func TestNobodyIsSuspendedInUse(t *testing.T) {
+func TestNoSandboxIsSuspendedInUse(t *testing.T) {
 	db, err := store.Open(t.Context(), filepath.Join(t.TempDir(), "cay.db"))
 	if err != nil {
 		t.Fatal(err)
