@@ -292,7 +292,8 @@ func (s *server) needTemplate(name string) {
 	}
 }
 
-// call makes one request with the server's first key. A body that is not a reader is sent as JSON.
+// call makes one request with the server's first key. A body that is not a reader is sent as JSON. Tests use the client
+// of [server.api]; they use call for requests that it cannot make, for the status of an answer, and for its bytes.
 func (s *server) call(method, path string, body any) (int, []byte) {
 	s.t.Helper()
 	status, answer, err := s.try(context.Background(), method, path, body)

@@ -35,7 +35,8 @@ func (k opKind) foreground() bool {
 
 // rule says in which states an operation may be asked for, in which it acts, and what states it
 // leads to. Operations that make a sandbox, end it or settle it have no rule: they begin with no row,
-// or in any state.
+// or in any state. The runner reads asked, acts and shared. TestOperations holds claim, done and failed, and moves
+// refuses a transition that is not legal.
 type rule struct {
 	// asked has the states of the row in which a caller may ask for the operation; a sandbox in another
 	// state is refused. A caller waits for an operation under way, and asks again.
