@@ -29,7 +29,7 @@ func TestE2BTemplates(t *testing.T) {
 		})
 	}
 	t.Run("command line", func(t *testing.T) { s.runE2BCommandLine(t, key) })
-	t.Run("Python", func(t *testing.T) { s.runPython(t, key, "templates") })
+	t.Run("Python", func(t *testing.T) { s.runPython(t, key, true) })
 	t.Run("hostile", func(t *testing.T) { s.hostileE2BBuilds(t, key) })
 	t.Run("killed", func(t *testing.T) { s.killDuringE2BBuild(t, key) })
 }

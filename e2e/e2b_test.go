@@ -32,7 +32,7 @@ func TestE2B(t *testing.T) {
 				"code interpreter")
 		})
 	}
-	t.Run("Python", func(t *testing.T) { s.runPython(t, key, "sandboxes") })
+	t.Run("Python", func(t *testing.T) { s.runPython(t, key, false) })
 }
 
 // e2bKey makes a key for an E2B user with the command line.
@@ -48,7 +48,7 @@ func (s *server) e2bKey() string {
 	return key
 }
 
-// e2bPatience limits one run of all tests of a version.
+// e2bPatience limits one run of all tests of a version, or of all requests of the Python package.
 const e2bPatience = 10 * time.Minute
 
 // runE2B runs the files of tests that are chosen with the packages of a version. Its output must have
@@ -86,7 +86,9 @@ func (s *server) runE2B(t *testing.T, version, key string, chosen func(file stri
 	}
 	t.Logf("%s", out)
 	if version == "newest" && !t.Failed() {
-		checkMatrix(t, node, run, record, chosen(templatesFile))
+		templates := chosen(templatesFile)
+		checkMatrix(t, matrixTable{place: "methods of " + kindOf(templates), works: "object | methods that work"},
+			clientMethods(t, node, run, templates), record)
 	}
 	// No sandbox may be left, and no lease may be held.
 	s.wantNone()
