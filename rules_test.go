@@ -7,6 +7,7 @@ import (
 	"go/parser"
 	"go/token"
 	"io/fs"
+	"iter"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -94,6 +95,22 @@ var mayImport = map[string]struct {
 
 // goFiles returns the Go files of the repository, those of tests too.
 func goFiles(t *testing.T) []string { return filesWith(t, ".go") }
+
+// writtenFiles yields the names and the texts of the Go files that are not generated.
+func writtenFiles(t *testing.T) iter.Seq2[string, string] {
+	t.Helper()
+	return func(yield func(file, text string) bool) {
+		for _, file := range goFiles(t) {
+			text, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !generated.Match(text) && !yield(file, string(text)) {
+				return
+			}
+		}
+	}
+}
 
 // filesWith returns the files of the repository whose names have a suffix.
 func filesWith(t *testing.T, suffix string) []string {
@@ -365,16 +382,9 @@ const maxColumns = 120
 // ("creation is how it is"), and lines that are too long.
 func TestProse(t *testing.T) {
 	riddle := regexp.MustCompile(`^\s*// \w+ (is|are) (what|how|who|that)\b`)
-	for _, file := range goFiles(t) {
-		text, err := os.ReadFile(file)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if generated.Match(text) {
-			continue
-		}
+	for file, text := range writtenFiles(t) {
 		var rows map[int]bool
-		for i, line := range strings.Split(string(text), "\n") {
+		for i, line := range strings.Split(text, "\n") {
 			if riddle.MatchString(line) {
 				t.Errorf("%s:%d: begin with the name and a verb that says what it does: %s", file, i+1, strings.TrimSpace(line))
 			}

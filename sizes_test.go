@@ -3,7 +3,6 @@ package cay_test
 import (
 	"go/ast"
 	"maps"
-	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -61,19 +60,12 @@ var oversized = map[string][]string{
 // not needed. Generated files have any size.
 func TestSizes(t *testing.T) {
 	long := map[string]int{}
-	for _, file := range goFiles(t) {
-		text, err := os.ReadFile(file)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if generated.Match(text) {
-			continue
-		}
-		if n := strings.Count(string(text), "\n"); n > maxFileLines {
+	for file, text := range writtenFiles(t) {
+		if n := strings.Count(text, "\n"); n > maxFileLines {
 			long[file] = n
 		}
 		// Positions of a file that is parsed alone begin at 1.
-		lines := func(n ast.Node) int { return strings.Count(string(text[n.Pos()-1:n.End()-1]), "\n") + 1 }
+		lines := func(n ast.Node) int { return strings.Count(text[n.Pos()-1:n.End()-1], "\n") + 1 }
 		for _, d := range parse(t, file, 0).Decls {
 			if f, ok := d.(*ast.FuncDecl); ok && lines(f) > maxFunctionLines {
 				long[file+" "+f.Name.Name] = lines(f)

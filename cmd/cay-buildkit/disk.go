@@ -51,7 +51,7 @@ type disk struct {
 type diskUse struct {
 	stop  context.CancelCauseFunc // nil for a build that the kernel stops with ENOSPC
 	lent  bool                    // whether it has been lent diskSlack
-	alone bool                    // whether no other build ran when it was lent
+	alone bool                    // whether it was lent and no other build ran then
 	build bool
 }
 
@@ -180,7 +180,7 @@ func (d *disk) lend() {
 func (d *disk) overran(use *diskUse) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return use.lent && use.alone
+	return use.alone
 }
 
 // fitrim is Linux's FITRIM, _IOWR('X', 121, struct fstrim_range).

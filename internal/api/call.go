@@ -83,18 +83,11 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // fail answers an error.
 func (s *server) fail(w http.ResponseWriter, r *http.Request, err error) { s.front.Fail(w, r, err) }
 
-// names records the sandbox that a call names, if the text is an id.
-func (c *call) names(id sandbox.ID) {
-	if id.Valid() {
-		c.Sandbox = string(id)
-	}
-}
-
 func (s *server) serve(w http.ResponseWriter, r *http.Request) {
 	c := callOf(r)
-	if rest, ok := strings.CutPrefix(r.URL.Path, "/v1/sandboxes/"); ok {
-		id, _, _ := strings.Cut(rest, "/")
-		c.names(sandbox.ID(id))
+	id, named := sandboxIn(r.URL.Path)
+	if named {
+		c.Sandbox = string(id)
 	}
 	if p, ok := s.portOf(r); ok {
 		s.servePort(w, r, p)
@@ -109,7 +102,7 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request) {
 		_, c.Route, _ = strings.Cut(pattern, " ")
 		c.timed = route.timed
 	}
-	if id, ok := sandboxIn(r.URL.Path); ok && known {
+	if named && known {
 		r = s.expecting(r, id)
 	}
 	if !known || !route.open {

@@ -67,9 +67,9 @@ func (s *server) servePort(w http.ResponseWriter, r *http.Request, p portRequest
 	c.Route, c.page = portPathRoute, true
 	if p.byHost {
 		c.Route = portHostRoute
-		c.names(p.id)
 	}
 	if p.id.Valid() {
+		c.Sandbox = string(p.id)
 		r = s.expecting(r, p.id)
 	}
 	caller, moved, err := s.mayReach(w, r, p)

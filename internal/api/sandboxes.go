@@ -37,7 +37,7 @@ func (s *server) CreateSandbox(w http.ResponseWriter, r *http.Request, params Cr
 		s.fail(w, r, err)
 		return
 	}
-	callOf(r).names(sbx.ID)
+	callOf(r).Sandbox = string(sbx.ID)
 	w.Header().Set("Location", "/v1/sandboxes/"+string(sbx.ID))
 	s.answer(w, r, http.StatusCreated, s.sandboxOf(sbx))
 }
