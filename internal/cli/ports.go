@@ -148,6 +148,7 @@ func (a *app) forwardAll(cmd *cobra.Command, c *cay.Client, id, address string, 
 		fmt.Fprintf(a.out, "forwarding %s to port %d of %s\n", l.Addr(), f.remote, id)
 		wg.Go(func() {
 			failed <- accept(&wg, l, func(conn net.Conn) {
+				defer conn.Close() // a caller that sees the end finds the message printed
 				if err := carry(ctx, conn, c, id, f.remote); err != nil && ctx.Err() == nil {
 					fmt.Fprintf(a.err, "cay: %s\n", oneLine(explain(err, cmd)))
 				}
@@ -173,9 +174,9 @@ func accept(wg *sync.WaitGroup, l net.Listener, take func(net.Conn)) error {
 	}
 }
 
-// carry copies between a local connection and one to the port until both directions have ended.
+// carry copies between a local connection and one to the port until both directions have ended. The
+// caller closes local.
 func carry(ctx context.Context, local net.Conn, c *cay.Client, id string, port int) error {
-	defer local.Close()
 	remote, err := c.DialPort(ctx, id, port)
 	if err != nil {
 		return err
