@@ -727,9 +727,9 @@ type DebianSource struct {
 	Suite *string `json:"suite,omitempty"`
 }
 
-// Durable Where the saved state is: only on the machine (`node`), so it is lost if the machine is, or also in the server's
-// bucket (`cluster`). The server uploads it in the background and then changes `node` to `cluster`; without a bucket
-// it stays `node`. Absent while a sandbox runs.
+// Durable Where the saved state is: only on the machine (`node`), so it is lost if the machine is, or also in the
+// server's bucket (`cluster`). The server uploads it in the background and then changes `node` to `cluster`;
+// without a bucket it stays `node`. Absent while a sandbox runs.
 type Durable string
 
 // Egress What a sandbox may reach on the network. Under `deny_all` it may reach addresses and names that `allow_cidrs` or
@@ -1615,9 +1615,9 @@ type Sandbox struct {
 	// DiskMB The space that the sandbox may write, in MiB.
 	DiskMB int `json:"disk_mb"`
 
-	// Durable Where the saved state is: only on the machine (`node`), so it is lost if the machine is, or also in the server's
-	// bucket (`cluster`). The server uploads it in the background and then changes `node` to `cluster`; without a bucket
-	// it stays `node`. Absent while a sandbox runs.
+	// Durable Where the saved state is: only on the machine (`node`), so it is lost if the machine is, or also in the
+	// server's bucket (`cluster`). The server uploads it in the background and then changes `node` to `cluster`;
+	// without a bucket it stays `node`. Absent while a sandbox runs.
 	Durable *Durable `json:"durable,omitempty"`
 
 	// Egress What a sandbox may reach on the network. Under `deny_all` it may reach addresses and names that `allow_cidrs` or
@@ -1773,9 +1773,9 @@ type Snapshot struct {
 	// DiskMB The space that these sandboxes may write, in MiB.
 	DiskMB int `json:"disk_mb"`
 
-	// Durable Where the saved state is: only on the machine (`node`), so it is lost if the machine is, or also in the server's
-	// bucket (`cluster`). The server uploads it in the background and then changes `node` to `cluster`; without a bucket
-	// it stays `node`. Absent while a sandbox runs.
+	// Durable Where the saved state is: only on the machine (`node`), so it is lost if the machine is, or also in the
+	// server's bucket (`cluster`). The server uploads it in the background and then changes `node` to `cluster`;
+	// without a bucket it stays `node`. Absent while a sandbox runs.
 	Durable *Durable `json:"durable,omitempty"`
 
 	// Egress What a sandbox may reach on the network. Under `deny_all` it may reach addresses and names that `allow_cidrs` or

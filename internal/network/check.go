@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/google/nftables"
@@ -413,7 +414,9 @@ func (t *table) keysBy(c *nftables.Conn, set *nftables.Set) ([][]byte, error) {
 
 // watch checks the rules until ctx ends.
 func (n *Network) watch(ctx context.Context) {
-	changed, err := deletions(ctx, n.rules.table.Name)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	changed, err := deletions(ctx, &wg, n.rules.table.Name)
 	if err != nil {
 		n.log.Warn("the kernel does not report changed rules; checking every "+checkInterval.String(), "error", err)
 	}

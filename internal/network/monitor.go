@@ -4,15 +4,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 )
 
 // deletions returns a channel that receives when any process deletes the table or a part of it
-// that is not an element. Several deletions may give one value. It ends with ctx; the channel is
-// never closed.
-func deletions(ctx context.Context, table string) (<-chan struct{}, error) {
+// that is not an element. Several deletions may give one value. Its goroutines belong to wg and end
+// with ctx; the channel is never closed.
+func deletions(ctx context.Context, wg *sync.WaitGroup, table string) (<-chan struct{}, error) {
 	c, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
 	if err != nil {
 		return nil, fmt.Errorf("opening netfilter's notices: %w", err)
@@ -21,13 +22,13 @@ func deletions(ctx context.Context, table string) (<-chan struct{}, error) {
 		return nil, errors.Join(fmt.Errorf("joining nftables' notices: %w", err), c.Close())
 	}
 	out := make(chan struct{}, 1)
-	go func() {
+	wg.Go(func() {
 		<-ctx.Done()
 		// This ends the Receive below. The socket was only read from, so an error of Close does
 		// not matter.
 		_ = c.Close()
-	}()
-	go func() {
+	})
+	wg.Go(func() {
 		for ctx.Err() == nil {
 			messages, err := c.Receive()
 			switch {
@@ -41,7 +42,7 @@ func deletions(ctx context.Context, table string) (<-chan struct{}, error) {
 				}
 			}
 		}
-	}()
+	})
 	return out, nil
 }
 

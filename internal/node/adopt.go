@@ -31,10 +31,12 @@ func (n *Node) adopt() error {
 		}
 		b := n.instanceOf(l)
 		b.agentKey = l.Token
+		n.mu.Lock()
 		n.instances[id] = b
 		if l.UID != 0 {
 			n.uids[l.UID] = b
 		}
+		n.mu.Unlock()
 		if b.slot, err = n.net.Adopt(l.Slot); err != nil {
 			n.log.Warn("a sandbox has no network any more", "sandbox", id, "slot", l.Slot, "error", err)
 			continue

@@ -118,11 +118,19 @@ type Node struct {
 	mu sync.Mutex
 	// booting is the number of sandboxes whose steps are not done.
 	// +checklocks:mu
-	booting       int
-	instances     map[sandbox.ID]*instance    // of all sandboxes with a directory; guarded by mu
-	verifications map[string]*verification    // those not begun, by the checkpoint's directory; guarded by mu
-	guests        map[*network.Slot]*instance // sandboxes whose slot has their policy; guarded by mu
-	uids          map[uint32]*instance        // by their user id on the host; guarded by mu
+	booting int
+	// instances has all sandboxes with a directory.
+	// +checklocks:mu
+	instances map[sandbox.ID]*instance
+	// verifications has those not begun, by the checkpoint's directory.
+	// +checklocks:mu
+	verifications map[string]*verification
+	// guests has the sandboxes whose slot has their policy.
+	// +checklocks:mu
+	guests map[*network.Slot]*instance
+	// uids has the sandboxes by their user id on the host.
+	// +checklocks:mu
+	uids map[uint32]*instance
 }
 
 // Open makes a Node and adopts the sandboxes that still run. [Node.List] reports the remains of
@@ -254,6 +262,8 @@ func (n *Node) memoryRoom(size sandbox.Size) error {
 
 // roomLocked returns an error if the machine has as many sandboxes as it may have. Pooled sandboxes
 // count only if pooled is set.
+//
+// +checklocks:n.mu
 func (n *Node) roomLocked(pooled bool) error {
 	count := 0
 	for _, b := range n.instances {

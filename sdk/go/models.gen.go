@@ -371,9 +371,9 @@ type DebianSource struct {
 	Suite *string `json:"suite,omitempty"`
 }
 
-// Durable describes where the saved state is: only on the machine (`node`), so it is lost if the machine is, or also in the server's
-// bucket (`cluster`). The server uploads it in the background and then changes `node` to `cluster`; without a bucket
-// it stays `node`. Absent while a sandbox runs.
+// Durable describes where the saved state is: only on the machine (`node`), so it is lost if the machine is, or also in the
+// server's bucket (`cluster`). The server uploads it in the background and then changes `node` to `cluster`;
+// without a bucket it stays `node`. Absent while a sandbox runs.
 type Durable string
 
 // Egress describes what a sandbox may reach on the network. Under `deny_all` it may reach addresses and names that `allow_cidrs` or
@@ -1241,9 +1241,9 @@ type Sandbox struct {
 	// The space that the sandbox may write, in MiB.
 	DiskMB int `json:"disk_mb"`
 
-	// Where the saved state is: only on the machine (`node`), so it is lost if the machine is, or also in the server's
-	// bucket (`cluster`). The server uploads it in the background and then changes `node` to `cluster`; without a bucket
-	// it stays `node`. Absent while a sandbox runs.
+	// Where the saved state is: only on the machine (`node`), so it is lost if the machine is, or also in the
+	// server's bucket (`cluster`). The server uploads it in the background and then changes `node` to `cluster`;
+	// without a bucket it stays `node`. Absent while a sandbox runs.
 	Durable *Durable `json:"durable,omitempty"`
 
 	// What a sandbox may reach on the network. Under `deny_all` it may reach addresses and names that `allow_cidrs` or
@@ -1399,9 +1399,9 @@ type Snapshot struct {
 	// The space that these sandboxes may write, in MiB.
 	DiskMB int `json:"disk_mb"`
 
-	// Where the saved state is: only on the machine (`node`), so it is lost if the machine is, or also in the server's
-	// bucket (`cluster`). The server uploads it in the background and then changes `node` to `cluster`; without a bucket
-	// it stays `node`. Absent while a sandbox runs.
+	// Where the saved state is: only on the machine (`node`), so it is lost if the machine is, or also in the
+	// server's bucket (`cluster`). The server uploads it in the background and then changes `node` to `cluster`;
+	// without a bucket it stays `node`. Absent while a sandbox runs.
 	Durable *Durable `json:"durable,omitempty"`
 
 	// What a sandbox may reach on the network. Under `deny_all` it may reach addresses and names that `allow_cidrs` or
