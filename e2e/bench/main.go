@@ -57,7 +57,7 @@ func main() {
 		"put the results into this Markdown `file`, between its lines <!-- run --> and <!-- /run -->")
 	flag.StringVar(&o.only, "only", "",
 		"measure this `part` alone: starts, commands, live, files, ports, rest, sleep, egress, builds, fork, pool, "+
-			"records, computesdk, load or dense")
+			"records, computesdk, load or dense; with -old: starts, which has commands and wakes too, or pool")
 	flag.BoolVar(&quick, "quick", false, "few runs: shows that everything works, and little more")
 	serve := flag.String("serve", "", "be the server that ports are measured with, at `ADDRESS,ADDRESS`, and nothing else")
 	flag.Parse()

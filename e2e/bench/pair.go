@@ -85,12 +85,15 @@ func benchPair(ctx context.Context, o options) (err error) {
 	var r [2]results
 	var versions [2]string
 	for _, part := range []struct {
-		env     string
-		measure func(context.Context, options, pair, *[2]results) error
+		name, env string
+		measure   func(context.Context, options, pair, *[2]results) error
 	}{
-		{"CAY_POOL_ENABLED=false", pairCold},
-		{"CAY_POOL_ENABLED=true", pairWarm},
+		{"starts", "CAY_POOL_ENABLED=false", pairCold},
+		{"pool", "CAY_POOL_ENABLED=true", pairWarm},
 	} {
+		if o.only != "" && o.only != part.name {
+			continue
+		}
 		p, err := startPair(ctx, o, out, part.env)
 		if err != nil {
 			return err
@@ -103,6 +106,9 @@ func benchPair(ctx context.Context, o options) (err error) {
 		if err := errors.Join(part.measure(ctx, o, p, &r), p.close()); err != nil {
 			return err
 		}
+	}
+	if versions[0] == "" {
+		return fmt.Errorf("of two programs starts and pool are compared, and -only is %s", o.only)
 	}
 	fmt.Printf("old:      %s\nnew:      %s\n", versions[0], versions[1])
 	fmt.Printf("machine:  %d CPUs (%s), Linux %s, load %.2f before, %.2f after\n\n", host.CPUs, host.CPUModel, host.Kernel,
