@@ -62,6 +62,21 @@ func (c connector) Connect(ctx context.Context) (driver.Conn, error) {
 // [driver.ErrBadConn], at which database/sql takes another connection.
 type conn struct{ *stdlib.Conn }
 
+// queryPatience limits a query without a deadline. Queries take milliseconds; one that waits for a lock waits no longer
+// than [idleInTransaction] lets the holder keep it. A shorter limit could end a query that is about to get its lock.
+const queryPatience = 30 * time.Second
+
+// detached returns a context that has the values and the deadline of ctx, but goes on if a caller of cay hangs up. A
+// query whose context ends costs its connection, so that callers who hang up again and again would leave none to the
+// others.
+func detached(ctx context.Context) (context.Context, context.CancelFunc) {
+	at, limited := ctx.Deadline()
+	if !limited {
+		at = time.Now().Add(queryPatience)
+	}
+	return context.WithDeadline(context.WithoutCancel(ctx), at)
+}
+
 // ExecContext implements [driver.ExecerContext]. Its only argument may be a list of statements, which it runs one after
 // the other, until one fails, with one round trip.
 func (c conn) ExecContext(ctx context.Context, query string, args []driver.NamedValue) (driver.Result, error) {
@@ -75,7 +90,9 @@ func (c conn) ExecContext(ctx context.Context, query string, args []driver.Named
 	if err != nil {
 		return nil, err
 	}
-	r, err := c.Conn.ExecContext(ctx, query, args)
+	on, cancel := detached(ctx)
+	defer cancel()
+	r, err := c.Conn.ExecContext(on, query, args)
 	if err != driver.ErrBadConn {
 		err = away(ctx, err)
 	}
@@ -88,11 +105,28 @@ func (c conn) QueryContext(ctx context.Context, query string, args []driver.Name
 	if err != nil {
 		return nil, err
 	}
-	r, err := c.Conn.QueryContext(ctx, query, args)
+	on, cancel := detached(ctx)
+	r, err := c.Conn.QueryContext(on, query, args)
+	if err == nil {
+		return queryRows{r.(*stdlib.Rows), cancel}, nil
+	}
+	cancel()
 	if err != driver.ErrBadConn {
 		err = away(ctx, err)
 	}
-	return r, err
+	return nil, err
+}
+
+// queryRows are the rows of a query. They end its context.
+type queryRows struct {
+	*stdlib.Rows
+	end context.CancelFunc
+}
+
+// Close implements [driver.Rows].
+func (r queryRows) Close() error {
+	defer r.end()
+	return r.Rows.Close()
 }
 
 // run runs statements one after the other, until one fails, with one round trip. It returns the number of rows that
@@ -108,7 +142,9 @@ func (c conn) run(ctx context.Context, all []statement) (rows []int64, err error
 		}
 		b.Queue(s.query, args...)
 	}
-	results := c.Conn.Conn().SendBatch(ctx, &b)
+	on, cancel := detached(ctx)
+	defer cancel()
+	results := c.Conn.Conn().SendBatch(on, &b)
 	for range all {
 		tag, err := results.Exec()
 		if err != nil {
@@ -156,7 +192,9 @@ type transaction struct {
 
 // Commit implements [driver.Tx].
 func (t transaction) Commit() error {
-	tag, err := t.conn.Exec(t.ctx, "commit")
+	ctx, cancel := detached(t.ctx)
+	defer cancel()
+	tag, err := t.conn.Exec(ctx, "commit")
 	switch {
 	case err != nil:
 		return errors.Join(err, t.end())
@@ -171,7 +209,9 @@ func (t transaction) Rollback() error {
 	if t.conn.IsClosed() || t.conn.PgConn().TxStatus() == 'I' {
 		return nil
 	}
-	if _, err := t.conn.Exec(t.ctx, "rollback"); err != nil {
+	ctx, cancel := detached(t.ctx)
+	defer cancel()
+	if _, err := t.conn.Exec(ctx, "rollback"); err != nil {
 		return errors.Join(err, t.end())
 	}
 	return nil
