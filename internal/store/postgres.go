@@ -220,10 +220,28 @@ const leastVersion = 14
 
 // prepare checks and migrates the database.
 func (d *postgresDialect) prepare(ctx context.Context) error {
-	if _, err := checkServer(ctx, d.db.reader); err != nil {
+	if err := d.awaitServer(ctx); err != nil {
 		return err
 	}
 	return migratePostgres(ctx, d.db.writer)
+}
+
+// awaitServer checks the server, and waits up to lockPatience for one that is there but does not answer yet: it starts,
+// has no free connection, or is too busy.
+func (d *postgresDialect) awaitServer(ctx context.Context) error {
+	for began := time.Now(); ; {
+		_, err := checkServer(ctx, d.db.reader)
+		var broken net.Error
+		slow := errors.As(err, &broken) && broken.Timeout()
+		if code := pgCode(err); !slow && code != codeStarting && code != codeFull || time.Since(began) > lockPatience {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(lockRetry):
+		}
+	}
 }
 
 // facts holds what a server says about itself.

@@ -38,8 +38,8 @@ func isAway(err error) bool {
 		return true
 	}
 	if code := pgCode(err); code != "" {
-		// 08: the connection failed. 53300: it has no room for another one. 57P01 to 57P03: it stops or starts.
-		return strings.HasPrefix(code, "08") || code == "53300" || strings.HasPrefix(code, "57P0")
+		// 08: the connection failed. 57P01 to 57P03: it stops or starts.
+		return strings.HasPrefix(code, "08") || code == codeFull || strings.HasPrefix(code, "57P0")
 	}
 	// SafeToRetry is true for a connection that was closed before it was used.
 	return pgconn.SafeToRetry(err) || errors.As(err, &broken) || errors.Is(err, io.EOF) ||

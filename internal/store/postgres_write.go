@@ -82,6 +82,8 @@ const (
 	codeDeadlock      = "40P01"
 	codeForeignKey    = "23503"
 	codeUnique        = "23505"
+	codeFull          = "53300" // no room for another connection
+	codeStarting      = "57P03"
 )
 
 func (d *postgresDialect) transactOnce(ctx context.Context, locks []statement, f func(tx *sql.Tx) error) error {
