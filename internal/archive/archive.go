@@ -4,12 +4,12 @@
 // programs that it needs, and records the copy. The objects of a checkpoint are
 //
 //	checkpoints/NAME/FENCE/NUMBER/FILE       the files of the checkpoint
-//	checkpoints/NAME/FENCE/NUMBER/seal.json  their names, sizes and SHA-256, with a MAC
+//	checkpoints/NAME/FENCE/NUMBER/seal.json  their names, sizes, SHA-256 and MACs, with a MAC of the whole
 //	programs/SHA-256                         a program that checkpoints need
 //
 // No object is written twice. A copy counts once its row has the SHA-256 of its seal. Objects without a row mean
 // nothing and are removed after [objects.Grace], as is a copy that a later one replaced. A person who can write to the
-// bucket can withhold a checkpoint but not change it, since the key of the MAC is in the database. Objects are not
+// bucket can withhold a checkpoint but not change it, since the key of the MACs is in the database. Objects are not
 // encrypted, and contain the memory of tenants.
 //
 // While the bucket or the database is away, checkpoints stay on the machine and are uploaded later, also by the next
@@ -89,7 +89,7 @@ type Config struct {
 	Node     string            // whose checkpoints they are
 	Records  sandbox.CheckpointStore
 	Source   Source
-	Key      []byte // of the MACs
+	Key      []byte // secret that the MACs are made with, 32 bytes or more
 	// MaxUnneeded is the size of the objects, in bytes, that stay for [objects.Grace] after they were needed; beyond it
 	// the oldest go after an hour. It bounds what the bucket keeps of sandboxes that are saved all the time. 0 is no
 	// limit.
@@ -259,28 +259,48 @@ func (a *Archive) uploadFiles(ctx context.Context, c *sandbox.StoredCheckpoint, 
 			return fmt.Errorf("looking at a file of the checkpoint of %s: %w", c.Name, err)
 		}
 		file := sealedFile{Name: filepath.Base(f.Name()), Size: info.Size()}
-		file.Pieces, err = a.cfg.Transfer.UploadPieces(ctx, home(*c)+file.Name, f, file.Size)
+		file.Pieces, err = a.cfg.Transfer.UploadPieces(ctx, home(*c)+file.Name, f, file.Size, a.cfg.Key)
 		if err != nil {
 			return away(err)
 		}
 		s.Files = append(s.Files, file)
 		c.Bytes += file.Size
 	}
+	return away(a.uploadSeal(ctx, c, s))
+}
+
+// uploadSeal uploads a seal, and sets the sum of the copy. If an earlier try has written the seal, that one is kept.
+func (a *Archive) uploadSeal(ctx context.Context, c *sandbox.StoredCheckpoint, s seal) error {
 	data, err := s.encode(a.cfg.Key)
+	if err != nil {
+		return err
+	}
+	_, err = objects.Write(ctx, a.cfg.Bucket, home(*c)+sealName, data, objects.Condition{Absent: true})
+	if errors.Is(err, objects.ErrCondition) {
+		data, err = a.earlierSeal(ctx, *c, s)
+	}
 	if err != nil {
 		return err
 	}
 	c.Bytes += int64(len(data))
 	c.Sum = sumOf(data).String()
-	key := home(*c) + sealName
-	_, err = objects.Write(ctx, a.cfg.Bucket, key, data, objects.Condition{Absent: true})
-	if errors.Is(err, objects.ErrCondition) { // of an earlier try, which had the same files
-		var there []byte
-		if there, _, err = objects.Read(ctx, a.cfg.Bucket, key, maxSeal); err == nil && sumOf(there) != sumOf(data) {
-			err = fmt.Errorf("object %s exists with other content", key)
-		}
+	return nil
+}
+
+// earlierSeal returns the seal that an earlier try has written. It may be one of an earlier version, without MACs. It
+// must be authentic, since its sum gets into the row, and have the files of s.
+func (a *Archive) earlierSeal(ctx context.Context, c sandbox.StoredCheckpoint, s seal) ([]byte, error) {
+	key := home(c) + sealName
+	data, _, err := objects.Read(ctx, a.cfg.Bucket, key, maxSeal)
+	if err != nil {
+		return nil, err
 	}
-	return away(err)
+	c.Sum = sumOf(data).String()
+	earlier, err := openSeal(a.cfg.Key, data, c)
+	if err == nil && !earlier.sameFiles(s) {
+		err = fmt.Errorf("object %s exists with other files", key)
+	}
+	return data, err
 }
 
 // away hides fs.ErrNotExist in an error of the bucket: a missing object does not mean that the checkpoint is gone.

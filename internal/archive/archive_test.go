@@ -558,7 +558,8 @@ func (f *failingEnd) EndCheckpoint(ctx context.Context, c sandbox.StoredCheckpoi
 func TestArchiveRefusesChanges(t *testing.T) {
 	w := newWorld(t, directory(t))
 	id := w.sandbox(t)
-	row := w.copied(t, id, w.save(t, id, "the memory of a sandbox"))
+	older := w.copied(t, id, w.save(t, id, "its memory some time ago"))
+	row := w.copied(t, id, w.save(t, id, "the memory of a sandbox."))
 	other := w.sandbox(t)
 	otherRow := w.copied(t, other, w.save(t, other, "the memory of another one"))
 	w.stop()
@@ -582,18 +583,18 @@ func TestArchiveRefusesChanges(t *testing.T) {
 	}
 	for _, key := range keys {
 		was := get(key)
-		for name, change := range map[string]func() []byte{
-			"longer": func() []byte { return append(append([]byte{}, was...), 0) },
-			"another bit": func() []byte {
-				data := append([]byte{}, was...)
-				if len(data) > 0 {
-					data[len(data)/2] ^= 1
-				}
-				return data
-			},
-			"another's": func() []byte { return get(home(otherRow) + filepath.Base(key)) },
+		flipped := slices.Clone(was)
+		if len(was) > 0 {
+			flipped[len(was)/2] ^= 1
+		}
+		for name, data := range map[string][]byte{
+			"longer":          append(slices.Clone(was), 0),
+			"shorter":         was[:max(1, len(was))-1],
+			"another bit":     flipped,
+			"another's":       get(home(otherRow) + filepath.Base(key)),
+			"older":           get(home(older) + filepath.Base(key)),
+			"of another file": get(keys[(slices.Index(keys, key)+1)%len(keys)]),
 		} {
-			data := change()
 			if string(data) == string(was) {
 				continue // nothing changed
 			}
@@ -604,12 +605,12 @@ func TestArchiveRefusesChanges(t *testing.T) {
 		}
 		put(key, was)
 	}
-	if got, err := w.fetch(t, row); err != nil || got != "the memory of a sandbox" {
+	if got, err := w.fetch(t, row); err != nil || got != "the memory of a sandbox." {
 		t.Errorf("unchanged: %q, %v", got, err)
 	}
 	// A seal of its own does not help without the key, even if the row had its sum.
 	s := newSeal(row)
-	s.Files = []sealedFile{{Name: "pages.img", Size: 0, Pieces: []objects.Sum{sumOf(nil)}}}
+	s.Files = []sealedFile{{Name: "pages.img", Size: 0, Pieces: objects.Pieces{Sums: []objects.Sum{sumOf(nil)}}}}
 	forged, err := s.encode([]byte("a guess"))
 	if err != nil {
 		t.Fatal(err)

@@ -28,7 +28,7 @@ func (a *Archive) Fetch(ctx context.Context, c sandbox.StoredCheckpoint, dir str
 		if err != nil {
 			return fmt.Errorf("fetching the checkpoint of %s: %w", c.Name, err)
 		}
-		err = a.cfg.Transfer.DownloadPieces(ctx, home(c)+file.Name, f, file.Size, file.Pieces, minFree)
+		err = a.cfg.Transfer.DownloadPieces(ctx, home(c)+file.Name, f, file.Size, file.Pieces, a.cfg.Key, minFree)
 		if err == nil {
 			err = f.Sync()
 		}

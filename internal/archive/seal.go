@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/cayhq/cay/internal/objects"
@@ -17,9 +18,11 @@ import (
 const (
 	// sealName is the name of the object that describes the others. No file of a checkpoint has it.
 	sealName = "seal.json"
-	// maxSeal bounds a seal in bytes. The files of a checkpoint are few, and each has 9000 sums of 64 bytes at the most.
+	// maxSeal bounds a seal in bytes. The files of a checkpoint are few, and each has at most 9000 sums of 64 digits and
+	// as many MACs of 32.
 	maxSeal = 16 << 20
-	// format is the version of seals; other versions are refused.
+	// format is the version of seals; other versions are refused. The MACs of the pieces did not change it: earlier
+	// versions ignore them and verify the sums.
 	format = 1
 	// purpose begins the data of each MAC, so that a MAC that the same key makes for another purpose is not valid for a
 	// seal.
@@ -41,9 +44,9 @@ type seal struct {
 }
 
 type sealedFile struct {
-	Name   string        `json:"name"`
-	Size   int64         `json:"size"`
-	Pieces []objects.Sum `json:"sha256"`
+	Name string `json:"name"`
+	Size int64  `json:"size"` // bytes
+	objects.Pieces
 }
 
 // envelope is the content of a seal's object.
@@ -111,6 +114,14 @@ func (s seal) equal(o seal) bool {
 	made := s.MadeAt.Equal(o.MadeAt)
 	s.MadeAt, o.MadeAt = time.Time{}, time.Time{}
 	return made && fmt.Sprint(s) == fmt.Sprint(o)
+}
+
+// sameFiles reports whether two seals have the same files. Their MACs differ, since each try to upload a file has a
+// salt of its own.
+func (s seal) sameFiles(o seal) bool {
+	return slices.EqualFunc(s.Files, o.Files, func(f, g sealedFile) bool {
+		return f.Name == g.Name && f.Size == g.Size && slices.Equal(f.Sums, g.Sums)
+	})
 }
 
 func sumOf(data []byte) objects.Sum { return sha256.Sum256(data) }

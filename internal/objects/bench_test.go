@@ -51,7 +51,7 @@ func BenchmarkTransfer(b *testing.B) {
 				return m.transfer.Upload(ctx, "image", m.file, size, m.sum)
 			}),
 			m.absent("checkpoint", func(ctx context.Context) (err error) {
-				m.sums, err = m.transfer.UploadPieces(ctx, "checkpoint", m.file, size)
+				m.pieces, err = m.transfer.UploadPieces(ctx, "checkpoint", m.file, size, testSecret)
 				return err
 			}),
 		})
@@ -65,7 +65,7 @@ func BenchmarkTransfer(b *testing.B) {
 				return err
 			}),
 			into(dir, func(ctx context.Context, to *os.File) error {
-				return m.transfer.DownloadPieces(ctx, "checkpoint", to, size, m.sums, 0)
+				return m.transfer.DownloadPieces(ctx, "checkpoint", to, size, m.pieces, testSecret, 0)
 			}),
 		})
 	})
@@ -79,7 +79,7 @@ type mover struct {
 	file     *os.File
 	size     int64
 	sum      Sum
-	sums     []Sum // of the pieces
+	pieces   Pieces // of the checkpoint
 }
 
 // absent returns a function that removes an object and calls upload.

@@ -178,7 +178,14 @@ func TestDownloadsFromLiars(t *testing.T) {
 	if _, err := f.ReadAt(content, 0); err != nil {
 		t.Fatal(err)
 	}
-	sums := []Sum{sha256.Sum256(content[:minPart]), sha256.Sum256(content[minPart:])}
+	dir, err := OpenDir(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := NewTransfer(dir).UploadPieces(t.Context(), "a", f, size, testSecret)
+	if err != nil {
+		t.Fatal(err)
+	}
 	for name, lie := range lies {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -204,7 +211,10 @@ func TestDownloadsFromLiars(t *testing.T) {
 					return err
 				},
 				"pieces": func(transfer *Transfer, to *os.File) error {
-					return transfer.DownloadPieces(t.Context(), "a", to, size, sums, 0)
+					return transfer.DownloadPieces(t.Context(), "a", to, size, p, testSecret, 0)
+				},
+				"pieces without MACs": func(transfer *Transfer, to *os.File) error {
+					return transfer.DownloadPieces(t.Context(), "a", to, size, Pieces{Sums: p.Sums}, testSecret, 0)
 				},
 			} {
 				to, transfer := emptyFile(t), NewTransfer(b)

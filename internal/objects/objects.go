@@ -8,9 +8,11 @@
 //
 // Content is verified in both directions: every request that sends content has its SHA-256, or for a part of a large
 // object its CRC-32C, which the server compares, and a file that was downloaded with another SHA-256 than the wanted
-// one is refused. A bucket that lies can withhold files, but not change them. All types are safe for concurrent use. An
-// error leaves no part of an object under its key. Uploads that an error or a crash ended continue where they were;
-// those that are not continued are removed after [UploadKept].
+// one is refused. A file whose SHA-256 is not known before its upload, such as a checkpoint's, is described by the
+// SHA-256 and the [MAC] of each of its pieces, and a download compares the MACs, which are faster. A bucket that lies
+// can withhold files, but not change them. All types are safe for concurrent use. An error leaves no part of an object
+// under its key. Uploads that an error or a crash ended continue where they were; those that are not continued are
+// removed after [UploadKept].
 package objects
 
 import (
@@ -33,8 +35,8 @@ import (
 var (
 	// ErrCondition reports that the condition of a write did not hold. Nothing was written.
 	ErrCondition = errors.New("the condition of the write does not hold")
-	// ErrDamaged reports content that does not have its SHA-256.
-	ErrDamaged = errors.New("the content does not have its SHA-256")
+	// ErrDamaged reports content that does not have its SHA-256, its CRC-32C or its MAC.
+	ErrDamaged = errors.New("the content does not have its checksum")
 )
 
 // Sum is a SHA-256.

@@ -84,24 +84,37 @@ func (t *Transfer) Upload(ctx context.Context, key string, f io.ReaderAt, size i
 	if there || err != nil {
 		return err
 	}
-	return t.settled(ctx, key, size, t.upload(ctx, key, f, size, make([]Sum, pieces(size)), &sum))
+	p := newParts(f, size)
+	p.whole = &sum
+	return t.settled(ctx, key, size, t.upload(ctx, key, p))
 }
 
-// UploadPieces makes an object of a file whose SHA-256 is not known, and returns the SHA-256 of each of its pieces, for
-// [Transfer.DownloadPieces]. Otherwise it behaves like [Transfer.Upload].
-func (t *Transfer) UploadPieces(ctx context.Context, key string, f io.ReaderAt, size int64) ([]Sum, error) {
-	sums := make([]Sum, pieces(size))
+// UploadPieces makes an object of a file whose SHA-256 is not known, and returns the description of its pieces, with
+// MACs by a secret of 32 bytes or more, for [Transfer.DownloadPieces]. It describes the file, whichever upload made the
+// object. Otherwise it behaves like [Transfer.Upload].
+func (t *Transfer) UploadPieces(ctx context.Context, key string, f io.ReaderAt, size int64, secret []byte) (Pieces,
+	error) {
+	p := newParts(f, size)
+	salt := newSalt()
+	keys, err := newMACKeys(secret, salt, key)
+	if err != nil {
+		return Pieces{}, err
+	}
+	p.keys, p.macs = keys, make([]MAC, len(p.sums))
 	there, err := t.has(ctx, key, size)
 	if !there && err == nil {
-		err = t.settled(ctx, key, size, t.upload(ctx, key, f, size, sums, nil))
+		err = t.settled(ctx, key, size, t.upload(ctx, key, p))
 	}
 	buf := make([]byte, bufferSize)
-	for i := range sums { // those of an object that another upload made are missing
-		if err == nil && sums[i] == (Sum{}) {
-			sums[i], err = sumOf(ctx, pieceOf(f, size, i), buf)
+	for i := range p.sums { // those of an object that another upload made are missing
+		if err == nil && p.sums[i] == (Sum{}) {
+			_, err = p.read(ctx, i, sha256.New(), io.Discard, buf)
 		}
 	}
-	return sums, err
+	if err != nil {
+		return Pieces{}, err
+	}
+	return Pieces{Sums: p.sums, Salt: salt, MACs: p.macs}, nil
 }
 
 // pieces returns the number of pieces of a file. An empty file has one.
@@ -142,23 +155,20 @@ func (t *Transfer) has(ctx context.Context, key string, size int64) (bool, error
 	return err == nil, err
 }
 
-// upload uploads a file, in parts if it has several pieces, and sets their sums. It makes no object if the file does
-// not have the SHA-256 whole, which may be nil.
-func (t *Transfer) upload(ctx context.Context, key string, f io.ReaderAt, size int64, sums []Sum, whole *Sum) error {
-	if len(sums) > 1 {
-		return t.uploadParts(ctx, key, f, size, sums, whole)
+// upload uploads a file, in parts if it has several pieces. It makes no object if the file does not have its SHA-256.
+func (t *Transfer) upload(ctx context.Context, key string, p *parts) error {
+	if len(p.sums) > 1 {
+		return t.uploadParts(ctx, key, p)
 	}
-	body := pieceOf(f, size, 0)
-	var err error
-	sums[0], err = sumOf(ctx, body, make([]byte, bufferSize))
-	if err != nil || whole != nil && sums[0] != *whole {
+	body, err := p.read(ctx, 0, sha256.New(), io.Discard, make([]byte, bufferSize))
+	if err != nil || p.whole != nil && p.sums[0] != *p.whole {
 		return wrongSum(key, err)
 	}
 	if err := t.up.acquire(ctx); err != nil {
 		return err
 	}
 	defer t.up.release()
-	_, err = t.bucket.Put(ctx, key, body, sums[0], Condition{Absent: true})
+	_, err = t.bucket.Put(ctx, key, body, p.sums[0], Condition{Absent: true})
 	return err
 }
 
@@ -195,15 +205,42 @@ func readAll(ctx context.Context, r *io.SectionReader, sums io.Writer, buf []byt
 type parts struct {
 	file io.ReaderAt
 	size int64 // bytes
-	// sums has the SHA-256 of each part that was taken. If whole is set, it has that of the file up to the part's end.
+	// sums has the SHA-256 of each part that was read. If whole is set, it has that of the file up to the part's end.
 	sums []Sum
 	// whole is the SHA-256 that the file must have, nil if it is not known.
 	whole *Sum
+	keys  *macKeys // of macs; nil if none are needed
+	macs  []MAC    // of the parts that were read
 	taken atomic.Int64
 
 	inOrder sync.Mutex // held while a part is taken and read, if whole is set
 	// +checklocks:inOrder
 	soFar hash.Hash // of the parts that were taken, if whole is set
+}
+
+// newParts returns the parts of a file, none of them taken.
+func newParts(f io.ReaderAt, size int64) *parts {
+	return &parts{file: f, size: size, sums: make([]Sum, pieces(size)), soFar: sha256.New()}
+}
+
+// read reads a part once, for its SHA-256 by sum, its MAC, and for also. It returns the part's content. After an error
+// the part has neither.
+func (p *parts) read(ctx context.Context, i int, sum hash.Hash, also io.Writer, buf []byte) (*io.SectionReader, error) {
+	body := pieceOf(p.file, p.size, i)
+	to := io.MultiWriter(sum, also)
+	var mac *pieceMAC
+	if p.keys != nil {
+		mac = p.keys.piece(i)
+		to = io.MultiWriter(to, mac)
+	}
+	if err := readAll(ctx, body, to, buf); err != nil {
+		return nil, err
+	}
+	p.sums[i] = Sum(sum.Sum(nil))
+	if mac != nil {
+		p.macs[i] = mac.mac()
+	}
+	return body, nil
 }
 
 // next takes the next part and returns its index, its content and its CRC-32C. The content is nil if all parts are
@@ -220,13 +257,12 @@ func (p *parts) next(ctx context.Context, key string, buf []byte) (i int, body *
 	if i >= len(p.sums) {
 		return i, nil, 0, nil
 	}
-	body = pieceOf(p.file, p.size, i)
 	check := crc32.New(castagnoli)
-	if err := readAll(ctx, body, io.MultiWriter(sum, check), buf); err != nil {
+	body, err = p.read(ctx, i, sum, check, buf)
+	if err != nil {
 		p.taken.Store(int64(len(p.sums))) // soFar lacks a part of this one
 		return i, nil, 0, wrongSum(key, err)
 	}
-	p.sums[i] = Sum(sum.Sum(nil))
 	if p.whole != nil && i == len(p.sums)-1 && p.sums[i] != *p.whole {
 		return i, nil, 0, wrongSum(key, nil)
 	}
@@ -235,20 +271,18 @@ func (p *parts) next(ctx context.Context, key string, buf []byte) (i int, body *
 
 // uploadParts uploads a file in parts. Each of several goroutines takes the next part, sums it, and sends it unless it
 // has arrived, so that some sum while others wait for the server.
-func (t *Transfer) uploadParts(ctx context.Context, key string, f io.ReaderAt, size int64, sums []Sum,
-	whole *Sum) error {
+func (t *Transfer) uploadParts(ctx context.Context, key string, p *parts) error {
 	id, arrived, err := t.resume(ctx, key)
 	if err != nil {
 		return err
 	}
-	rest := &parts{file: f, size: size, sums: sums, whole: whole, soFar: sha256.New()}
-	sent := make([]Part, len(sums))
+	sent := make([]Part, len(p.sums))
 	g, sending := errgroup.WithContext(ctx)
 	for range min(perFile, len(sent)) {
 		g.Go(func() error {
 			buf := make([]byte, bufferSize)
 			for {
-				i, body, crc, err := rest.next(sending, key, buf)
+				i, body, crc, err := p.next(sending, key, buf)
 				if body == nil || err != nil {
 					return err
 				}
@@ -358,12 +392,15 @@ func (t *Transfer) Download(ctx context.Context, key string, f *os.File, sum Sum
 	})
 }
 
-// DownloadPieces writes the object of a key to an empty file. An object without size bytes or whose pieces do not have
-// the sums gives [ErrDamaged]. Otherwise it behaves like [Transfer.Download], but sums each piece as it arrives.
-func (t *Transfer) DownloadPieces(ctx context.Context, key string, f *os.File, size int64, sums []Sum,
+// DownloadPieces writes the object of a key to an empty file. An object without size bytes, or with other pieces than
+// those that [Transfer.UploadPieces] described for the key and the secret, gives [ErrDamaged]. The pieces are verified
+// by their MACs, or by their SHA-256 if an earlier version described them. Otherwise it behaves like
+// [Transfer.Download], but verifies each piece as it arrives.
+func (t *Transfer) DownloadPieces(ctx context.Context, key string, f *os.File, size int64, p Pieces, secret []byte,
 	minFree int64) error {
-	if size < 0 || int64(len(sums)) != pieces(size) {
-		return fmt.Errorf("object %s: %d sums of %d bytes: %w", key, len(sums), size, ErrDamaged)
+	v, err := p.verifier(key, size, secret)
+	if err != nil {
+		return err
 	}
 	if there, err := t.has(ctx, key, size); err != nil {
 		return err
@@ -372,11 +409,11 @@ func (t *Transfer) DownloadPieces(ctx context.Context, key string, f *os.File, s
 	}
 	return t.download(ctx, key, f, size, partSize(size), minFree, nil, func(ctx context.Context, i int, off,
 		n int64) error {
-		hash := sha256.New()
-		if err := t.piece(ctx, key, f, off, n, hash); err != nil {
+		content, ok := v.piece(i)
+		if err := t.piece(ctx, key, f, off, n, content); err != nil {
 			return err
 		}
-		if Sum(hash.Sum(nil)) != sums[i] {
+		if !ok() {
 			return fmt.Errorf("piece %d of object %s: %w", i, key, ErrDamaged)
 		}
 		return nil
@@ -445,11 +482,11 @@ func (t *Transfer) fulfil(n int64) {
 }
 
 // piece writes n bytes of an object from off on to the same place of a file. If the connection breaks, it continues
-// behind what arrived. What arrives is written to sum, unless that is nil.
-func (t *Transfer) piece(ctx context.Context, key string, f *os.File, off, n int64, sum hash.Hash) error {
+// behind what arrived. What arrives is written to also, unless that is nil.
+func (t *Transfer) piece(ctx context.Context, key string, f *os.File, off, n int64, also io.Writer) error {
 	buf := make([]byte, bufferSize)
 	for try := 1; ; try++ {
-		got, err := t.copyPiece(ctx, key, f, off, n, sum, buf)
+		got, err := t.copyPiece(ctx, key, f, off, n, also, buf)
 		off, n = off+got, n-got
 		if err == nil || try == pieceTries || ctx.Err() != nil || errors.Is(err, fs.ErrNotExist) {
 			return err
@@ -462,8 +499,8 @@ func (t *Transfer) piece(ctx context.Context, key string, f *os.File, off, n int
 	}
 }
 
-// copyPiece copies with one request and returns the number of bytes that arrived.
-func (t *Transfer) copyPiece(ctx context.Context, key string, f *os.File, off, n int64, sum hash.Hash,
+// copyPiece copies with one request and returns the number of bytes that arrived and were written, to also too.
+func (t *Transfer) copyPiece(ctx context.Context, key string, f *os.File, off, n int64, also io.Writer,
 	buf []byte) (got int64, err error) {
 	r, err := t.bucket.Get(ctx, key, off, n)
 	if err != nil {
@@ -478,8 +515,10 @@ func (t *Transfer) copyPiece(ctx context.Context, key string, f *os.File, off, n
 				return got, fmt.Errorf("writing object %s: %w", key, err)
 			}
 		}
-		if sum != nil {
-			sum.Write(buf[:k]) // while the processor's cache has it
+		if also != nil {
+			if _, err := also.Write(buf[:k]); err != nil { // while the processor's cache has it
+				return got, err
+			}
 		}
 		got += int64(k)
 		if err != nil {

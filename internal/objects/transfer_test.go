@@ -131,32 +131,31 @@ func TestTransferPieces(t *testing.T) {
 		for _, size := range []int64{0, 100, minPart, 2*minPart + 12345} {
 			f, sum := testFile(t, size)
 			key := "pieces/" + sum.String()
-			sums, err := transfer.UploadPieces(t.Context(), key, f, size)
-			if err != nil || int64(len(sums)) != pieces(size) {
-				t.Fatalf("uploading %d bytes: %d sums, %v", size, len(sums), err)
+			p, err := transfer.UploadPieces(t.Context(), key, f, size, testSecret)
+			if err != nil || int64(len(p.Sums)) != pieces(size) || len(p.MACs) != len(p.Sums) {
+				t.Fatalf("uploading %d bytes: %d sums, %d MACs, %v", size, len(p.Sums), len(p.MACs), err)
 			}
-			again, err := transfer.UploadPieces(t.Context(), key, f, size)
-			if err != nil || !slices.Equal(again, sums) {
-				t.Errorf("the second upload of %d bytes has the sums %v, %v; want %v", size, again, err, sums)
+			again, err := transfer.UploadPieces(t.Context(), key, f, size, testSecret)
+			if err != nil || !slices.Equal(again.Sums, p.Sums) || slices.Equal(again.Salt, p.Salt) ||
+				slices.Equal(again.MACs, p.MACs) {
+				t.Errorf("the second upload of %d bytes gives %v, %v; the first gave %v", size, again, err, p)
 			}
-			got := emptyFile(t)
-			if err := transfer.DownloadPieces(t.Context(), key, got, size, sums, 0); err != nil {
-				t.Fatalf("downloading %d bytes: %v", size, err)
-			}
-			if back, err := sumOf(t.Context(), io.NewSectionReader(got, 0, size+1), make([]byte, 1<<20)); err != nil ||
-				back != sum {
-				t.Errorf("%d bytes came back with the sum %s, %v; want %s", size, back, err, sum)
-			}
-			wrong := slices.Clone(sums)
-			wrong[len(wrong)-1][0]++
-			for name, damage := range map[string]struct {
-				size int64
-				sums []Sum
-			}{"another sum": {size, wrong}, "another size": {size + 1, sums}, "no sums": {size, nil}, "no size": {-1, sums}} {
-				if size == 0 && name == "another sum" {
-					continue // nothing is there that could have another sum
+			// An earlier version described the pieces without MACs.
+			for _, p := range []Pieces{p, again, {Sums: p.Sums}} {
+				got := emptyFile(t)
+				if err := transfer.DownloadPieces(t.Context(), key, got, size, p, testSecret, 0); err != nil {
+					t.Fatalf("downloading %d bytes: %v", size, err)
 				}
-				err := transfer.DownloadPieces(t.Context(), key, emptyFile(t), damage.size, damage.sums, 0)
+				back, err := sumOf(t.Context(), io.NewSectionReader(got, 0, size+1), make([]byte, 1<<20))
+				if err != nil || back != sum {
+					t.Errorf("%d bytes came back with the sum %s, %v; want %s", size, back, err, sum)
+				}
+			}
+			for name, d := range damages(p, again) {
+				if size == 0 && d.content {
+					continue // nothing is there that could be verified
+				}
+				err := transfer.DownloadPieces(t.Context(), key, emptyFile(t), size+d.longer, d.pieces, d.secret, 0)
 				if !errors.Is(err, ErrDamaged) {
 					t.Errorf("%d bytes with %s: %v", size, name, err)
 				}
@@ -165,11 +164,44 @@ func TestTransferPieces(t *testing.T) {
 				t.Errorf("%d bytes are still promised", left)
 			}
 		}
-		err := transfer.DownloadPieces(t.Context(), "pieces/none", emptyFile(t), 1, make([]Sum, 1), 0)
+		err := transfer.DownloadPieces(t.Context(), "pieces/none", emptyFile(t), 1, Pieces{Sums: make([]Sum, 1)}, nil, 0)
 		if !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("an object that does not exist: %v", err)
 		}
 	})
+}
+
+// damage is a description of pieces that does not fit an object.
+type damage struct {
+	pieces  Pieces
+	secret  []byte
+	longer  int64 // than the object, in bytes
+	content bool  // whether only the content shows it
+}
+
+// damages returns, by name, what does not fit the object of p. Another upload of the same file gave again.
+func damages(p, again Pieces) map[string]damage {
+	last := len(p.Sums) - 1
+	wrongSum, wrongMAC, wrongSalt := slices.Clone(p.Sums), slices.Clone(p.MACs), slices.Clone(p.Salt)
+	wrongSum[last][0]++
+	wrongMAC[last][0]++
+	wrongSalt[0]++
+	return map[string]damage{
+		"another sum":             {Pieces{Sums: wrongSum}, testSecret, 0, true},
+		"another MAC":             {Pieces{p.Sums, p.Salt, wrongMAC}, testSecret, 0, true},
+		"another salt":            {Pieces{p.Sums, wrongSalt, p.MACs}, testSecret, 0, true},
+		"MACs of another upload":  {Pieces{p.Sums, p.Salt, again.MACs}, testSecret, 0, true},
+		"another secret":          {p, []byte("another secret"), 0, true},
+		"another size":            {p, testSecret, 1, false},
+		"no size":                 {p, testSecret, -1 << 40, false},
+		"no sums":                 {Pieces{nil, p.Salt, p.MACs}, testSecret, 0, false},
+		"no salt":                 {Pieces{p.Sums, nil, p.MACs}, testSecret, 0, false},
+		"a short salt":            {Pieces{p.Sums, p.Salt[1:], p.MACs}, testSecret, 0, false},
+		"a salt without MACs":     {Pieces{p.Sums, p.Salt, nil}, testSecret, 0, false},
+		"a MAC less":              {Pieces{p.Sums, p.Salt, p.MACs[1:]}, testSecret, 0, false},
+		"a MAC more":              {Pieces{p.Sums, p.Salt, append(wrongMAC, MAC{})}, testSecret, 0, false},
+		"sums and MACs of others": {Pieces{append(wrongSum, Sum{}), p.Salt, append(wrongMAC, MAC{})}, testSecret, 0, false},
+	}
 }
 
 // TestTransferResumes breaks an upload and continues it, as another process would.
@@ -368,7 +400,7 @@ func TestTransferTwice(t *testing.T) {
 	})
 }
 
-// brittle is a bucket whose answers break in their middle, the first one from each offset.
+// brittle is a bucket whose answers break behind their middle, the first one from each offset.
 type brittle struct {
 	Bucket
 
@@ -386,7 +418,7 @@ func (b *brittle) Get(ctx context.Context, key string, off, n int64) (io.ReadClo
 		return r, err
 	}
 	b.broken[off] = true
-	half := io.MultiReader(io.LimitReader(r, n/2), iotest.ErrReader(errBroken))
+	half := io.MultiReader(io.LimitReader(r, n/2+1), iotest.ErrReader(errBroken))
 	return struct {
 		io.Reader
 		io.Closer
@@ -401,7 +433,7 @@ func TestDownloadContinues(t *testing.T) {
 	}
 	const size = minPart + 1000
 	f, sum := testFile(t, size)
-	sums, err := NewTransfer(dir).UploadPieces(t.Context(), "a", f, size)
+	p, err := NewTransfer(dir).UploadPieces(t.Context(), "a", f, size, testSecret)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -411,7 +443,10 @@ func TestDownloadContinues(t *testing.T) {
 			return err
 		},
 		"pieces": func(b Bucket) error {
-			return NewTransfer(b).DownloadPieces(t.Context(), "a", emptyFile(t), size, sums, 0)
+			return NewTransfer(b).DownloadPieces(t.Context(), "a", emptyFile(t), size, p, testSecret, 0)
+		},
+		"pieces without MACs": func(b Bucket) error {
+			return NewTransfer(b).DownloadPieces(t.Context(), "a", emptyFile(t), size, Pieces{Sums: p.Sums}, nil, 0)
 		},
 	} {
 		b := &brittle{Bucket: dir, broken: map[int64]bool{}}
@@ -419,7 +454,7 @@ func TestDownloadContinues(t *testing.T) {
 			t.Errorf("%s: %v", how, err)
 		}
 		slices.Sort(b.asked)
-		if want := []int64{1000, minPart / 2, minPart}; !slices.Equal(b.asked, want) {
+		if want := []int64{1000, minPart/2 - 1, minPart}; !slices.Equal(b.asked, want) {
 			t.Errorf("%s: the requests were for %d bytes, want %d", how, b.asked, want)
 		}
 	}
@@ -508,6 +543,16 @@ func TestTransferMemory(t *testing.T) {
 	for i := range files {
 		key := "memory/" + strings.Repeat("x", i+1)
 		wg.Go(func() {
+			if i%2 == 0 {
+				p, err := transfer.UploadPieces(t.Context(), key, f, size, testSecret)
+				if err == nil {
+					err = transfer.DownloadPieces(t.Context(), key, emptyFile(t), size, p, testSecret, 0)
+				}
+				if err != nil {
+					t.Error(err)
+				}
+				return
+			}
 			if err := transfer.Upload(t.Context(), key, f, size, sum); err != nil {
 				t.Error(err)
 			}
