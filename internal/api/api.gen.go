@@ -15,6 +15,48 @@ import (
 	openapi_types "github.com/oapi-codegen/runtime/types"
 )
 
+// Defines values for DeliveryStatus.
+const (
+	DeliveryStatusDelivered DeliveryStatus = "delivered"
+	DeliveryStatusPending   DeliveryStatus = "pending"
+)
+
+// Valid indicates whether the value is a known member of the DeliveryStatus enum.
+func (e DeliveryStatus) Valid() bool {
+	switch e {
+	case DeliveryStatusDelivered:
+		return true
+	case DeliveryStatusPending:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for DisabledReason.
+const (
+	DisabledReasonBacklog   DisabledReason = "backlog"
+	DisabledReasonFailing   DisabledReason = "failing"
+	DisabledReasonGone      DisabledReason = "gone"
+	DisabledReasonRequested DisabledReason = "requested"
+)
+
+// Valid indicates whether the value is a known member of the DisabledReason enum.
+func (e DisabledReason) Valid() bool {
+	switch e {
+	case DisabledReasonBacklog:
+		return true
+	case DisabledReasonFailing:
+		return true
+	case DisabledReasonGone:
+		return true
+	case DisabledReasonRequested:
+		return true
+	default:
+		return false
+	}
+}
+
 // Defines values for Durable.
 const (
 	DurableCluster Durable = "cluster"
@@ -125,6 +167,9 @@ const (
 	FeedEventTypeTemplateBuildStarted FeedEventType = "template.build_started"
 	FeedEventTypeTemplateCreated      FeedEventType = "template.created"
 	FeedEventTypeTemplateDeleted      FeedEventType = "template.deleted"
+	FeedEventTypeWebhookCreated       FeedEventType = "webhook.created"
+	FeedEventTypeWebhookDeleted       FeedEventType = "webhook.deleted"
+	FeedEventTypeWebhookDisabled      FeedEventType = "webhook.disabled"
 )
 
 // Valid indicates whether the value is a known member of the FeedEventType enum.
@@ -177,6 +222,12 @@ func (e FeedEventType) Valid() bool {
 	case FeedEventTypeTemplateCreated:
 		return true
 	case FeedEventTypeTemplateDeleted:
+		return true
+	case FeedEventTypeWebhookCreated:
+		return true
+	case FeedEventTypeWebhookDeleted:
+		return true
+	case FeedEventTypeWebhookDisabled:
 		return true
 	default:
 		return false
@@ -480,6 +531,24 @@ func (e TemplateStatus) Valid() bool {
 	}
 }
 
+// Defines values for WebhookFormat.
+const (
+	WebhookFormatE2B      WebhookFormat = "e2b"
+	WebhookFormatStandard WebhookFormat = "standard"
+)
+
+// Valid indicates whether the value is a known member of the WebhookFormat enum.
+func (e WebhookFormat) Valid() bool {
+	switch e {
+	case WebhookFormatE2B:
+		return true
+	case WebhookFormatStandard:
+		return true
+	default:
+		return false
+	}
+}
+
 // APIKey An API key without its secret.
 type APIKey struct {
 	// CreatedAt When the key was created.
@@ -716,6 +785,25 @@ type CreateTemplateRequest struct {
 	Workdir *string `json:"workdir,omitempty"`
 }
 
+// CreateWebhookRequest The webhook to create.
+type CreateWebhookRequest struct {
+	// Name Name of the webhook, for people, at most 128 characters.
+	//
+	// Example: ops
+	Name *string `json:"name,omitempty"`
+
+	// Secret The secret that signs: `whsec_` and the base64 of 24 to 64 bytes. If absent, the server makes one.
+	Secret *string `json:"secret,omitempty"`
+
+	// Types The types of events to deliver. All if absent or empty.
+	Types []string `json:"types,omitempty"`
+
+	// URL Where events are posted to: `https` or `http`, without a user name and a fragment.
+	//
+	// Example: https://example.com/hooks/cay
+	URL string `json:"url"`
+}
+
 // DebianSource A source that is a minimal Debian system with packages and all their dependencies.
 type DebianSource struct {
 	// Packages Names of packages, with `=VERSION` if you need a certain version.
@@ -726,6 +814,56 @@ type DebianSource struct {
 	// Example: bookworm
 	Suite *string `json:"suite,omitempty"`
 }
+
+// Delivery An event that a webhook receives.
+type Delivery struct {
+	// Attempts Attempts so far. Begins anew when the webhook is enabled or gets another URL.
+	Attempts int `json:"attempts"`
+
+	// DeliveredAt When it was made. Absent if it is pending.
+	DeliveredAt *time.Time `json:"delivered_at,omitempty"`
+
+	// EventID Id of the event.
+	//
+	// Example: evt_00351fl4re540
+	EventID string `json:"event_id"`
+
+	// ID The `webhook-id` of its requests.
+	//
+	// Example: msg_abcdefghijklmnopqrstuvwxyz
+	ID string `json:"id"`
+
+	// LastAttempt What came of a request to a receiver.
+	LastAttempt *WebhookAttempt `json:"last_attempt,omitempty"`
+
+	// NextAttemptAt When it is tried next. Absent if it was made or waits for an earlier one.
+	NextAttemptAt *time.Time `json:"next_attempt_at,omitempty"`
+
+	// QueuedAt When the delivery was queued.
+	QueuedAt time.Time `json:"queued_at"`
+
+	// Status Whether a delivery was made.
+	Status DeliveryStatus `json:"status"`
+
+	// Type Type of the event.
+	Type string `json:"type"`
+}
+
+// DeliveryList A page of deliveries, those of the newest events first.
+type DeliveryList struct {
+	// Deliveries The deliveries.
+	Deliveries []Delivery `json:"deliveries"`
+
+	// NextCursor `cursor` of the next page. Absent on the last page.
+	NextCursor *string `json:"next_cursor,omitempty"`
+}
+
+// DeliveryStatus Whether a delivery was made.
+type DeliveryStatus string
+
+// DisabledReason Why a webhook is disabled: by a call, after a delivery that failed for 3 days, after an answer 410, or because
+// too much is pending.
+type DisabledReason string
 
 // Durable Where the saved state is: only on the machine (`node`), so it is lost if the machine is, or also in the
 // server's bucket (`cluster`). The server uploads it in the background and then changes `node` to `cluster`;
@@ -901,7 +1039,7 @@ type FeedEvent struct {
 	// Example: evt_00351fl4re540
 	ID string `json:"id"`
 
-	// Name Name of the snapshot, template, API key or organization.
+	// Name Name of the snapshot, template, API key, organization or webhook.
 	Name *string `json:"name,omitempty"`
 
 	// Port The port.
@@ -932,6 +1070,9 @@ type FeedEvent struct {
 	// Type The type of an event: its subject and what happened. `sandbox.` and a state means that the sandbox came to that
 	// state.
 	Type FeedEventType `json:"type"`
+
+	// WebhookID Id of the webhook.
+	WebhookID *string `json:"webhook_id,omitempty"`
 }
 
 // FeedEventType The type of an event: its subject and what happened. `sandbox.` and a state means that the sandbox came to that
@@ -1599,6 +1740,26 @@ type RenameFileRequest struct {
 	To string `json:"to"`
 }
 
+// ReplayWebhookRequest What to deliver again.
+type ReplayWebhookRequest struct {
+	// After `id` of an event; only later events are delivered.
+	//
+	// Example: evt_00351fl4re540
+	After string `json:"after"`
+}
+
+// Replayed What a replay queued.
+type Replayed struct {
+	// More Whether there are events after `through`.
+	More bool `json:"more"`
+
+	// Queued Deliveries that are pending now and were not before.
+	Queued int `json:"queued"`
+
+	// Through Id of the place up to which events were considered.
+	Through string `json:"through"`
+}
+
 // Sandbox A sandbox.
 type Sandbox struct {
 	// CreatedAt When the sandbox was requested.
@@ -2010,6 +2171,101 @@ type TerminalSize struct {
 	Rows int `json:"rows"`
 }
 
+// UpdateWebhookRequest The fields to change.
+type UpdateWebhookRequest struct {
+	// Enabled Whether events are delivered.
+	Enabled *bool `json:"enabled,omitempty"`
+
+	// Name Name of the webhook, for people; empty for none.
+	Name *string `json:"name,omitempty"`
+
+	// RotateSecret If `true`, the server makes another secret. Not together with `secret`.
+	RotateSecret *bool `json:"rotate_secret,omitempty"`
+
+	// Secret A secret of yours, as for a new webhook.
+	Secret *string `json:"secret,omitempty"`
+
+	// Types The types of events to deliver. All if empty.
+	Types *[]string `json:"types,omitempty"`
+
+	// URL Where events are posted to.
+	URL *string `json:"url,omitempty"`
+}
+
+// Webhook A receiver of events.
+type Webhook struct {
+	// CreatedAt When the webhook was created.
+	CreatedAt time.Time `json:"created_at"`
+
+	// DisabledAt When it was disabled. Absent if it is enabled.
+	DisabledAt *time.Time `json:"disabled_at,omitempty"`
+
+	// DisabledReason Why a webhook is disabled: by a call, after a delivery that failed for 3 days, after an answer 410, or because
+	// too much is pending.
+	DisabledReason *DisabledReason `json:"disabled_reason,omitempty"`
+
+	// Enabled Whether events are delivered.
+	Enabled bool `json:"enabled"`
+
+	// Format What deliveries look like: `standard`, as Standard Webhooks define it, or `e2b`, of a webhook that E2B's API
+	// made.
+	Format WebhookFormat `json:"format"`
+
+	// ID `whk_` and 20 lower-case base32 characters.
+	//
+	// Example: whk_abcdefghijklmnopqrst
+	ID string `json:"id"`
+
+	// Name Name of the webhook, for people. Absent if it has none.
+	Name *string `json:"name,omitempty"`
+
+	// Pending Deliveries that are not made yet.
+	Pending int `json:"pending"`
+
+	// Secret The secret that signs. Only in the answer that creates the webhook or rotates the secret.
+	Secret *string `json:"secret,omitempty"`
+
+	// Types The types of events that are delivered. All if empty. Those of the format `e2b` are E2B's.
+	Types []string `json:"types"`
+
+	// URL Where events are posted to.
+	URL string `json:"url"`
+}
+
+// WebhookAttempt What came of a request to a receiver.
+type WebhookAttempt struct {
+	// Answer The beginning of the answer's body, up to 1 KiB. Absent if it was empty.
+	Answer *string `json:"answer,omitempty"`
+
+	// Delivered Whether the receiver answered 2xx.
+	Delivered bool `json:"delivered"`
+
+	// DurationMs How long it took.
+	DurationMs int64 `json:"duration_ms"`
+
+	// Error Why it failed, for people. Absent if it succeeded.
+	Error *string `json:"error,omitempty"`
+
+	// StatusCode Status of the answer. Absent if there was none.
+	StatusCode *int `json:"status_code,omitempty"`
+
+	// Time When the attempt began.
+	Time time.Time `json:"time"`
+}
+
+// WebhookFormat What deliveries look like: `standard`, as Standard Webhooks define it, or `e2b`, of a webhook that E2B's API
+// made.
+type WebhookFormat string
+
+// WebhookList A page of webhooks, newest first.
+type WebhookList struct {
+	// NextCursor `cursor` of the next page. Absent on the last page.
+	NextCursor *string `json:"next_cursor,omitempty"`
+
+	// Webhooks The webhooks.
+	Webhooks []Webhook `json:"webhooks"`
+}
+
 // Cursor defines model for Cursor.
 type Cursor = string
 
@@ -2033,6 +2289,9 @@ type SnapshotRef = string
 
 // TemplateRef Example: python
 type TemplateRef = string
+
+// WebhookID Example: whk_abcdefghijklmnopqrst
+type WebhookID = string
 
 // BadGateway An error, as in RFC 9457.
 type BadGateway = Problem
@@ -2081,6 +2340,9 @@ type Unavailable = Problem
 
 // UnsupportedMediaType An error, as in RFC 9457.
 type UnsupportedMediaType = Problem
+
+// WebhookAnswer A receiver of events.
+type WebhookAnswer = Webhook
 
 // ListAPIKeysParams defines parameters for ListAPIKeys.
 type ListAPIKeysParams struct {
@@ -2337,6 +2599,27 @@ type RebuildTemplateMultipartBody struct {
 	Template RebuildTemplateRequest `json:"template"`
 }
 
+// ListWebhooksParams defines parameters for ListWebhooks.
+type ListWebhooksParams struct {
+	// Limit The largest number of entries to return.
+	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
+
+	// Cursor `next_cursor` of the previous page. Opaque.
+	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
+}
+
+// ListWebhookDeliveriesParams defines parameters for ListWebhookDeliveries.
+type ListWebhookDeliveriesParams struct {
+	// Status Keep only deliveries with this status.
+	Status *DeliveryStatus `form:"status,omitempty" json:"status,omitempty"`
+
+	// Limit The largest number of entries to return.
+	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
+
+	// Cursor `next_cursor` of the previous page. Opaque.
+	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
+}
+
 // CreateAPIKeyJSONRequestBody defines body for CreateAPIKey for application/json ContentType.
 type CreateAPIKeyJSONRequestBody = CreateAPIKeyRequest
 
@@ -2396,6 +2679,15 @@ type RebuildTemplateJSONRequestBody = RebuildTemplateRequest
 
 // RebuildTemplateMultipartRequestBody defines body for RebuildTemplate for multipart/form-data ContentType.
 type RebuildTemplateMultipartRequestBody RebuildTemplateMultipartBody
+
+// CreateWebhookJSONRequestBody defines body for CreateWebhook for application/json ContentType.
+type CreateWebhookJSONRequestBody = CreateWebhookRequest
+
+// UpdateWebhookJSONRequestBody defines body for UpdateWebhook for application/json ContentType.
+type UpdateWebhookJSONRequestBody = UpdateWebhookRequest
+
+// ReplayWebhookJSONRequestBody defines body for ReplayWebhook for application/json ContentType.
+type ReplayWebhookJSONRequestBody = ReplayWebhookRequest
 
 // ServerInterface represents all server handlers.
 type ServerInterface interface {
@@ -2582,6 +2874,30 @@ type ServerInterface interface {
 	// RebuildTemplate Rebuild a template
 	// (POST /v1/templates/{template}/rebuild)
 	RebuildTemplate(w http.ResponseWriter, r *http.Request, template TemplateRef)
+	// ListWebhooks List webhooks
+	// (GET /v1/webhooks)
+	ListWebhooks(w http.ResponseWriter, r *http.Request, params ListWebhooksParams)
+	// CreateWebhook Create a webhook
+	// (POST /v1/webhooks)
+	CreateWebhook(w http.ResponseWriter, r *http.Request)
+	// DeleteWebhook Delete a webhook
+	// (DELETE /v1/webhooks/{webhook})
+	DeleteWebhook(w http.ResponseWriter, r *http.Request, webhook WebhookID)
+	// GetWebhook Get a webhook
+	// (GET /v1/webhooks/{webhook})
+	GetWebhook(w http.ResponseWriter, r *http.Request, webhook WebhookID)
+	// UpdateWebhook Change a webhook
+	// (PATCH /v1/webhooks/{webhook})
+	UpdateWebhook(w http.ResponseWriter, r *http.Request, webhook WebhookID)
+	// ListWebhookDeliveries List deliveries of a webhook
+	// (GET /v1/webhooks/{webhook}/deliveries)
+	ListWebhookDeliveries(w http.ResponseWriter, r *http.Request, webhook WebhookID, params ListWebhookDeliveriesParams)
+	// ReplayWebhook Deliver events again
+	// (POST /v1/webhooks/{webhook}/replay)
+	ReplayWebhook(w http.ResponseWriter, r *http.Request, webhook WebhookID)
+	// TestWebhook Test a webhook
+	// (POST /v1/webhooks/{webhook}/test)
+	TestWebhook(w http.ResponseWriter, r *http.Request, webhook WebhookID)
 }
 
 // ServerInterfaceWrapper converts contexts to parameters.
@@ -4897,6 +5213,264 @@ func (siw *ServerInterfaceWrapper) RebuildTemplate(w http.ResponseWriter, r *htt
 	handler.ServeHTTP(w, r)
 }
 
+// ListWebhooks operation middleware
+func (siw *ServerInterfaceWrapper) ListWebhooks(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params ListWebhooksParams
+
+	// ------------- Optional query parameter "limit" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "limit", r.URL.Query(), &params.Limit, runtime.BindQueryParameterOptions{Type: "integer", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "limit"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "limit", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "cursor" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "cursor", r.URL.Query(), &params.Cursor, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "cursor"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "cursor", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ListWebhooks(w, r, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// CreateWebhook operation middleware
+func (siw *ServerInterfaceWrapper) CreateWebhook(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.CreateWebhook(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// DeleteWebhook operation middleware
+func (siw *ServerInterfaceWrapper) DeleteWebhook(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "webhook" -------------
+	var webhook WebhookID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "webhook", r.PathValue("webhook"), &webhook, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "webhook", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.DeleteWebhook(w, r, webhook)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// GetWebhook operation middleware
+func (siw *ServerInterfaceWrapper) GetWebhook(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "webhook" -------------
+	var webhook WebhookID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "webhook", r.PathValue("webhook"), &webhook, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "webhook", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.GetWebhook(w, r, webhook)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// UpdateWebhook operation middleware
+func (siw *ServerInterfaceWrapper) UpdateWebhook(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "webhook" -------------
+	var webhook WebhookID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "webhook", r.PathValue("webhook"), &webhook, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "webhook", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.UpdateWebhook(w, r, webhook)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// ListWebhookDeliveries operation middleware
+func (siw *ServerInterfaceWrapper) ListWebhookDeliveries(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "webhook" -------------
+	var webhook WebhookID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "webhook", r.PathValue("webhook"), &webhook, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "webhook", Err: err})
+		return
+	}
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params ListWebhookDeliveriesParams
+
+	// ------------- Optional query parameter "status" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "status", r.URL.Query(), &params.Status, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "status"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "status", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "limit" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "limit", r.URL.Query(), &params.Limit, runtime.BindQueryParameterOptions{Type: "integer", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "limit"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "limit", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "cursor" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "cursor", r.URL.Query(), &params.Cursor, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "cursor"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "cursor", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ListWebhookDeliveries(w, r, webhook, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// ReplayWebhook operation middleware
+func (siw *ServerInterfaceWrapper) ReplayWebhook(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "webhook" -------------
+	var webhook WebhookID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "webhook", r.PathValue("webhook"), &webhook, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "webhook", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ReplayWebhook(w, r, webhook)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// TestWebhook operation middleware
+func (siw *ServerInterfaceWrapper) TestWebhook(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "webhook" -------------
+	var webhook WebhookID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "webhook", r.PathValue("webhook"), &webhook, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "webhook", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.TestWebhook(w, r, webhook)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
 type UnescapedCookieParamError struct {
 	ParamName string
 	Err       error
@@ -5066,6 +5640,14 @@ func HandlerWithOptions(si ServerInterface, options StdHTTPServerOptions) http.H
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/templates/{template}/cancel", wrapper.CancelTemplateBuild)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/templates/{template}/logs", wrapper.GetTemplateLogs)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/events", wrapper.ReadFeed)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/webhooks", wrapper.ListWebhooks)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/webhooks", wrapper.CreateWebhook)
+	m.HandleFunc(http.MethodDelete+" "+options.BaseURL+"/v1/webhooks/{webhook}", wrapper.DeleteWebhook)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/webhooks/{webhook}", wrapper.GetWebhook)
+	m.HandleFunc(http.MethodPatch+" "+options.BaseURL+"/v1/webhooks/{webhook}", wrapper.UpdateWebhook)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/webhooks/{webhook}/test", wrapper.TestWebhook)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/webhooks/{webhook}/deliveries", wrapper.ListWebhookDeliveries)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/webhooks/{webhook}/replay", wrapper.ReplayWebhook)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sizes", wrapper.ListSizes)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/pool", wrapper.GetPool)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/me", wrapper.GetMe)

@@ -27,10 +27,12 @@ import (
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/budget"
+	"github.com/cayhq/cay/internal/event"
 	"github.com/cayhq/cay/internal/httpserver"
 	"github.com/cayhq/cay/internal/portproxy"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/template"
+	"github.com/cayhq/cay/internal/webhook"
 )
 
 // Sandboxes has the methods of the sandbox room that this package calls; [*sandbox.Service]
@@ -75,6 +77,18 @@ type Templates interface {
 		emit func(build string, lines []template.LogLine) error) (template.Template, error)
 }
 
+// Webhooks has the methods of the webhook room that this package calls; [*webhook.Service] implements it.
+type Webhooks interface {
+	Create(ctx context.Context, orgID string, r webhook.NewWebhook) (webhook.Webhook, error)
+	Get(ctx context.Context, orgID, id string) (webhook.Webhook, error)
+	List(ctx context.Context, f webhook.Filter) ([]webhook.Webhook, string, error)
+	Change(ctx context.Context, orgID, id string, c webhook.Change) (webhook.Webhook, error)
+	Delete(ctx context.Context, orgID, id string) error
+	Deliveries(ctx context.Context, orgID string, f webhook.DeliveryFilter) ([]webhook.Delivery, string, error)
+	Test(ctx context.Context, orgID, id string) (webhook.Attempt, error)
+	Replay(ctx context.Context, orgID, id string, after event.Seq) (webhook.Replayed, error)
+}
+
 // Auth has the methods of the auth room that this package calls; [*auth.Service] implements it.
 type Auth interface {
 	Authenticate(ctx context.Context, secret string) (auth.Principal, error)
@@ -113,6 +127,7 @@ type Config struct {
 	Templates Templates
 	Auth      Auth
 	Events    Events
+	Webhooks  Webhooks
 	Agent     Agent
 	Ports     Ports
 	Names     portproxy.Names // host names of ports; the zero value has none

@@ -26,7 +26,7 @@ type Events interface {
 // the scope that the key needs to read the subject itself.
 var eventScopes = map[string]auth.Scope{
 	"sandbox": auth.SandboxesRead, "snapshot": auth.SandboxesRead, "template": auth.TemplatesRead,
-	"api_key": auth.Admin, "org": auth.Admin,
+	"api_key": auth.Admin, "org": auth.Admin, "webhook": auth.Admin,
 }
 
 // visibleTypes returns the types of events that a key may see, out of the types asked for, or out
@@ -221,6 +221,9 @@ func feedEventOf(e event.Event) FeedEvent {
 		From: optional(SandboxState(e.From)), To: optional(SandboxState(e.To)),
 		Reason: optional(e.Reason), Detail: optional(e.Detail),
 		SnapshotID: optional(e.SnapshotID), TemplateID: optional(e.TemplateID), APIKeyID: optional(e.KeyID),
-		Name: optional(e.Name), TemplateVersion: optional(e.Version), Port: optional(e.Port),
+		WebhookID: optional(e.WebhookID), Name: optional(e.Name), TemplateVersion: optional(e.Version), Port: optional(e.Port),
 	}
 }
+
+// EncodeEvent returns an event as GET /v1/events shows it.
+func EncodeEvent(e event.Event) ([]byte, error) { return encode(feedEventOf(e)) }

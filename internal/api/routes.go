@@ -76,6 +76,15 @@ var routes = map[string]access{
 	// eventScopes limits which events a key may see.
 	"GET /v1/events": {query: []string{"after", "type", "sandbox", "limit", "cursor"}, many: "type"},
 
+	"POST /v1/webhooks":                     {scope: auth.Admin},
+	"GET /v1/webhooks":                      {scope: auth.Admin, query: []string{"limit", "cursor"}},
+	"GET /v1/webhooks/{webhook}":            {scope: auth.Admin},
+	"PATCH /v1/webhooks/{webhook}":          {scope: auth.Admin},
+	"DELETE /v1/webhooks/{webhook}":         {scope: auth.Admin},
+	"POST /v1/webhooks/{webhook}/test":      {scope: auth.Admin},
+	"GET /v1/webhooks/{webhook}/deliveries": {scope: auth.Admin, query: []string{"status", "limit", "cursor"}},
+	"POST /v1/webhooks/{webhook}/replay":    {scope: auth.Admin},
+
 	"GET /v1/sizes":             {},
 	"GET /v1/me":                {},
 	"GET /v1/pool":              {scope: auth.Admin},

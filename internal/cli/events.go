@@ -106,7 +106,7 @@ func (a *app) printFeedEvent(e cay.FeedEvent) error {
 		return json.NewEncoder(a.out).Encode(e)
 	}
 	parts := []string{e.Time.Local().Format("2006-01-02 15:04:05.000"), e.ID, fmt.Sprintf("%-23s", e.Type)}
-	for _, p := range []*string{e.SandboxID, e.SnapshotID, e.TemplateID, e.APIKeyID, e.Name} {
+	for _, p := range []*string{e.SandboxID, e.SnapshotID, e.TemplateID, e.APIKeyID, e.WebhookID, e.Name} {
 		if p != nil {
 			parts = append(parts, *p)
 		}

@@ -67,7 +67,10 @@ func (c *Config) Check() error {
 	if _, err := c.Network.RangePrefix(); err != nil {
 		return err
 	}
-	_, err = c.Network.AlwaysDenyPrefixes()
+	if _, err = c.Network.AlwaysDenyPrefixes(); err != nil {
+		return err
+	}
+	_, err = c.Webhooks.AllowPrefixes()
 	return err
 }
 
@@ -109,6 +112,8 @@ func (c *Config) checkNumbers() error {
 		{"images.pulled_mb", c.Images.PulledMB, 1},
 		{"events.max_per_org", c.Events.MaxPerOrg, 0},
 		{"events.max_followers", c.Events.MaxFollowers, 0},
+		{"webhooks.max_per_org", c.Webhooks.MaxPerOrg, 0},
+		{"webhooks.concurrency", c.Webhooks.Concurrency, 4},
 		{"files.images_mb", c.Files.ImagesMB, 0},
 		{"files.contexts_mb", c.Files.ContextsMB, 0},
 		{"files.checkpoints_mb", c.Files.CheckpointsMB, 0},

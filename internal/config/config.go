@@ -9,6 +9,7 @@ package config
 
 import (
 	"fmt"
+	"net/netip"
 	"time"
 
 	"github.com/cayhq/cay/internal/agentapi"
@@ -41,6 +42,7 @@ type Config struct {
 	Proxy     Proxy     `toml:"proxy"`
 	E2B       E2B       `toml:"e2b"`
 	Events    Events    `toml:"events"`
+	Webhooks  Webhooks  `toml:"webhooks"`
 	Files     Files     `toml:"files"`
 }
 
@@ -57,6 +59,18 @@ type Events struct {
 	Keep         Duration `toml:"keep"`
 	MaxPerOrg    int      `toml:"max_per_org"`
 	MaxFollowers int      `toml:"max_followers"`
+}
+
+// Webhooks limits webhooks, and lists addresses that they may call besides those that sandboxes may reach.
+type Webhooks struct {
+	MaxPerOrg   int      `toml:"max_per_org"`
+	Concurrency int      `toml:"concurrency"`
+	AllowCIDRs  []string `toml:"allow_cidrs"`
+}
+
+// AllowPrefixes returns webhooks.allow_cidrs.
+func (w Webhooks) AllowPrefixes() ([]netip.Prefix, error) {
+	return parsePrefixes("webhooks.allow_cidrs", w.AllowCIDRs)
 }
 
 // E2B turns the API for E2B's clients on or off.
@@ -204,7 +218,9 @@ func Default() Config {
 		Proxy:  Proxy{Scheme: "https"},
 		E2B:    E2B{Enabled: true},
 		Events: Events{Keep: Duration(30 * 24 * time.Hour), MaxPerOrg: 1_000_000, MaxFollowers: 32},
-		Files:  Files{ImagesMB: 50 << 10, ContextsMB: 10 << 10, CheckpointsMB: 100 << 10},
+		// A server with one busy organization makes 16 deliveries at once.
+		Webhooks: Webhooks{MaxPerOrg: 20, Concurrency: 64},
+		Files:    Files{ImagesMB: 50 << 10, ContextsMB: 10 << 10, CheckpointsMB: 100 << 10},
 	}
 }
 

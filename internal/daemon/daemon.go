@@ -37,6 +37,7 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/store"
 	"github.com/cayhq/cay/internal/template"
+	"github.com/cayhq/cay/internal/webhook"
 )
 
 // Names of files in a data directory, and of settings in its database.
@@ -79,6 +80,7 @@ type server struct {
 	auth        *auth.Service
 	sandboxes   *sandbox.Service
 	events      *event.Feed
+	webhooks    *webhook.Service
 	ports       *portproxy.Proxy
 	samples     *sampler.Sampler
 	registry    *prometheus.Registry
@@ -245,6 +247,9 @@ func (s *server) openCore(ctx context.Context) error {
 		Node: s.instance,
 	}, s.db, s.node, s.templates, s.log, s.observe())
 	s.onClose(s.sandboxes.Close)
+	if err := s.openWebhooks(); err != nil {
+		return err
+	}
 	s.ports = portproxy.New(s.node.Agents(), s.log)
 	s.samples = sampler.New(s.sandboxes, s.node.Agents(), s.log)
 	s.onClose(s.ports.Close)

@@ -37,7 +37,7 @@ func (s *server) listen(ctx context.Context) error {
 	handler := api.New(api.Config{
 		Stopping: stopping, Hijacked: &hijacked,
 		Ports: s.ports, Names: names, Signer: portproxy.NewSigner(secret),
-		Sandboxes: s.sandboxes, Templates: s.templates, Auth: s.auth, Events: s.events, Agent: s.node.Agents(),
+		Sandboxes: s.sandboxes, Templates: s.templates, Auth: s.auth, Events: s.events, Webhooks: s.webhooks, Agent: s.node.Agents(),
 		Expect: s.db.Expect, Budget: s.budget, Ready: func() error { return s.db.Ping(ctx) }, Stored: s.stored,
 		Metrics: metrics, Registry: s.registry, Log: s.log, Version: s.version,
 	})
@@ -53,6 +53,7 @@ func (s *server) listen(ctx context.Context) error {
 	wg.Go(func() { s.sandboxes.Run(work) })
 	wg.Go(func() { _ = s.templates.Run(work) }) // returns nil
 	wg.Go(func() { s.events.Run(work) })
+	wg.Go(func() { s.webhooks.Run(work) })
 	if s.files != nil {
 		wg.Go(func() { s.runFiles(work) })
 	}
@@ -122,7 +123,7 @@ func (s *server) openE2B(ctx context.Context, names portproxy.Names, next http.H
 		return nil, err
 	}
 	return e2b.New(e2b.Config{Sandboxes: s.sandboxes, Templates: s.templates, Auth: s.auth, Agent: s.node.Agents(),
-		Events: s.events, Ports: s.ports, Samples: s.samples, Names: names, Secret: []byte(secret), Budget: s.budget, Log: s.log,
+		Events: s.events, Webhooks: s.webhooks, Ports: s.ports, Samples: s.samples, Names: names, Secret: []byte(secret), Budget: s.budget, Log: s.log,
 		Registry: s.registry}, next), nil
 }
 

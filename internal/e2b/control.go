@@ -41,7 +41,7 @@ func notSupported(what string) route {
 func (s *Handler) table() map[string]route {
 	write := append([]auth.Scope{auth.SandboxesWrite}, tokenScopes...)
 	read := []auth.Scope{auth.SandboxesRead}
-	builds := []auth.Scope{auth.TemplatesWrite}
+	builds, admin := []auth.Scope{auth.TemplatesWrite}, []auth.Scope{auth.Admin}
 	older := notSupported(olderBuilds)
 	volumes, secrets := notSupported("this server has no volumes"), notSupported("this server keeps no secrets")
 	return map[string]route{
@@ -97,7 +97,13 @@ func (s *Handler) table() map[string]route {
 		"/nodes/":                                    notSupported("the operator reads GET /v1/pool and the metrics"),
 		"GET /events/sandboxes":                      {read, s.allEvents},
 		"GET /events/sandboxes/{id}":                 {read, s.sandboxEvents},
-		"/events/":                                   notSupported("this server calls no webhooks: follow GET /v1/events"),
+		"POST /events/webhooks":                      {admin, s.createWebhook},
+		"GET /events/webhooks":                       {admin, s.listWebhooks},
+		"GET /events/webhooks/{webhook}":             {admin, s.getWebhook},
+		"PATCH /events/webhooks/{webhook}":           {admin, s.changeWebhook},
+		"DELETE /events/webhooks/{webhook}":          {admin, s.deleteWebhook},
+		"/events/webhooks/{webhook}/{rest...}":       notSupported("deliveries are read with GET /v1/webhooks/{webhook}/deliveries"),
+		"/events/":                                   notSupported("this server does not know this call about events"),
 	}
 }
 

@@ -106,6 +106,7 @@ type Config struct {
 	Templates Templates
 	Auth      Auth
 	Events    Events
+	Webhooks  Webhooks
 	Agent     Agent
 	Ports     Ports
 	Samples   Samples

@@ -69,6 +69,22 @@ type eventBody struct {
 	Timestamp          time.Time      `json:"timestamp"`
 }
 
+// eventVersion is the version of E2B's SandboxEvent.
+const eventVersion = "v2"
+
+// eventOf returns E2B's form of an event of a sandbox, or of one whose sandbox is gone, which is the zero value then.
+func eventOf(e sandbox.Event, kind, org string, sb sandbox.Sandbox) eventBody {
+	body := eventBody{Version: eventVersion, Type: kind, SandboxID: shown(e.SandboxID), SandboxTemplateID: sb.TemplateID,
+		SandboxExecutionID: shown(e.SandboxID), SandboxTeamID: org, Timestamp: e.At.UTC()}
+	// The same in both listings, which number their events differently, and in webhooks.
+	body.ID = uuid.NewSHA1(uuid.NameSpaceOID, []byte(strings.Join([]string{string(e.SandboxID), kind,
+		body.Timestamp.Format(time.RFC3339Nano)}, " "))).String()
+	if len(sb.Metadata) > 0 {
+		body.EventData = map[string]any{"sandbox_metadata": sb.Metadata}
+	}
+	return body
+}
+
 // eventPage is the default number of events in an answer, as in E2B.
 const eventPage = 10
 
@@ -143,14 +159,7 @@ func (p *eventPicker) take(e sandbox.Event) (full bool, err error) {
 		sb = sandbox.Sandbox{TemplateID: sb.TemplateID, Metadata: sb.Metadata}
 		p.rows[e.SandboxID] = sb
 	}
-	body := eventBody{Version: "v2", Type: kind, SandboxID: shown(e.SandboxID), SandboxTemplateID: sb.TemplateID,
-		SandboxExecutionID: shown(e.SandboxID), SandboxTeamID: orgOf(p.r), Timestamp: e.At.UTC()}
-	// The same in both listings, which number their events differently.
-	body.ID = uuid.NewSHA1(uuid.NameSpaceOID, []byte(strings.Join([]string{string(e.SandboxID), kind,
-		body.Timestamp.Format(time.RFC3339Nano)}, " "))).String()
-	if len(sb.Metadata) > 0 {
-		body.EventData = map[string]any{"sandbox_metadata": sb.Metadata}
-	}
+	body := eventOf(e, kind, orgOf(p.r), sb)
 	text, err := json.Marshal(body)
 	if err == nil {
 		err = callOf(p.r).Account.Take(2 * int64(len(text))) // twice, since the answer is assembled from all

@@ -97,6 +97,10 @@ const (
 	KeyCreated Type = "api_key.created"
 	KeyRevoked Type = "api_key.revoked"
 	OrgCreated Type = "org.created"
+
+	WebhookCreated  Type = "webhook.created"
+	WebhookDeleted  Type = "webhook.deleted"
+	WebhookDisabled Type = "webhook.disabled" // by a call, or by the server, as the reason says
 )
 
 var types = []Type{
@@ -106,6 +110,7 @@ var types = []Type{
 	SnapshotCreated, SnapshotDeleted,
 	TemplateCreated, TemplateBuildQueued, TemplateBuildStarted, TemplateBuildReady, TemplateBuildFailed, TemplateDeleted,
 	KeyCreated, KeyRevoked, OrgCreated,
+	WebhookCreated, WebhookDeleted, WebhookDisabled,
 }
 
 // Types returns all types.
@@ -115,7 +120,7 @@ func Types() []Type { return slices.Clone(types) }
 func (t Type) Known() bool { return slices.Contains(types, t) }
 
 // Subject returns the kind of thing that an event of the type is about: "sandbox", "snapshot",
-// "template", "api_key" or "org".
+// "template", "api_key", "org" or "webhook".
 func (t Type) Subject() string {
 	subject, _, _ := strings.Cut(string(t), ".")
 	return subject
@@ -144,7 +149,8 @@ type About struct {
 	SnapshotID string `json:"snapshot_id,omitempty"`
 	TemplateID string `json:"template_id,omitempty"`
 	KeyID      string `json:"api_key_id,omitempty"`
-	Name       string `json:"name,omitempty"` // of the snapshot, template, key or organization
+	WebhookID  string `json:"webhook_id,omitempty"`
+	Name       string `json:"name,omitempty"` // of the snapshot, template, key, organization or webhook
 	Version    int    `json:"version,omitempty"`
 	Port       int    `json:"port,omitempty"`
 }

@@ -114,6 +114,9 @@ const (
 	CodeUnsupportedMediaType = "unsupported_media_type"
 	CodeUpgradeRequired      = "upgrade_required"
 	CodeWakeFailed           = "wake_failed"
+	CodeWebhookBusy          = "webhook_busy"
+	CodeWebhookDisabled      = "webhook_disabled"
+	CodeWebhookNotFound      = "webhook_not_found"
 	CodeWorkdirNotFound      = "workdir_not_found"
 )
 

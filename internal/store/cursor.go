@@ -14,7 +14,7 @@ import (
 // removed before it is read. The text of a cursor is opaque to users but not secret.
 type cursor struct {
 	list byte  // the listing that it belongs to
-	at   int64 // created_at in microseconds, or the seq of an event
+	at   int64 // created_at in microseconds, or the number or seq of an event
 	id   string
 }
 
@@ -26,6 +26,9 @@ const (
 	listOrgs      byte = 'o'
 	listKeys      byte = 'k'
 	listSnapshots byte = 'n'
+	listWebhooks  byte = 'w'
+	// The deliveries of a webhook are ordered by the seq of their events.
+	listDeliveries byte = 'd'
 
 	listSandboxesUp byte = 'u' // oldest first
 )

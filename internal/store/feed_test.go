@@ -100,7 +100,7 @@ func testEventStore(t *testing.T, open func(t *testing.T) *DB) {
 func feedFields(t *testing.T, db *DB) {
 	want := event.Event{OrgID: "org_a", At: start, Type: event.SnapshotCreated, SandboxID: "sbx_a",
 		From: "running", To: "suspended", Reason: "why", Detail: "\"\\\x01\u2028",
-		About: event.About{SnapshotID: "snap_a", TemplateID: "tpl_a", KeyID: "key_a",
+		About: event.About{SnapshotID: "snap_a", TemplateID: "tpl_a", KeyID: "key_a", WebhookID: "whk_a",
 			Name: "name", Version: 3, Port: 80}}
 	err := db.record(t.Context(), func(_ *sql.Tx, out *outbox) error { return out.add(t.Context(), want) })
 	if err != nil {

@@ -41,13 +41,16 @@ func fillAll(t *testing.T, db *DB) (s sandbox.Sandbox) {
 		db.ChangeTemplateLog(ctx, tpl.ID, template.LogChange{
 			Add: []template.LogLine{{Seq: 1, At: start, Heading: true, Text: "\x00x"}}}),
 		db.SetPublicPort(ctx, s.ID, 80, true),
-		db.SetConsumed(ctx, "webhooks", 1<<60),
+		db.SetConsumed(ctx, "usage", 1<<60),
+		db.AddWebhook(ctx, aWebhook(1), 0),
 		db.SetSetting(ctx, "instance", "abcdef"),
 	} {
 		if err != nil {
 			t.Fatal(err)
 		}
 	}
+	mustEnqueue(t, db, "whk_001", start, some("whk_001", 1, "a", "a", "b"))
+	mustMake(t, db, "whk_001", 3, start)
 	putOrg(t, db, "org_old")
 	if _, err := db.TrimEvents(ctx, start.Add(time.Hour), 1); err != nil {
 		t.Fatal(err)
@@ -65,7 +68,7 @@ func TestCopyToPostgres(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if len(copied) != 19 {
+		if len(copied) != 21 {
 			t.Errorf("%d tables were copied", len(copied))
 		}
 		for _, c := range copied {

@@ -293,6 +293,7 @@ func TestPostgresCounts(t *testing.T) {
 		"snapshots": {5, fault.Exhausted, func(i int) error {
 			return db.AddSnapshot(t.Context(), fullSnapshot("org_a", fmt.Sprint(i), i), 5)
 		}},
+		"webhooks": {5, fault.Exhausted, func(i int) error { return db.AddWebhook(t.Context(), aWebhook(i), 5) }},
 		"ports": {sandbox.MaxPublicPorts, fault.Conflict, func(i int) error {
 			return db.SetPublicPort(t.Context(), s.ID, 1+i, true)
 		}},

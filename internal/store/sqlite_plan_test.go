@@ -6,6 +6,7 @@ import (
 
 	"github.com/cayhq/cay/internal/event"
 	"github.com/cayhq/cay/internal/sandbox"
+	"github.com/cayhq/cay/internal/webhook"
 )
 
 // TestPlans checks that frequent queries use their indexes. Without it, a scan of a table full of
@@ -37,11 +38,30 @@ func TestPlans(t *testing.T) {
 	q1, p1 := list(sandbox.Filter{States: live})
 	q2, p2 := list(sandbox.Filter{States: []sandbox.State{sandbox.Destroyed},
 		Cursor: cursor{listSandboxes, 5, "sbx_a"}.String()})
+	hooks, ph, err := listWebhooksQuery(webhook.Filter{OrgID: "o", Limit: 50})
+	if err != nil {
+		t.Fatal(err)
+	}
+	deliveries, pd, err := listDeliveriesQuery(webhook.DeliveryFilter{WebhookID: "w", Made: new(false), Limit: 50})
+	if err != nil {
+		t.Fatal(err)
+	}
+	head, phead := nextDelivery("w", []string{"a", "b"})
 	for _, c := range []struct {
 		query string
 		args  []any
 		index string
 	}{
+		{hooks, ph, "webhooks_page"},
+		{deliveries, pd, "sqlite_autoindex_webhook_deliveries"},
+		{head, phead, "webhook_due"},
+		{dueWebhooks, nil, "webhook_due"},
+		{enabledWebhooks, []any{"o"}, "webhooks_enabled"},
+		{setHead, []any{"w", "a", 5}, "webhook_lanes"},
+		{dropHead, []any{"w", "a"}, "webhook_heads"},
+		{dropHead, []any{"w", "a"}, "webhook_lanes"},
+		{oldestPending, nil, "sqlite_autoindex_webhook_deliveries"},
+		{surplusMade, []any{"w", 5}, "sqlite_autoindex_webhook_deliveries"},
 		{q1, p1, "sandboxes_live_page"},
 		{q2, p2, "sandboxes_page"},
 		{snapshots, ps, "snapshots_page"},

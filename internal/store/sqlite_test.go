@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/cayhq/cay/internal/sandbox"
+	"github.com/cayhq/cay/internal/webhook"
 )
 
 func openAt(t testing.TB, path string) *DB {
@@ -132,7 +133,7 @@ func TestOpenRefusesNewerSchema(t *testing.T) {
 const aSecret = "a-secret-that-nobody-else-would-write"
 
 // TestSecretsAreForgotten checks that the files of the database do not contain the secrets of ended
-// sandboxes, deleted snapshots and dropped pooled sandboxes.
+// sandboxes, deleted snapshots and webhooks, and dropped pooled sandboxes.
 func TestSecretsAreForgotten(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "cay.db")
 	db := openAt(t, path)
@@ -165,6 +166,14 @@ func TestSecretsAreForgotten(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := db.DropPooled(ctx, "sbx_m"); err != nil {
+		t.Fatal(err)
+	}
+	hook := aWebhook(1)
+	hook.Secret = webhook.Secret(aSecret)
+	if err := db.AddWebhook(ctx, hook, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := db.DeleteWebhook(ctx, hook.OrgID, hook.ID, start); err != nil {
 		t.Fatal(err)
 	}
 	if err := db.Close(); err != nil { // writes the log back into the database file

@@ -1,8 +1,8 @@
 // Package store keeps cay's records: sandboxes, templates and their build logs,
-// organizations and their keys, the events of all of these, and the server's own
-// settings. All SQL of cay is here.
+// organizations and their keys, the events of all of these, webhooks and their
+// deliveries, and the server's own settings. All SQL of cay is here.
 //
-// It implements the Store interfaces of the rooms sandbox, template, auth and event. It
+// It implements the Store interfaces of the rooms sandbox, template, auth, event and webhook. It
 // enforces only those of their rules that concurrent writers could break: which of
 // several transitions wins, whether a quota still has room, whether a name is taken. It
 // reports conditions that callers act on as faults, and wraps all other errors of the
@@ -11,7 +11,7 @@
 // The records are in SQLite, a file of this machine, or in PostgreSQL. Both keep the same
 // contract, which one suite of tests checks:
 //
-// Every method runs in one transaction; [DB.Purge] and [DB.TrimEvents] run in several.
+// Every method runs in one transaction; [DB.Purge], [DB.TrimEvents] and [DB.TrimDeliveries] run in several.
 // After an error nothing of the transaction is written. After success it survives a
 // crash of the process and of the machine: the database has a write-ahead log that is
 // synced at every commit. A read that begins after a write has returned sees that write;
@@ -42,6 +42,7 @@ import (
 	"github.com/cayhq/cay/internal/event"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/template"
+	"github.com/cayhq/cay/internal/webhook"
 )
 
 // DB is an open database. It implements the Store interfaces of the core.
@@ -126,6 +127,7 @@ var (
 	_ template.Store          = (*DB)(nil)
 	_ auth.Store              = (*DB)(nil)
 	_ event.Store             = (*DB)(nil)
+	_ webhook.Store           = (*DB)(nil)
 )
 
 //go:embed migrations

@@ -13,6 +13,7 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/template"
+	"github.com/cayhq/cay/internal/webhook"
 )
 
 // start is the time from which the tests count. It has microseconds, the finest unit that the store keeps.
@@ -44,6 +45,7 @@ func testStores(t *testing.T, openOne func(t *testing.T) *DB) {
 	t.Run("template", func(t *testing.T) { testTemplateStore(t, func(t *testing.T) template.Store { return open(t) }) })
 	t.Run("auth", func(t *testing.T) { testAuthStore(t, func(t *testing.T) auth.Store { return open(t) }) })
 	t.Run("event", func(t *testing.T) { testEventStore(t, open) })
+	t.Run("webhook", func(t *testing.T) { testWebhookStore(t, open) })
 	t.Run("checkpoints", func(t *testing.T) { testCheckpointStore(t, open(t)) })
 	t.Run("template in use", func(t *testing.T) { templateInUse(t, open(t)) })
 }
@@ -61,6 +63,7 @@ func TestContractsCallEveryMethod(t *testing.T) {
 		{reflect.TypeFor[template.Store](), "st", []string{"template_test.go"}},
 		{reflect.TypeFor[auth.Store](), "st", []string{"auth_test.go"}},
 		{reflect.TypeFor[event.Store](), "db", []string{"feed_test.go"}},
+		{reflect.TypeFor[webhook.Store](), "st", []string{"webhook_test.go"}},
 	} {
 		if missing := caytest.Uncalled(t, c.contract, c.receiver, c.files...); missing != nil {
 			t.Errorf("no test of %s calls %q", c.contract, missing)

@@ -8,6 +8,20 @@ import (
 	openapi_types "github.com/oapi-codegen/runtime/types"
 )
 
+// Values of DeliveryStatus.
+const (
+	DeliveryStatusDelivered DeliveryStatus = "delivered"
+	DeliveryStatusPending   DeliveryStatus = "pending"
+)
+
+// Values of DisabledReason.
+const (
+	DisabledReasonBacklog   DisabledReason = "backlog"
+	DisabledReasonFailing   DisabledReason = "failing"
+	DisabledReasonGone      DisabledReason = "gone"
+	DisabledReasonRequested DisabledReason = "requested"
+)
+
 // Values of Durable.
 const (
 	DurableCluster Durable = "cluster"
@@ -46,6 +60,9 @@ const (
 	FeedEventTypeTemplateBuildStarted FeedEventType = "template.build_started"
 	FeedEventTypeTemplateCreated      FeedEventType = "template.created"
 	FeedEventTypeTemplateDeleted      FeedEventType = "template.deleted"
+	FeedEventTypeWebhookCreated       FeedEventType = "webhook.created"
+	FeedEventTypeWebhookDeleted       FeedEventType = "webhook.deleted"
+	FeedEventTypeWebhookDisabled      FeedEventType = "webhook.disabled"
 )
 
 // Values of FileChangeType.
@@ -122,6 +139,12 @@ const (
 	TemplateStatusFailed   TemplateStatus = "failed"
 	TemplateStatusPending  TemplateStatus = "pending"
 	TemplateStatusReady    TemplateStatus = "ready"
+)
+
+// Values of WebhookFormat.
+const (
+	WebhookFormatE2B      WebhookFormat = "e2b"
+	WebhookFormatStandard WebhookFormat = "standard"
 )
 
 // APIKey describes an API key without its secret.
@@ -360,6 +383,25 @@ type CreateTemplateRequest struct {
 	Workdir *string `json:"workdir,omitempty"`
 }
 
+// CreateWebhookRequest describes the webhook to create.
+type CreateWebhookRequest struct {
+	// Name of the webhook, for people, at most 128 characters.
+	//
+	// Example: ops
+	Name *string `json:"name,omitempty"`
+
+	// The secret that signs: `whsec_` and the base64 of 24 to 64 bytes. If absent, the server makes one.
+	Secret *string `json:"secret,omitempty"`
+
+	// The types of events to deliver. All if absent or empty.
+	Types []string `json:"types,omitempty"`
+
+	// Where events are posted to: `https` or `http`, without a user name and a fragment.
+	//
+	// Example: https://example.com/hooks/cay
+	URL string `json:"url"`
+}
+
 // DebianSource describes a source that is a minimal Debian system with packages and all their dependencies.
 type DebianSource struct {
 	// Names of packages, with `=VERSION` if you need a certain version.
@@ -370,6 +412,56 @@ type DebianSource struct {
 	// Example: bookworm
 	Suite *string `json:"suite,omitempty"`
 }
+
+// Delivery describes an event that a webhook receives.
+type Delivery struct {
+	// Attempts so far. Begins anew when the webhook is enabled or gets another URL.
+	Attempts int `json:"attempts"`
+
+	// When it was made. Absent if it is pending.
+	DeliveredAt *time.Time `json:"delivered_at,omitempty"`
+
+	// Id of the event.
+	//
+	// Example: evt_00351fl4re540
+	EventID string `json:"event_id"`
+
+	// The `webhook-id` of its requests.
+	//
+	// Example: msg_abcdefghijklmnopqrstuvwxyz
+	ID string `json:"id"`
+
+	// What came of a request to a receiver.
+	LastAttempt *WebhookAttempt `json:"last_attempt,omitempty"`
+
+	// When it is tried next. Absent if it was made or waits for an earlier one.
+	NextAttemptAt *time.Time `json:"next_attempt_at,omitempty"`
+
+	// When the delivery was queued.
+	QueuedAt time.Time `json:"queued_at"`
+
+	// Whether a delivery was made.
+	Status DeliveryStatus `json:"status"`
+
+	// Type of the event.
+	Type string `json:"type"`
+}
+
+// DeliveryList describes a page of deliveries, those of the newest events first.
+type DeliveryList struct {
+	// The deliveries.
+	Deliveries []Delivery `json:"deliveries"`
+
+	// `cursor` of the next page. Absent on the last page.
+	NextCursor *string `json:"next_cursor,omitempty"`
+}
+
+// DeliveryStatus describes whether a delivery was made.
+type DeliveryStatus string
+
+// DisabledReason describes why a webhook is disabled: by a call, after a delivery that failed for 3 days, after an answer 410, or because
+// too much is pending.
+type DisabledReason string
 
 // Durable describes where the saved state is: only on the machine (`node`), so it is lost if the machine is, or also in the
 // server's bucket (`cluster`). The server uploads it in the background and then changes `node` to `cluster`;
@@ -536,7 +628,7 @@ type FeedEvent struct {
 	// Example: evt_00351fl4re540
 	ID string `json:"id"`
 
-	// Name of the snapshot, template, API key or organization.
+	// Name of the snapshot, template, API key, organization or webhook.
 	Name *string `json:"name,omitempty"`
 
 	// The port.
@@ -567,6 +659,9 @@ type FeedEvent struct {
 	// The type of an event: its subject and what happened. `sandbox.` and a state means that the sandbox came to that
 	// state.
 	Type FeedEventType `json:"type"`
+
+	// Id of the webhook.
+	WebhookID *string `json:"webhook_id,omitempty"`
 }
 
 // FeedEventType describes the type of an event: its subject and what happened. `sandbox.` and a state means that the sandbox came to that
@@ -1225,6 +1320,26 @@ type renameFileRequest struct {
 	To string `json:"to"`
 }
 
+// replayWebhookRequest describes what to deliver again.
+type replayWebhookRequest struct {
+	// `id` of an event; only later events are delivered.
+	//
+	// Example: evt_00351fl4re540
+	After string `json:"after"`
+}
+
+// Replayed describes what a replay queued.
+type Replayed struct {
+	// Whether there are events after `through`.
+	More bool `json:"more"`
+
+	// Deliveries that are pending now and were not before.
+	Queued int `json:"queued"`
+
+	// Id of the place up to which events were considered.
+	Through string `json:"through"`
+}
+
 // Sandbox describes a sandbox.
 type Sandbox struct {
 	// When the sandbox was requested.
@@ -1633,6 +1748,101 @@ type TerminalSize struct {
 	Rows int `json:"rows"`
 }
 
+// UpdateWebhookRequest describes the fields to change.
+type UpdateWebhookRequest struct {
+	// Whether events are delivered.
+	Enabled *bool `json:"enabled,omitempty"`
+
+	// Name of the webhook, for people; empty for none.
+	Name *string `json:"name,omitempty"`
+
+	// If `true`, the server makes another secret. Not together with `secret`.
+	RotateSecret *bool `json:"rotate_secret,omitempty"`
+
+	// A secret of yours, as for a new webhook.
+	Secret *string `json:"secret,omitempty"`
+
+	// The types of events to deliver. All if empty.
+	Types *[]string `json:"types,omitempty"`
+
+	// Where events are posted to.
+	URL *string `json:"url,omitempty"`
+}
+
+// Webhook describes a receiver of events.
+type Webhook struct {
+	// When the webhook was created.
+	CreatedAt time.Time `json:"created_at"`
+
+	// When it was disabled. Absent if it is enabled.
+	DisabledAt *time.Time `json:"disabled_at,omitempty"`
+
+	// Why a webhook is disabled: by a call, after a delivery that failed for 3 days, after an answer 410, or because
+	// too much is pending.
+	DisabledReason *DisabledReason `json:"disabled_reason,omitempty"`
+
+	// Whether events are delivered.
+	Enabled bool `json:"enabled"`
+
+	// What deliveries look like: `standard`, as Standard Webhooks define it, or `e2b`, of a webhook that E2B's API
+	// made.
+	Format WebhookFormat `json:"format"`
+
+	// `whk_` and 20 lower-case base32 characters.
+	//
+	// Example: whk_abcdefghijklmnopqrst
+	ID string `json:"id"`
+
+	// Name of the webhook, for people. Absent if it has none.
+	Name *string `json:"name,omitempty"`
+
+	// Deliveries that are not made yet.
+	Pending int `json:"pending"`
+
+	// The secret that signs. Only in the answer that creates the webhook or rotates the secret.
+	Secret *string `json:"secret,omitempty"`
+
+	// The types of events that are delivered. All if empty. Those of the format `e2b` are E2B's.
+	Types []string `json:"types"`
+
+	// Where events are posted to.
+	URL string `json:"url"`
+}
+
+// WebhookAttempt describes what came of a request to a receiver.
+type WebhookAttempt struct {
+	// The beginning of the answer's body, up to 1 KiB. Absent if it was empty.
+	Answer *string `json:"answer,omitempty"`
+
+	// Whether the receiver answered 2xx.
+	Delivered bool `json:"delivered"`
+
+	// How long it took.
+	DurationMs int64 `json:"duration_ms"`
+
+	// Why it failed, for people. Absent if it succeeded.
+	Error *string `json:"error,omitempty"`
+
+	// Status of the answer. Absent if there was none.
+	StatusCode *int `json:"status_code,omitempty"`
+
+	// When the attempt began.
+	Time time.Time `json:"time"`
+}
+
+// WebhookFormat describes what deliveries look like: `standard`, as Standard Webhooks define it, or `e2b`, of a webhook that E2B's API
+// made.
+type WebhookFormat string
+
+// WebhookList describes a page of webhooks, newest first.
+type WebhookList struct {
+	// `cursor` of the next page. Absent on the last page.
+	NextCursor *string `json:"next_cursor,omitempty"`
+
+	// The webhooks.
+	Webhooks []Webhook `json:"webhooks"`
+}
+
 // cursor defines model for Cursor.
 type cursor = string
 
@@ -1656,6 +1866,9 @@ type snapshotRef = string
 
 // templateRef describes example: python
 type templateRef = string
+
+// webhookID describes example: whk_abcdefghijklmnopqrst
+type webhookID = string
 
 // badGateway describes an error, as in RFC 9457.
 type badGateway = problem
@@ -1704,6 +1917,9 @@ type unavailable = problem
 
 // unsupportedMediaType describes an error, as in RFC 9457.
 type unsupportedMediaType = problem
+
+// webhookAnswer describes a receiver of events.
+type webhookAnswer = Webhook
 
 // listAPIKeysParams defines parameters for ListAPIKeys.
 type listAPIKeysParams struct {
@@ -1960,6 +2176,27 @@ type rebuildTemplateMultipartBody struct {
 	Template RebuildTemplateRequest `json:"template"`
 }
 
+// listWebhooksParams defines parameters for ListWebhooks.
+type listWebhooksParams struct {
+	// The largest number of entries to return.
+	Limit *limit `form:"limit,omitempty" json:"limit,omitempty"`
+
+	// `next_cursor` of the previous page. Opaque.
+	Cursor *cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
+}
+
+// listWebhookDeliveriesParams defines parameters for ListWebhookDeliveries.
+type listWebhookDeliveriesParams struct {
+	// Keep only deliveries with this status.
+	Status *DeliveryStatus `form:"status,omitempty" json:"status,omitempty"`
+
+	// The largest number of entries to return.
+	Limit *limit `form:"limit,omitempty" json:"limit,omitempty"`
+
+	// `next_cursor` of the previous page. Opaque.
+	Cursor *cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
+}
+
 // createAPIKeyJSONRequestBody defines body for CreateAPIKey for application/json ContentType.
 type createAPIKeyJSONRequestBody = CreateAPIKeyRequest
 
@@ -2019,3 +2256,12 @@ type rebuildTemplateJSONRequestBody = RebuildTemplateRequest
 
 // rebuildTemplateMultipartRequestBody defines body for RebuildTemplate for multipart/form-data ContentType.
 type rebuildTemplateMultipartRequestBody rebuildTemplateMultipartBody
+
+// createWebhookJSONRequestBody defines body for CreateWebhook for application/json ContentType.
+type createWebhookJSONRequestBody = CreateWebhookRequest
+
+// updateWebhookJSONRequestBody defines body for UpdateWebhook for application/json ContentType.
+type updateWebhookJSONRequestBody = UpdateWebhookRequest
+
+// replayWebhookJSONRequestBody defines body for ReplayWebhook for application/json ContentType.
+type replayWebhookJSONRequestBody = replayWebhookRequest

@@ -155,11 +155,11 @@ type clientInterface interface {
 	//
 	// Returns the organization's events in the order in which they happened, oldest first: every transition of a
 	// sandbox, changes and denials of policies, snapshots, forks, ports made public or private, templates and their
-	// builds, API keys, and the organization itself. Each event is recorded in the transaction that makes it true, so
+	// builds, API keys, webhooks, and the organization itself. Each event is recorded in the transaction that makes it true, so
 	// that no event is missing and none is false. Ids are opaque and ordered like the events.
 	//
 	// A key sees the events of objects that it may read: `sandbox.…` and `snapshot.…` need the scope `sandboxes:read`,
-	// `template.…` needs `templates:read`, `api_key.…` and `org.…` need `admin`. If you ask with `type` for other
+	// `template.…` needs `templates:read`, `api_key.…`, `org.…` and `webhook.…` need `admin`. If you ask with `type` for other
 	// events, or for any events with a key that may see none, the answer is 403 with code `scope_missing`. Events
 	// outlive their sandbox. The newest 1,000,000 events of an organization are kept for 30 days; the operator can
 	// change both limits.
@@ -1066,6 +1066,146 @@ type clientInterface interface {
 	//
 	// Corresponds with POST /v1/templates/{template}/rebuild (the `RebuildTemplate` operationId).
 	RebuildTemplate(ctx context.Context, template templateRef, body rebuildTemplateJSONRequestBody, reqEditors ...requestEditorFn) (*http.Response, error)
+
+	// List webhooks
+	//
+	// Lists the organization's webhooks, newest first, without their secrets.
+	//
+	// Corresponds with GET /v1/webhooks (the `ListWebhooks` operationId).
+	ListWebhooks(ctx context.Context, params *listWebhooksParams, reqEditors ...requestEditorFn) (*http.Response, error)
+
+	// Create a webhook
+	//
+	// Creates a webhook: from now on the server posts each event of the organization to `url`, or those of the given
+	// types, as Standard Webhooks define it. The secret that signs them is in `secret` of this answer; you cannot read
+	// it again later. The answer is 429 with code `quota_exceeded` if the organization has as many webhooks as it may
+	// have (20, unless the operator says otherwise).
+	//
+	// A request has the headers `webhook-id`, which is the same for all attempts at one delivery,
+	// `webhook-timestamp` and `webhook-signature`. Its body has `type`, `timestamp` and, in `data`, the event as `GET
+	// /v1/events` shows it (`FeedEvent`). The receiver must answer 2xx within 15 seconds. Everything else is a failed
+	// attempt, also a redirect. Attempts are repeated after 5 seconds, 30 seconds, 2, 10 and 30 minutes, 1, 2 and 4
+	// hours, then every 6 hours, a fifth more or less; later if an answer 429 or 503 asks for it with `Retry-After`.
+	// The webhook is disabled when a delivery has failed for 3 days, when the receiver answers 410, or when more than
+	// 100,000 deliveries or 64 MiB are pending.
+	//
+	// Each delivery is made at least once. Those about one sandbox are made in the order of its events; one that fails
+	// holds back only those after it about the same sandbox. A webhook receives no events about itself.
+	//
+	// The server calls only addresses that sandboxes may reach, and those that the operator allows. A URL that names
+	// another address is refused; names are checked at each attempt.
+	//
+	// Takes any type of body and a specified content type.
+	//
+	// Corresponds with POST /v1/webhooks (the `CreateWebhook` operationId).
+	CreateWebhookWithBody(ctx context.Context, contentType string, body io.Reader, reqEditors ...requestEditorFn) (*http.Response, error)
+
+	// Create a webhook
+	//
+	// Creates a webhook: from now on the server posts each event of the organization to `url`, or those of the given
+	// types, as Standard Webhooks define it. The secret that signs them is in `secret` of this answer; you cannot read
+	// it again later. The answer is 429 with code `quota_exceeded` if the organization has as many webhooks as it may
+	// have (20, unless the operator says otherwise).
+	//
+	// A request has the headers `webhook-id`, which is the same for all attempts at one delivery,
+	// `webhook-timestamp` and `webhook-signature`. Its body has `type`, `timestamp` and, in `data`, the event as `GET
+	// /v1/events` shows it (`FeedEvent`). The receiver must answer 2xx within 15 seconds. Everything else is a failed
+	// attempt, also a redirect. Attempts are repeated after 5 seconds, 30 seconds, 2, 10 and 30 minutes, 1, 2 and 4
+	// hours, then every 6 hours, a fifth more or less; later if an answer 429 or 503 asks for it with `Retry-After`.
+	// The webhook is disabled when a delivery has failed for 3 days, when the receiver answers 410, or when more than
+	// 100,000 deliveries or 64 MiB are pending.
+	//
+	// Each delivery is made at least once. Those about one sandbox are made in the order of its events; one that fails
+	// holds back only those after it about the same sandbox. A webhook receives no events about itself.
+	//
+	// The server calls only addresses that sandboxes may reach, and those that the operator allows. A URL that names
+	// another address is refused; names are checked at each attempt.
+	//
+	// Takes a body of the `application/json` content type.
+	//
+	// Corresponds with POST /v1/webhooks (the `CreateWebhook` operationId).
+	CreateWebhook(ctx context.Context, body createWebhookJSONRequestBody, reqEditors ...requestEditorFn) (*http.Response, error)
+
+	// Delete a webhook
+	//
+	// Deletes a webhook with its deliveries. An attempt that is under way may still reach the receiver.
+	//
+	// Corresponds with DELETE /v1/webhooks/{webhook} (the `DeleteWebhook` operationId).
+	DeleteWebhook(ctx context.Context, webhook webhookID, reqEditors ...requestEditorFn) (*http.Response, error)
+
+	// Get a webhook
+	//
+	// Returns a webhook, without its secret.
+	//
+	// Corresponds with GET /v1/webhooks/{webhook} (the `GetWebhook` operationId).
+	GetWebhook(ctx context.Context, webhook webhookID, reqEditors ...requestEditorFn) (*http.Response, error)
+
+	// Change a webhook
+	//
+	// Changes the given fields of a webhook; the others stay as they are. What is pending is delivered with the new
+	// values. `"enabled": true` enables a disabled webhook: what is pending is tried at once, and new events are
+	// delivered again. Events from the time in which it was disabled are not delivered unless you replay them. With
+	// `rotate_secret` the answer has the new secret, which you cannot read again later.
+	//
+	// Takes any type of body and a specified content type.
+	//
+	// Corresponds with PATCH /v1/webhooks/{webhook} (the `UpdateWebhook` operationId).
+	UpdateWebhookWithBody(ctx context.Context, webhook webhookID, contentType string, body io.Reader, reqEditors ...requestEditorFn) (*http.Response, error)
+
+	// Change a webhook
+	//
+	// Changes the given fields of a webhook; the others stay as they are. What is pending is delivered with the new
+	// values. `"enabled": true` enables a disabled webhook: what is pending is tried at once, and new events are
+	// delivered again. Events from the time in which it was disabled are not delivered unless you replay them. With
+	// `rotate_secret` the answer has the new secret, which you cannot read again later.
+	//
+	// Takes a body of the `application/json` content type.
+	//
+	// Corresponds with PATCH /v1/webhooks/{webhook} (the `UpdateWebhook` operationId).
+	UpdateWebhook(ctx context.Context, webhook webhookID, body updateWebhookJSONRequestBody, reqEditors ...requestEditorFn) (*http.Response, error)
+
+	// List deliveries of a webhook
+	//
+	// Lists the deliveries of a webhook, those of the newest events first: all that are pending, and of those that
+	// were made the newest 1,000 of the last 7 days.
+	//
+	// Corresponds with GET /v1/webhooks/{webhook}/deliveries (the `ListWebhookDeliveries` operationId).
+	ListWebhookDeliveries(ctx context.Context, webhook webhookID, params *listWebhookDeliveriesParams, reqEditors ...requestEditorFn) (*http.Response, error)
+
+	// Deliver events again
+	//
+	// Makes the deliveries of the events after `after` pending again, as far as they are among the webhook's types,
+	// also of events from before the webhook or from when it was disabled. Their `webhook-id` is the same as before.
+	// One call considers about 1,000 deliveries: while the answer has `more`, repeat it with the answer's `through` as
+	// `after`. The answer is 410 with code `events_gone` if events after `after` have been dropped, 409 with code
+	// `webhook_disabled` if the webhook is disabled, and 429 with code `quota_exceeded` if too much is pending.
+	//
+	// Takes any type of body and a specified content type.
+	//
+	// Corresponds with POST /v1/webhooks/{webhook}/replay (the `ReplayWebhook` operationId).
+	ReplayWebhookWithBody(ctx context.Context, webhook webhookID, contentType string, body io.Reader, reqEditors ...requestEditorFn) (*http.Response, error)
+
+	// Deliver events again
+	//
+	// Makes the deliveries of the events after `after` pending again, as far as they are among the webhook's types,
+	// also of events from before the webhook or from when it was disabled. Their `webhook-id` is the same as before.
+	// One call considers about 1,000 deliveries: while the answer has `more`, repeat it with the answer's `through` as
+	// `after`. The answer is 410 with code `events_gone` if events after `after` have been dropped, 409 with code
+	// `webhook_disabled` if the webhook is disabled, and 429 with code `quota_exceeded` if too much is pending.
+	//
+	// Takes a body of the `application/json` content type.
+	//
+	// Corresponds with POST /v1/webhooks/{webhook}/replay (the `ReplayWebhook` operationId).
+	ReplayWebhook(ctx context.Context, webhook webhookID, body replayWebhookJSONRequestBody, reqEditors ...requestEditorFn) (*http.Response, error)
+
+	// Test a webhook
+	//
+	// Sends a request of the type `webhook.test` to the webhook, also to a disabled one, and answers with what came of
+	// it, within about 15 seconds. The answer is 200 also if the receiver failed. The request is not repeated, and is
+	// not among the deliveries. While another test of the webhook runs, the answer is 409 with code `webhook_busy`.
+	//
+	// Corresponds with POST /v1/webhooks/{webhook}/test (the `TestWebhook` operationId).
+	TestWebhook(ctx context.Context, webhook webhookID, reqEditors ...requestEditorFn) (*http.Response, error)
 }
 
 // GetHealth describes check that the process is alive
@@ -1214,11 +1354,11 @@ func (c *wire) RevokeAPIKey(ctx context.Context, key string, reqEditors ...reque
 //
 // Returns the organization's events in the order in which they happened, oldest first: every transition of a
 // sandbox, changes and denials of policies, snapshots, forks, ports made public or private, templates and their
-// builds, API keys, and the organization itself. Each event is recorded in the transaction that makes it true, so
+// builds, API keys, webhooks, and the organization itself. Each event is recorded in the transaction that makes it true, so
 // that no event is missing and none is false. Ids are opaque and ordered like the events.
 //
 // A key sees the events of objects that it may read: `sandbox.…` and `snapshot.…` need the scope `sandboxes:read`,
-// `template.…` needs `templates:read`, `api_key.…` and `org.…` need `admin`. If you ask with `type` for other
+// `template.…` needs `templates:read`, `api_key.…`, `org.…` and `webhook.…` need `admin`. If you ask with `type` for other
 // events, or for any events with a key that may see none, the answer is 403 with code `scope_missing`. Events
 // outlive their sandbox. The newest 1,000,000 events of an organization are kept for 30 days; the operator can
 // change both limits.
@@ -2826,6 +2966,256 @@ func (c *wire) RebuildTemplateWithBody(ctx context.Context, template templateRef
 // Corresponds with POST /v1/templates/{template}/rebuild (the `RebuildTemplate` operationId).
 func (c *wire) RebuildTemplate(ctx context.Context, template templateRef, body rebuildTemplateJSONRequestBody, reqEditors ...requestEditorFn) (*http.Response, error) {
 	req, err := newRebuildTemplateRequest(c.Server, template, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// ListWebhooks describes list webhooks
+//
+// Lists the organization's webhooks, newest first, without their secrets.
+//
+// Corresponds with GET /v1/webhooks (the `ListWebhooks` operationId).
+func (c *wire) ListWebhooks(ctx context.Context, params *listWebhooksParams, reqEditors ...requestEditorFn) (*http.Response, error) {
+	req, err := newListWebhooksRequest(c.Server, params)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// CreateWebhookWithBody describes create a webhook
+//
+// Creates a webhook: from now on the server posts each event of the organization to `url`, or those of the given
+// types, as Standard Webhooks define it. The secret that signs them is in `secret` of this answer; you cannot read
+// it again later. The answer is 429 with code `quota_exceeded` if the organization has as many webhooks as it may
+// have (20, unless the operator says otherwise).
+//
+// A request has the headers `webhook-id`, which is the same for all attempts at one delivery,
+// `webhook-timestamp` and `webhook-signature`. Its body has `type`, `timestamp` and, in `data`, the event as `GET
+// /v1/events` shows it (`FeedEvent`). The receiver must answer 2xx within 15 seconds. Everything else is a failed
+// attempt, also a redirect. Attempts are repeated after 5 seconds, 30 seconds, 2, 10 and 30 minutes, 1, 2 and 4
+// hours, then every 6 hours, a fifth more or less; later if an answer 429 or 503 asks for it with `Retry-After`.
+// The webhook is disabled when a delivery has failed for 3 days, when the receiver answers 410, or when more than
+// 100,000 deliveries or 64 MiB are pending.
+//
+// Each delivery is made at least once. Those about one sandbox are made in the order of its events; one that fails
+// holds back only those after it about the same sandbox. A webhook receives no events about itself.
+//
+// The server calls only addresses that sandboxes may reach, and those that the operator allows. A URL that names
+// another address is refused; names are checked at each attempt.
+//
+// Takes any type of body and a specified content type.
+//
+// Corresponds with POST /v1/webhooks (the `CreateWebhook` operationId).
+func (c *wire) CreateWebhookWithBody(ctx context.Context, contentType string, body io.Reader, reqEditors ...requestEditorFn) (*http.Response, error) {
+	req, err := newCreateWebhookRequestWithBody(c.Server, contentType, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// CreateWebhook describes create a webhook
+//
+// Creates a webhook: from now on the server posts each event of the organization to `url`, or those of the given
+// types, as Standard Webhooks define it. The secret that signs them is in `secret` of this answer; you cannot read
+// it again later. The answer is 429 with code `quota_exceeded` if the organization has as many webhooks as it may
+// have (20, unless the operator says otherwise).
+//
+// A request has the headers `webhook-id`, which is the same for all attempts at one delivery,
+// `webhook-timestamp` and `webhook-signature`. Its body has `type`, `timestamp` and, in `data`, the event as `GET
+// /v1/events` shows it (`FeedEvent`). The receiver must answer 2xx within 15 seconds. Everything else is a failed
+// attempt, also a redirect. Attempts are repeated after 5 seconds, 30 seconds, 2, 10 and 30 minutes, 1, 2 and 4
+// hours, then every 6 hours, a fifth more or less; later if an answer 429 or 503 asks for it with `Retry-After`.
+// The webhook is disabled when a delivery has failed for 3 days, when the receiver answers 410, or when more than
+// 100,000 deliveries or 64 MiB are pending.
+//
+// Each delivery is made at least once. Those about one sandbox are made in the order of its events; one that fails
+// holds back only those after it about the same sandbox. A webhook receives no events about itself.
+//
+// The server calls only addresses that sandboxes may reach, and those that the operator allows. A URL that names
+// another address is refused; names are checked at each attempt.
+//
+// Takes a body of the `application/json` content type.
+//
+// Corresponds with POST /v1/webhooks (the `CreateWebhook` operationId).
+func (c *wire) CreateWebhook(ctx context.Context, body createWebhookJSONRequestBody, reqEditors ...requestEditorFn) (*http.Response, error) {
+	req, err := newCreateWebhookRequest(c.Server, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// DeleteWebhook describes delete a webhook
+//
+// Deletes a webhook with its deliveries. An attempt that is under way may still reach the receiver.
+//
+// Corresponds with DELETE /v1/webhooks/{webhook} (the `DeleteWebhook` operationId).
+func (c *wire) DeleteWebhook(ctx context.Context, webhook webhookID, reqEditors ...requestEditorFn) (*http.Response, error) {
+	req, err := newDeleteWebhookRequest(c.Server, webhook)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// GetWebhook describes get a webhook
+//
+// Returns a webhook, without its secret.
+//
+// Corresponds with GET /v1/webhooks/{webhook} (the `GetWebhook` operationId).
+func (c *wire) GetWebhook(ctx context.Context, webhook webhookID, reqEditors ...requestEditorFn) (*http.Response, error) {
+	req, err := newGetWebhookRequest(c.Server, webhook)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// UpdateWebhookWithBody describes change a webhook
+//
+// Changes the given fields of a webhook; the others stay as they are. What is pending is delivered with the new
+// values. `"enabled": true` enables a disabled webhook: what is pending is tried at once, and new events are
+// delivered again. Events from the time in which it was disabled are not delivered unless you replay them. With
+// `rotate_secret` the answer has the new secret, which you cannot read again later.
+//
+// Takes any type of body and a specified content type.
+//
+// Corresponds with PATCH /v1/webhooks/{webhook} (the `UpdateWebhook` operationId).
+func (c *wire) UpdateWebhookWithBody(ctx context.Context, webhook webhookID, contentType string, body io.Reader, reqEditors ...requestEditorFn) (*http.Response, error) {
+	req, err := newUpdateWebhookRequestWithBody(c.Server, webhook, contentType, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// UpdateWebhook describes change a webhook
+//
+// Changes the given fields of a webhook; the others stay as they are. What is pending is delivered with the new
+// values. `"enabled": true` enables a disabled webhook: what is pending is tried at once, and new events are
+// delivered again. Events from the time in which it was disabled are not delivered unless you replay them. With
+// `rotate_secret` the answer has the new secret, which you cannot read again later.
+//
+// Takes a body of the `application/json` content type.
+//
+// Corresponds with PATCH /v1/webhooks/{webhook} (the `UpdateWebhook` operationId).
+func (c *wire) UpdateWebhook(ctx context.Context, webhook webhookID, body updateWebhookJSONRequestBody, reqEditors ...requestEditorFn) (*http.Response, error) {
+	req, err := newUpdateWebhookRequest(c.Server, webhook, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// ListWebhookDeliveries describes list deliveries of a webhook
+//
+// Lists the deliveries of a webhook, those of the newest events first: all that are pending, and of those that
+// were made the newest 1,000 of the last 7 days.
+//
+// Corresponds with GET /v1/webhooks/{webhook}/deliveries (the `ListWebhookDeliveries` operationId).
+func (c *wire) ListWebhookDeliveries(ctx context.Context, webhook webhookID, params *listWebhookDeliveriesParams, reqEditors ...requestEditorFn) (*http.Response, error) {
+	req, err := newListWebhookDeliveriesRequest(c.Server, webhook, params)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// ReplayWebhookWithBody describes deliver events again
+//
+// Makes the deliveries of the events after `after` pending again, as far as they are among the webhook's types,
+// also of events from before the webhook or from when it was disabled. Their `webhook-id` is the same as before.
+// One call considers about 1,000 deliveries: while the answer has `more`, repeat it with the answer's `through` as
+// `after`. The answer is 410 with code `events_gone` if events after `after` have been dropped, 409 with code
+// `webhook_disabled` if the webhook is disabled, and 429 with code `quota_exceeded` if too much is pending.
+//
+// Takes any type of body and a specified content type.
+//
+// Corresponds with POST /v1/webhooks/{webhook}/replay (the `ReplayWebhook` operationId).
+func (c *wire) ReplayWebhookWithBody(ctx context.Context, webhook webhookID, contentType string, body io.Reader, reqEditors ...requestEditorFn) (*http.Response, error) {
+	req, err := newReplayWebhookRequestWithBody(c.Server, webhook, contentType, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// ReplayWebhook describes deliver events again
+//
+// Makes the deliveries of the events after `after` pending again, as far as they are among the webhook's types,
+// also of events from before the webhook or from when it was disabled. Their `webhook-id` is the same as before.
+// One call considers about 1,000 deliveries: while the answer has `more`, repeat it with the answer's `through` as
+// `after`. The answer is 410 with code `events_gone` if events after `after` have been dropped, 409 with code
+// `webhook_disabled` if the webhook is disabled, and 429 with code `quota_exceeded` if too much is pending.
+//
+// Takes a body of the `application/json` content type.
+//
+// Corresponds with POST /v1/webhooks/{webhook}/replay (the `ReplayWebhook` operationId).
+func (c *wire) ReplayWebhook(ctx context.Context, webhook webhookID, body replayWebhookJSONRequestBody, reqEditors ...requestEditorFn) (*http.Response, error) {
+	req, err := newReplayWebhookRequest(c.Server, webhook, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// TestWebhook describes test a webhook
+//
+// Sends a request of the type `webhook.test` to the webhook, also to a disabled one, and answers with what came of
+// it, within about 15 seconds. The answer is 200 also if the receiver failed. The request is not repeated, and is
+// not among the deliveries. While another test of the webhook runs, the answer is 409 with code `webhook_busy`.
+//
+// Corresponds with POST /v1/webhooks/{webhook}/test (the `TestWebhook` operationId).
+func (c *wire) TestWebhook(ctx context.Context, webhook webhookID, reqEditors ...requestEditorFn) (*http.Response, error) {
+	req, err := newTestWebhookRequest(c.Server, webhook)
 	if err != nil {
 		return nil, err
 	}
@@ -6058,6 +6448,393 @@ func newRebuildTemplateRequestWithBody(server string, template templateRef, cont
 	return req, nil
 }
 
+// newListWebhooksRequest constructs an http.Request for the ListWebhooks method
+func newListWebhooksRequest(server string, params *listWebhooksParams) (*http.Request, error) {
+	var err error
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/webhooks")
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	if params != nil {
+		// queryValues collects non-styled parameters (passthrough, JSON)
+		// that are safe to round-trip through url.Values.Encode().
+		queryValues := queryURL.Query()
+		// rawQueryFragments collects pre-encoded query fragments from
+		// styled parameters, preserving literal commas as delimiters
+		// per the OpenAPI spec (e.g. "color=blue,black,brown").
+		var rawQueryFragments []string
+
+		if params.Limit != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "limit", *params.Limit, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if params.Cursor != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "cursor", *params.Cursor, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if encoded := queryValues.Encode(); encoded != "" {
+			rawQueryFragments = append(rawQueryFragments, encoded)
+		}
+		queryURL.RawQuery = strings.Join(rawQueryFragments, "&")
+	}
+
+	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
+// newCreateWebhookRequest calls the generic CreateWebhook builder with application/json body
+func newCreateWebhookRequest(server string, body createWebhookJSONRequestBody) (*http.Request, error) {
+	var bodyReader io.Reader
+	buf, err := json.Marshal(body)
+	if err != nil {
+		return nil, err
+	}
+	bodyReader = bytes.NewReader(buf)
+	return newCreateWebhookRequestWithBody(server, "application/json", bodyReader)
+}
+
+// newCreateWebhookRequestWithBody constructs an http.Request for the CreateWebhook method, with any body, and a specified content type
+func newCreateWebhookRequestWithBody(server string, contentType string, body io.Reader) (*http.Request, error) {
+	var err error
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/webhooks")
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodPost, queryURL.String(), body)
+	if err != nil {
+		return nil, err
+	}
+
+	req.Header.Add("Content-Type", contentType)
+
+	return req, nil
+}
+
+// newDeleteWebhookRequest constructs an http.Request for the DeleteWebhook method
+func newDeleteWebhookRequest(server string, webhook webhookID) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "webhook", webhook, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/webhooks/%s", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodDelete, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
+// newGetWebhookRequest constructs an http.Request for the GetWebhook method
+func newGetWebhookRequest(server string, webhook webhookID) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "webhook", webhook, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/webhooks/%s", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
+// newUpdateWebhookRequest calls the generic UpdateWebhook builder with application/json body
+func newUpdateWebhookRequest(server string, webhook webhookID, body updateWebhookJSONRequestBody) (*http.Request, error) {
+	var bodyReader io.Reader
+	buf, err := json.Marshal(body)
+	if err != nil {
+		return nil, err
+	}
+	bodyReader = bytes.NewReader(buf)
+	return newUpdateWebhookRequestWithBody(server, webhook, "application/json", bodyReader)
+}
+
+// newUpdateWebhookRequestWithBody constructs an http.Request for the UpdateWebhook method, with any body, and a specified content type
+func newUpdateWebhookRequestWithBody(server string, webhook webhookID, contentType string, body io.Reader) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "webhook", webhook, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/webhooks/%s", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodPatch, queryURL.String(), body)
+	if err != nil {
+		return nil, err
+	}
+
+	req.Header.Add("Content-Type", contentType)
+
+	return req, nil
+}
+
+// newListWebhookDeliveriesRequest constructs an http.Request for the ListWebhookDeliveries method
+func newListWebhookDeliveriesRequest(server string, webhook webhookID, params *listWebhookDeliveriesParams) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "webhook", webhook, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/webhooks/%s/deliveries", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	if params != nil {
+		// queryValues collects non-styled parameters (passthrough, JSON)
+		// that are safe to round-trip through url.Values.Encode().
+		queryValues := queryURL.Query()
+		// rawQueryFragments collects pre-encoded query fragments from
+		// styled parameters, preserving literal commas as delimiters
+		// per the OpenAPI spec (e.g. "color=blue,black,brown").
+		var rawQueryFragments []string
+
+		if params.Status != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "status", *params.Status, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if params.Limit != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "limit", *params.Limit, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if params.Cursor != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "cursor", *params.Cursor, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if encoded := queryValues.Encode(); encoded != "" {
+			rawQueryFragments = append(rawQueryFragments, encoded)
+		}
+		queryURL.RawQuery = strings.Join(rawQueryFragments, "&")
+	}
+
+	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
+// newReplayWebhookRequest calls the generic ReplayWebhook builder with application/json body
+func newReplayWebhookRequest(server string, webhook webhookID, body replayWebhookJSONRequestBody) (*http.Request, error) {
+	var bodyReader io.Reader
+	buf, err := json.Marshal(body)
+	if err != nil {
+		return nil, err
+	}
+	bodyReader = bytes.NewReader(buf)
+	return newReplayWebhookRequestWithBody(server, webhook, "application/json", bodyReader)
+}
+
+// newReplayWebhookRequestWithBody constructs an http.Request for the ReplayWebhook method, with any body, and a specified content type
+func newReplayWebhookRequestWithBody(server string, webhook webhookID, contentType string, body io.Reader) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "webhook", webhook, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/webhooks/%s/replay", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodPost, queryURL.String(), body)
+	if err != nil {
+		return nil, err
+	}
+
+	req.Header.Add("Content-Type", contentType)
+
+	return req, nil
+}
+
+// newTestWebhookRequest constructs an http.Request for the TestWebhook method
+func newTestWebhookRequest(server string, webhook webhookID) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "webhook", webhook, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/webhooks/%s/test", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodPost, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
 func (c *wire) applyEditors(ctx context.Context, req *http.Request, additionalEditors []requestEditorFn) error {
 	for _, r := range c.RequestEditors {
 		if err := r(ctx, req); err != nil {
@@ -6073,4 +6850,4 @@ func (c *wire) applyEditors(ctx context.Context, req *http.Request, additionalEd
 }
 
 // client.go decodes the answers.
-// 61 operations.
+// 69 operations.
