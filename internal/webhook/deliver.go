@@ -119,6 +119,8 @@ func (s *Service) start(ctx context.Context, wg *sync.WaitGroup, c claim) {
 	case d.NextAt.After(now):
 		s.queues.none(c, d.NextAt, false)
 		return
+	case d.Attempts > 0 && s.queues.suspect(c, now):
+		return
 	}
 	s.queues.hold(c, d.Lane, now)
 	wg.Go(func() { s.deliver(ctx, c, w, d) })

@@ -182,6 +182,20 @@ func (q *queues) hold(c claim, lane string, now time.Time) {
 	q.signal()
 }
 
+// suspect learns that the delivery of a claim has failed before. If nothing is known of the webhook, as after a start,
+// suspect restrains it, ends the claim, and returns true.
+func (q *queues) suspect(c claim, now time.Time) bool {
+	q.mu.Lock()
+	one := q.all[c.id]
+	known := one.proven || one.failing
+	one.failing = one.failing || !known
+	q.mu.Unlock()
+	if !known {
+		q.none(c, now, false)
+	}
+	return !known
+}
+
 // none ends a claim without an attempt. The next one is due at a time, zero if none is known; gone means that the
 // webhook is disabled or deleted.
 func (q *queues) none(c claim, at time.Time, gone bool) {

@@ -1,0 +1,163 @@
+package webhook_test
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/cayhq/cay/internal/event"
+	"github.com/cayhq/cay/internal/sandbox"
+	"github.com/cayhq/cay/internal/store"
+	"github.com/cayhq/cay/internal/webhook"
+	"github.com/cayhq/cay/internal/webhook/sender"
+)
+
+// childOf names the variable with the database that a child of TestKilled works on.
+const childOf = "CAY_WEBHOOK_TEST_CHILD"
+
+func TestMain(m *testing.M) {
+	if path := os.Getenv(childOf); path != "" {
+		deliverForever(path)
+	}
+	os.Exit(m.Run())
+}
+
+// deliverForever is the program of a child: a server that only delivers.
+func deliverForever(path string) {
+	ctx := context.Background()
+	db, err := store.Open(ctx, path)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	log := slog.New(slog.DiscardHandler)
+	feed := event.New(event.Config{Keep: time.Hour}, db, log)
+	db.OnEvents(feed.Wake)
+	post := sender.New(sender.Config{Permit: func(netip.AddrPort) error { return nil }})
+	webhook.New(webhook.Config{Concurrency: 16, Log: log}, db, feed, post,
+		map[webhook.Format]webhook.Wire{webhook.Standard: webhook.NewStandard(encode)}).Run(ctx)
+}
+
+// TestKilled kills the server with SIGKILL in each delivery: before the receiver answers, or after that. In the end each
+// delivery was made at least once, and in the order of its sandbox.
+func TestKilled(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "cay.db")
+	var mu sync.Mutex
+	var child *exec.Cmd
+	kill := func() {
+		mu.Lock()
+		defer mu.Unlock()
+		if child != nil {
+			_ = child.Process.Kill() // it may have been killed for another delivery
+		}
+	}
+	met := map[string]int{} // how often a delivery came; guarded by mu
+	r := newReceiver(t, func(w http.ResponseWriter, got request) {
+		id := got.header.Get("webhook-id")
+		mu.Lock()
+		met[id]++
+		times, known := met[id], len(met)
+		mu.Unlock()
+		if times > 1 {
+			return
+		}
+		if known%2 == 0 {
+			kill() // the delivery is not made
+			return
+		}
+		w.WriteHeader(http.StatusOK)
+		w.(http.Flusher).Flush()
+		kill() // the server may or may not have written that it is made
+	})
+
+	h := start(t, path, nil)
+	h.org("org_a")
+	ids := []sandbox.ID{h.live("org_a"), h.live("org_a"), h.live("org_a")}
+	h.stop()
+	db, err := store.Open(t.Context(), path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h = &harness{t: t, db: db}
+	w := webhook.Webhook{ID: "whk_test", OrgID: "org_a", URL: r.URL, Format: webhook.Standard, CreatedAt: time.Now(),
+		Types: []string{"sandbox.egress_denied"}, Secret: "whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", Enabled: true,
+		EnabledAt: time.Now()}
+	if err := db.AddWebhook(t.Context(), w, 0); err != nil {
+		t.Fatal(err)
+	}
+	const each = 12
+	for i := range each {
+		h.note(i, ids...)
+	}
+	if err := db.Close(); err != nil {
+		t.Fatal(err)
+	}
+
+	kills := 0
+	for deadline := time.Now().Add(5 * patience); ; kills++ {
+		if time.Now().After(deadline) {
+			t.Fatalf("after %d kills %d deliveries have arrived", kills, len(r.ids()))
+		}
+		cmd := exec.CommandContext(t.Context(), os.Args[0])
+		cmd.Env = append(os.Environ(), childOf+"="+path)
+		cmd.Stderr = os.Stderr
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		mu.Lock()
+		child = cmd
+		mu.Unlock()
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			_ = cmd.Wait() // it is killed
+		}()
+		eventually(t, "the end of the server, or of all deliveries", func() bool {
+			select {
+			case <-ended:
+				return true
+			default:
+				return len(r.ids()) == each*len(ids)
+			}
+		})
+		kill()
+		<-ended
+		if len(r.ids()) == each*len(ids) {
+			break
+		}
+	}
+	h = start(t, path, nil)
+	eventually(t, "that nothing is pending", func() bool { return h.read(w).Pending == 0 })
+	next := map[string]int{}
+	seen := map[string]bool{}
+	for _, one := range r.requests() {
+		if id := one.header.Get("webhook-id"); seen[id] {
+			continue
+		} else {
+			seen[id] = true
+		}
+		id := one.sandbox()
+		if want := fmt.Sprint(`"number":"`, next[id], `"`); !strings.Contains(one.body, want) {
+			t.Fatalf("sandbox %s got %s, want number %d", id, one.body, next[id])
+		}
+		next[id]++
+	}
+	for _, id := range ids {
+		if next[string(id)] != each {
+			t.Errorf("of %d deliveries about %s %d arrived", each, id, next[string(id)])
+		}
+	}
+	if kills < each {
+		t.Errorf("the server was killed only %d times", kills)
+	}
+	t.Logf("%d kills, %d requests for %d deliveries", kills, len(r.requests()), len(seen))
+}
