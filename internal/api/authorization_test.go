@@ -82,18 +82,27 @@ var samples = map[string]sample{
 	"cancelTemplateBuild": {others: 404, othersCode: "template_not_found"},
 	"getTemplateLogs":     {others: 404, othersCode: "template_not_found"},
 	"readFeed":            {others: 200},
+	"createWebhook":       {body: `{"url":"https://example.com/"}`, others: 201},
+	"listWebhooks":        {others: 200},
+	"getWebhook":          {others: 404, othersCode: "webhook_not_found"},
+	"updateWebhook":       {body: `{"enabled":false}`, others: 404, othersCode: "webhook_not_found"},
+	"deleteWebhook":       {others: 404, othersCode: "webhook_not_found"},
+	"testWebhook":         {others: 404, othersCode: "webhook_not_found"},
+	"replayWebhook":       {body: `{"after":"evt_0000000000000"}`, others: 404, othersCode: "webhook_not_found"},
 	"listSizes":           {others: 200},
-	"getPool":             {others: 403, othersCode: "not_the_operator"},
-	"getMe":               {others: 200},
-	"createAPIKey":        {body: `{"name":"k","scopes":["exec"]}`, others: 201},
-	"listAPIKeys":         {others: 200},
-	"revokeAPIKey":        {others: 404, othersCode: "api_key_not_found"},
-	"createOrg":           {body: `{"name":"third"}`, others: 403, othersCode: "not_the_operator"},
-	"listOrgs":            {others: 403, othersCode: "not_the_operator"},
-	"getMetrics":          {others: 403, othersCode: "not_the_operator"},
-	"getHealth":           {others: 200},
-	"getReady":            {others: 200},
-	"getOpenAPI":          {others: 200},
+
+	"listWebhookDeliveries": {others: 404, othersCode: "webhook_not_found"},
+	"getPool":               {others: 403, othersCode: "not_the_operator"},
+	"getMe":                 {others: 200},
+	"createAPIKey":          {body: `{"name":"k","scopes":["exec"]}`, others: 201},
+	"listAPIKeys":           {others: 200},
+	"revokeAPIKey":          {others: 404, othersCode: "api_key_not_found"},
+	"createOrg":             {body: `{"name":"third"}`, others: 403, othersCode: "not_the_operator"},
+	"listOrgs":              {others: 403, othersCode: "not_the_operator"},
+	"getMetrics":            {others: 403, othersCode: "not_the_operator"},
+	"getHealth":             {others: 200},
+	"getReady":              {others: 200},
+	"getOpenAPI":            {others: 200},
 }
 
 // cover maps each scope to the scopes that grant it.
@@ -140,8 +149,9 @@ func TestAuthorizationMatrix(t *testing.T) {
 		"in the query": func(r *http.Request) { r.URL.RawQuery += "&access_token=" + h.key },
 	}
 	snap := as[Snapshot](t, 201, h.send(t, "POST", "/v1/sandboxes/"+sbx.ID+"/snapshots", h.key, ""))
+	hook := as[Webhook](t, 201, h.send(t, "POST", "/v1/webhooks", h.key, `{"url":"https://example.com/"}`))
 	replace := strings.NewReplacer("{id}", sbx.ID, "{port}", "80", "{snapshot}", snap.ID, "{template}", "mine",
-		"{process}", "7", "{key}", victim.ID)
+		"{process}", "7", "{key}", victim.ID, "{webhook}", hook.ID)
 	operations(h.spec, func(pattern, path string, op *openapi3.Operation, _ openapi3.Parameters) {
 		s, known := samples[op.OperationID]
 		if !known {
@@ -182,6 +192,9 @@ func TestAuthorizationMatrix(t *testing.T) {
 		t.Error("the inside of the sandbox was touched")
 	}
 	as[Snapshot](t, 200, h.send(t, "GET", "/v1/snapshots/"+snap.ID, h.key, ""))
+	if same := as[Webhook](t, 200, h.send(t, "GET", "/v1/webhooks/"+hook.ID, h.key, "")); !same.Enabled {
+		t.Errorf("the webhook is %+v", same)
+	}
 	orgs := as[OrgList](t, 200, h.send(t, "GET", "/v1/orgs", h.key, ""))
 	if len(orgs.Orgs) != 2 {
 		t.Errorf("%d organizations, want 2", len(orgs.Orgs))

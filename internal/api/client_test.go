@@ -107,6 +107,7 @@ func TestClient(t *testing.T) {
 	clientAccount(t, ctx, c, fatal)
 	clientTemplates(t, ctx, c, fatal)
 	clientFeed(t, ctx, c, fatal, sbx)
+	clientWebhooks(t, ctx, c, fatal)
 
 	operations(h.spec, func(pattern, _ string, op *openapi3.Operation, _ openapi3.Parameters) {
 		if !checker.seen[op.OperationID] {

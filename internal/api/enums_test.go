@@ -8,6 +8,7 @@ import (
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/event"
 	"github.com/cayhq/cay/internal/sandbox"
+	"github.com/cayhq/cay/internal/webhook"
 )
 
 // texts returns values as texts, sorted.
@@ -27,10 +28,12 @@ func TestEnumsAreTheCores(t *testing.T) {
 		}
 	}
 	for name, core := range map[string][]string{
-		"SandboxState":  texts(sandbox.States()),
-		"SandboxStatus": texts(statuses),
-		"FeedEventType": texts(event.Types()),
-		"Scope":         texts(auth.Scopes()),
+		"SandboxState":   texts(sandbox.States()),
+		"SandboxStatus":  texts(statuses),
+		"FeedEventType":  texts(event.Types()),
+		"Scope":          texts(auth.Scopes()),
+		"WebhookFormat":  texts([]webhook.Format{webhook.Standard, webhook.E2B}),
+		"DisabledReason": texts([]webhook.Reason{webhook.Requested, webhook.Failing, webhook.Gone, webhook.Backlog}),
 	} {
 		schema := spec.Components.Schemas[name]
 		if schema == nil {

@@ -196,6 +196,16 @@ func TestFeedHasEveryFact(t *testing.T) {
 	if e := expect(event.KeyCreated, event.KeyRevoked); *e[0].APIKeyID != key.ID || *e[1].Name != "ci" {
 		t.Errorf("a key has %+v", e)
 	}
+	hook := as[Webhook](t, 201, do(201, "POST", "/v1/webhooks", `{"url":"https://10.0.0.1.invalid/`+secret+`","name":"ops"}`))
+	for range 2 {
+		do(200, "PATCH", "/v1/webhooks/"+hook.ID, `{"enabled":false}`)
+	}
+	do(204, "DELETE", "/v1/webhooks/"+hook.ID, "")
+	do(404, "DELETE", "/v1/webhooks/"+hook.ID, "")
+	if e := expect(event.WebhookCreated, event.WebhookDisabled, event.WebhookDeleted); *e[0].WebhookID != hook.ID ||
+		*e[0].Name != "ops" || *e[1].Reason != "requested" || *e[2].WebhookID != hook.ID {
+		t.Errorf("a webhook has %+v", e)
+	}
 	for _, typ := range event.Types() {
 		if !seen[typ] {
 			t.Errorf("the test caused no event of type %s", typ)
@@ -208,7 +218,7 @@ func TestFeedHasEveryFact(t *testing.T) {
 
 	// No other organization sees any of the events, and none of them holds a secret.
 	r := h.send(t, "GET", "/v1/events?limit=200", h.key, "")
-	for _, s := range []string{secret, h.key, key.APIKey, h.org.Key.Prefix} {
+	for _, s := range []string{secret, h.key, key.APIKey, h.org.Key.Prefix, *hook.Secret} {
 		if strings.Contains(string(r.body), s) {
 			t.Errorf("an event holds %q", s)
 		}

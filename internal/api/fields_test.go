@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"slices"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
@@ -14,6 +15,7 @@ import (
 	"github.com/cayhq/cay/internal/event"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/template"
+	"github.com/cayhq/cay/internal/webhook"
 )
 
 // filled returns a value with something in every field. It is valid if set makes it so.
@@ -66,6 +68,13 @@ func TestRequestsAreRead(t *testing.T) {
 		"template": ignored(t, filled(func(in *CreateTemplateRequest) {
 			in.Ready.Timeout, in.Egress = new("1m"), validEgress()
 		}), templateRequestOf),
+		"webhook": ignored(t, filled[CreateWebhookRequest](nil), newWebhookOf),
+		"change of a webhook": slices.DeleteFunc(
+			ignored(t, filled(func(in *UpdateWebhookRequest) { in.RotateSecret = nil }), webhookChangeOf),
+			func(name string) bool { return name == "RotateSecret" }),
+		"change of a webhook's secret": slices.DeleteFunc(
+			ignored(t, filled(func(in *UpdateWebhookRequest) { in.Secret = nil }), webhookChangeOf),
+			func(name string) bool { return name == "Secret" }),
 		"quota": ignored(t, filled[QuotaRequest](nil), func(in QuotaRequest) (auth.QuotaRequest, error) {
 			return quotaRequestOf(&in), nil
 		}),
@@ -101,6 +110,12 @@ func TestAnswersHaveEveryField(t *testing.T) {
 			[]string{"Exit.DurationMs", "Exit.StderrTruncated", "Exit.StdoutTruncated"}},
 		{"size", []any{sizeOf(filled[sandbox.Size](nil)())}, nil},
 		{"organization", []any{orgOf(filled[auth.Org](nil)())}, nil},
+		{"webhook", []any{withSecret(filled[webhook.Webhook](nil)())}, nil},
+		{"attempt", []any{attemptOf(webhook.Attempt{At: time.Unix(1, 0), Took: time.Second}), attemptOf(filled(func(a *webhook.Attempt) {
+			a.Took = time.Second
+		})())}, nil},
+		{"delivery", []any{deliveryOf(filled(func(d *webhook.Delivery) { d.Last.Took = time.Second })())},
+			[]string{"LastAttempt.Delivered"}},
 		{"key", []any{keyOf(filled[auth.Key](nil)())}, nil},
 	} {
 		var empty []string

@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -37,6 +38,8 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/store"
 	"github.com/cayhq/cay/internal/template"
+	"github.com/cayhq/cay/internal/webhook"
+	"github.com/cayhq/cay/internal/webhook/sender"
 )
 
 // testServer holds the real core on a real database behind the real HTTP stack. Only the machine and the
@@ -61,6 +64,7 @@ type testServer struct {
 	org   auth.Principal
 	other string // admin of another organization
 	feed  *event.Feed
+	hooks *webhook.Service
 }
 
 // eventStream is the media type of server-sent events.
@@ -118,6 +122,10 @@ func newTestServer(t testing.TB, options ...option) *testServer {
 	h.feed = event.New(event.Config{Keep: time.Hour, MaxFollowers: 2}, db, log)
 	db.OnEvents(h.feed.Wake)
 	cfg.Events = h.feed
+	post := sender.New(sender.Config{UserAgent: "cay/test", Permit: permitTests})
+	h.hooks = webhook.New(webhook.Config{MaxPerOrg: 5, Concurrency: 8, Log: log}, db, h.feed, post,
+		map[webhook.Format]webhook.Wire{webhook.Standard: webhook.NewStandard(EncodeEvent)})
+	cfg.Webhooks = h.hooks
 	if _, err := h.auth.Bootstrap(ctx, func(secret string) error { h.key = secret; return nil }); err != nil {
 		t.Fatal(err)
 	}
@@ -136,7 +144,11 @@ func newTestServer(t testing.TB, options ...option) *testServer {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
+		var wg sync.WaitGroup
+		wg.Go(func() { h.hooks.Run(building) })
 		_ = templates.Run(building) // always nil
+		wg.Wait()
+		post.Close()
 	}()
 
 	listener := httptest.NewUnstartedServer(nil)
@@ -164,6 +176,14 @@ func newTestServer(t testing.TB, options ...option) *testServer {
 		}
 	})
 	return h
+}
+
+// permitTests lets webhooks call the loopback, where the receivers of tests are, and no private network.
+func permitTests(to netip.AddrPort) error {
+	if to.Addr().IsPrivate() {
+		return errors.New("it is private")
+	}
+	return nil
 }
 
 // putTemplates stores one template in each status; only python is ready.

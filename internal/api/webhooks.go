@@ -20,6 +20,28 @@ func secretGiven(secret *string) (webhook.Secret, error) {
 	return webhook.Secret(*secret), nil
 }
 
+func newWebhookOf(in CreateWebhookRequest) (webhook.NewWebhook, error) {
+	out := webhook.NewWebhook{URL: in.URL, Format: webhook.Standard, Types: in.Types}
+	if in.Name != nil {
+		out.Name = *in.Name
+	}
+	var err error
+	out.Secret, err = secretGiven(in.Secret)
+	return out, err
+}
+
+func webhookChangeOf(in UpdateWebhookRequest) (webhook.Change, error) {
+	out := webhook.Change{Name: in.Name, URL: in.URL, Types: in.Types, Enabled: in.Enabled}
+	secret, err := secretGiven(in.Secret)
+	if rotate := in.RotateSecret != nil && *in.RotateSecret; rotate || secret != "" {
+		if rotate && secret != "" {
+			err = fault.InvalidField("secret", "cannot be given together with rotate_secret")
+		}
+		out.Secret = &secret
+	}
+	return out, err
+}
+
 // CreateWebhook answers POST /v1/webhooks.
 func (s *server) CreateWebhook(w http.ResponseWriter, r *http.Request) {
 	var in CreateWebhookRequest
@@ -27,12 +49,8 @@ func (s *server) CreateWebhook(w http.ResponseWriter, r *http.Request) {
 		s.fail(w, r, err)
 		return
 	}
-	request := webhook.NewWebhook{URL: in.URL, Format: webhook.Standard, Types: in.Types}
-	if in.Name != nil {
-		request.Name = *in.Name
-	}
-	var err error
-	if request.Secret, err = secretGiven(in.Secret); err != nil {
+	request, err := newWebhookOf(in)
+	if err != nil {
 		s.fail(w, r, err)
 		return
 	}
@@ -76,25 +94,17 @@ func (s *server) UpdateWebhook(w http.ResponseWriter, r *http.Request, id Webhoo
 		s.fail(w, r, err)
 		return
 	}
-	c := webhook.Change{Name: in.Name, URL: in.URL, Types: in.Types, Enabled: in.Enabled}
-	secret, err := secretGiven(in.Secret)
-	rotate := in.RotateSecret != nil && *in.RotateSecret
-	if err == nil && rotate && secret != "" {
-		err = fault.InvalidField("secret", "cannot be given together with rotate_secret")
-	}
+	c, err := webhookChangeOf(in)
 	if err != nil {
 		s.fail(w, r, err)
 		return
-	}
-	if rotate || secret != "" {
-		c.Secret = &secret
 	}
 	hook, err := s.Webhooks.Change(r.Context(), callOf(r).Who.Org.ID, id, c)
 	if err != nil {
 		s.fail(w, r, err)
 		return
 	}
-	if rotate {
+	if in.RotateSecret != nil && *in.RotateSecret {
 		s.answer(w, r, http.StatusOK, withSecret(hook))
 		return
 	}

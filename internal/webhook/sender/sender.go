@@ -78,7 +78,7 @@ func New(cfg Config) *Sender {
 		// An answer that unpacks to gigabytes is not unpacked.
 		DisableCompression: true, MaxResponseHeaderBytes: maxHead,
 		MaxIdleConns: maxIdle, MaxIdleConnsPerHost: maxIdle / 8, IdleConnTimeout: idleTimeout,
-		TLSHandshakeTimeout: webhook.Patience, ResponseHeaderTimeout: webhook.Patience,
+		TLSHandshakeTimeout: webhook.Patience, // of a connection that no request waits for any more
 	}
 	return s
 }
