@@ -98,7 +98,4 @@ func TestEvents(t *testing.T) {
 	if r := h.send("GET", "/events/sandboxes", "", "X-API-Key", h.other); r.body != "[]\n" && r.body != "[]" {
 		t.Errorf("another organization sees %s", r.body)
 	}
-	if r := h.control("POST", "/events/webhooks", `{"url":"http://example.com"}`); r.status != http.StatusNotImplemented {
-		t.Errorf("a webhook: %d %s", r.status, r.body)
-	}
 }

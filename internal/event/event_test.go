@@ -43,7 +43,7 @@ func TestTypes(t *testing.T) {
 		t.Errorf("the types are %q, the constants %q", all, constants)
 	}
 	for i, typ := range all {
-		if !typ.Known() || !slices.Contains([]string{"sandbox", "snapshot", "template", "api_key", "org"},
+		if !typ.Known() || !slices.Contains([]string{"sandbox", "snapshot", "template", "api_key", "org", "webhook"},
 			typ.Subject()) || slices.Index(all, typ) != i {
 			t.Errorf("type %q", typ)
 		}

@@ -75,7 +75,7 @@ func (s *Service) take(ctx context.Context, events []event.Event) error {
 		}
 	}
 	for _, id := range slices.Sorted(maps.Keys(queued)) {
-		if _, err := s.store.Enqueue(ctx, id, queued[id], s.cfg.Bounds, s.cfg.Now().UTC()); err != nil {
+		if _, err := s.store.Enqueue(ctx, id, queued[id], s.cfg.Bounds, s.now()); err != nil {
 			return err
 		}
 		s.queues.due(id, orgs[id], s.cfg.Now())

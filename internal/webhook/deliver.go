@@ -148,7 +148,7 @@ func (s *Service) deliver(ctx context.Context, c claim, w Webhook, d Delivery) {
 
 // attempt sends one request. It returns an error, which is in the Attempt too, if there was no answer.
 func (s *Service) attempt(ctx context.Context, w Webhook, deliveryID string, body []byte) (Attempt, Answer, error) {
-	began, now := time.Now(), s.cfg.Now().UTC()
+	began, now := time.Now(), s.now()
 	header := s.wires[w.Format].Header(w, deliveryID, now, body)
 	answer, err := s.sender.Send(ctx, w.URL, header, body)
 	a := Attempt{At: now, Took: time.Since(began), Status: answer.Status, Answer: answer.Text}

@@ -85,6 +85,9 @@ func New(cfg Config, store Store, feed Feed, sender Sender, wires map[Format]Wir
 		queues: newQueues(cfg.Concurrency), changed: make(chan struct{}, 1)}
 }
 
+// now returns the present time as the store keeps it.
+func (s *Service) now() time.Time { return s.cfg.Now().UTC().Truncate(time.Microsecond) }
+
 // NewWebhook says what a webhook is to be.
 type NewWebhook struct {
 	Name, URL string
@@ -97,7 +100,7 @@ type NewWebhook struct {
 // Create makes a webhook. The returned one has its secret. Errors are Invalid, with the field "name", "url", "types" or
 // "secret", or Exhausted, code "quota_exceeded".
 func (s *Service) Create(ctx context.Context, orgID string, r NewWebhook) (Webhook, error) {
-	now := s.cfg.Now().UTC()
+	now := s.now()
 	w := Webhook{ID: newID(), OrgID: orgID, Format: r.Format, CreatedAt: now, Enabled: true, EnabledAt: now}
 	if r.Secret == "" {
 		r.Secret = s.wires[r.Format].NewSecret()
@@ -212,7 +215,7 @@ func (s *Service) List(ctx context.Context, f Filter) ([]Webhook, string, error)
 // Change changes a webhook and returns it. What is pending of a webhook that it enables is due at once. Errors are
 // as for Get and Create.
 func (s *Service) Change(ctx context.Context, orgID, id string, c Change) (Webhook, error) {
-	now := s.cfg.Now().UTC()
+	now := s.now()
 	w, err := s.store.ChangeWebhook(ctx, orgID, id, now, func(w *Webhook) error { return s.change(w, c, now) })
 	if err == nil {
 		s.wake(w)
@@ -222,7 +225,7 @@ func (s *Service) Change(ctx context.Context, orgID, id string, c Change) (Webho
 
 // Delete deletes a webhook with its deliveries. Errors are as for Get.
 func (s *Service) Delete(ctx context.Context, orgID, id string) error {
-	if err := s.store.DeleteWebhook(ctx, orgID, id, s.cfg.Now().UTC()); err != nil {
+	if err := s.store.DeleteWebhook(ctx, orgID, id, s.now()); err != nil {
 		return err
 	}
 	s.wake(Webhook{ID: id, OrgID: orgID})
@@ -248,7 +251,7 @@ func (s *Service) Test(ctx context.Context, orgID, id string) (Attempt, error) {
 		return Attempt{}, fault.New(fault.Conflict, fault.CodeWebhookBusy, "another test of webhook %s runs", id)
 	}
 	defer s.end(id)
-	now := s.cfg.Now().UTC()
+	now := s.now()
 	body, err := s.wires[w.Format].Test(w, now)
 	if err != nil {
 		return Attempt{}, err
@@ -313,7 +316,7 @@ func (s *Service) Replay(ctx context.Context, orgID, id string, after event.Seq)
 				all = append(all, d)
 			}
 		}
-		n, err := s.store.Requeue(ctx, id, all, s.cfg.Bounds, s.cfg.Now().UTC())
+		n, err := s.store.Requeue(ctx, id, all, s.cfg.Bounds, s.now())
 		if err != nil {
 			return out, err
 		}
