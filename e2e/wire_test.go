@@ -104,12 +104,12 @@ type wireNames struct {
 }
 
 var (
-	wireID   = regexp.MustCompile(`\b(sbx|snap|evt|key|org|tpl|prc|bld)_[a-z0-9]{6,}`)
+	wireID   = regexp.MustCompile(`\b(sbx|snap|evt|key|org|tpl|prc|bld|whk)_[a-z0-9]{6,}`)
 	wireRest = []struct {
 		pattern *regexp.Regexp
 		by      string
 	}{
-		{regexp.MustCompile(`cay_[0-9a-f]{40}`), `<secret>`},
+		{regexp.MustCompile(`cay_[0-9a-f]{40}|whsec_[A-Za-z0-9+/=]{40,}`), `<secret>`},
 		{regexp.MustCompile(`"\d{4}-\d\d-\d\dT[^"]*"`), `"<time>"`},
 		{regexp.MustCompile(`\d{4}-\d\d-\d\dT[0-9:.]+Z`), `<time>`},
 		{regexp.MustCompile(`"(request_id|secret|key|next_cursor|prefix|tag|after|id)":"[A-Za-z0-9_=-]{8,}"`), `"$1":"<text>"`},

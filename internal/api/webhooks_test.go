@@ -153,16 +153,27 @@ func TestLifeOfAWebhook(t *testing.T) {
 		t.Errorf("replayed %+v", replayed)
 	}
 	receiver.awaitBodies(t, before+replayed.Queued)
-	pages := 0
-	for cursor := ""; ; pages++ {
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(2 * time.Millisecond) {
+		if as[Webhook](t, 200, h.send(t, "GET", path, h.key, "")).Pending == 0 {
+			break
+		}
+		if time.Now().After(deadline) { // a poll with a deadline
+			t.Fatal("the replayed deliveries stay pending")
+		}
+	}
+	seen := map[string]bool{}
+	for cursor := ""; ; {
 		page := as[DeliveryList](t, 200, h.send(t, "GET", path+"/deliveries?status=delivered&limit=2"+cursor, h.key, ""))
+		for _, d := range page.Deliveries {
+			seen[d.ID] = true
+		}
 		if page.NextCursor == nil {
 			break
 		}
 		cursor = "&cursor=" + *page.NextCursor
 	}
-	if pages < 1 {
-		t.Error("the deliveries have one page")
+	if len(seen) < replayed.Queued {
+		t.Errorf("%d deliveries are listed, and %d were replayed", len(seen), replayed.Queued)
 	}
 
 	for _, s := range []string{secret, *rotated.Secret} {

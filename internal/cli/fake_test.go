@@ -115,6 +115,9 @@ func newFakeAPI() *fakeAPI {
 		mux.HandleFunc(pattern, f.recorded(h))
 	}
 	f.addPorts(mux)
+	for pattern, h := range webhookRoutes() {
+		mux.HandleFunc(pattern, f.recorded(h))
+	}
 	for pattern, h := range f.liveRoutes() {
 		mux.HandleFunc(pattern, f.recorded(h))
 	}

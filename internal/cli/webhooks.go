@@ -140,7 +140,7 @@ func (a *app) showWebhook(w cay.Webhook) error {
 // webhooksUpdateCommand returns the verb that changes a webhook.
 func (a *app) webhooksUpdateCommand() *cobra.Command {
 	var url, name, secret string
-	types := []string{} // as JSON a list, also if it is empty
+	var types []string
 	var allTypes, rotate, enable, disable bool
 	cmd := &cobra.Command{
 		Use:   "update ID",
@@ -186,7 +186,7 @@ With --rotate-secret the new secret is shown, this once.`,
 	f := cmd.Flags()
 	f.StringVar(&url, "url", "", "another URL")
 	f.StringVar(&name, "name", "", "another name")
-	f.StringSliceVar(&types, "type", nil, "only events of this type (repeatable)")
+	f.StringSliceVar(&types, "type", []string{}, "only events of this type (repeatable)") // a list in JSON, not null
 	f.BoolVar(&allTypes, "all-types", false, "events of all types")
 	f.StringVar(&secret, "secret", "", "another secret, of your own")
 	f.BoolVar(&rotate, "rotate-secret", false, "another secret, which the server makes")

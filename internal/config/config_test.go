@@ -84,6 +84,8 @@ func TestConfigRefusals(t *testing.T) {
 		"bad number":        {env: "CAY_NETWORK_READY=many", want: "CAY_NETWORK_READY"},
 		"bad duration":      {env: "CAY_SHUTDOWN_TIMEOUT=soon", want: "CAY_SHUTDOWN_TIMEOUT"},
 		"host bits":         {env: "CAY_NETWORK_RANGE=10.0.0.1/8", want: "network.range"},
+		"webhook ranges":    {env: "CAY_WEBHOOKS_ALLOW_CIDRS=10.0.0.1/8", want: "webhooks.allow_cidrs"},
+		"webhooks at once":  {env: "CAY_WEBHOOKS_CONCURRENCY=3", want: "webhooks.concurrency"},
 		"always deny":       {env: "CAY_NETWORK_ALWAYS_DENY=10.0.0.0/8,x", want: "network.always_deny"},
 		"default size":      {env: "CAY_SANDBOX_DEFAULT_SIZE=huge", want: "sandbox.default_size"},
 		"platform":          {env: "CAY_SANDBOX_PLATFORM=xen", want: "sandbox.platform"},
