@@ -87,8 +87,8 @@ func (r hookRequest) signed(secret string) bool {
 	return r.header.Get("webhook-signature") == "v1,"+base64.StdEncoding.EncodeToString(mac.Sum(nil))
 }
 
-// TestWebhooksAcrossKills kills the server with SIGKILL in the middle of deliveries. The receiver gets each event of the
-// feed at least once, with a signature, and those about one sandbox in their order.
+// TestWebhooksAcrossKills kills the server with SIGKILL in the middle of deliveries. The receiver gets each event of
+// the feed at least once, with a signature, and those about one sandbox in their order.
 func TestWebhooksAcrossKills(t *testing.T) {
 	t.Parallel() // it has its own server
 	s := newServer(t, "CAY_WEBHOOKS_ALLOW_CIDRS=127.0.0.0/8")
@@ -142,6 +142,19 @@ func TestWebhooksAcrossKills(t *testing.T) {
 		return !slices.ContainsFunc(want, func(e cay.FeedEvent) bool { return !seen[e.ID] })
 	}
 	got := s.awaitRequests(receiver, "all events", complete)
+	checkHookOrder(t, got, secret)
+	t.Logf("%d requests for %d events", len(got), len(want))
+	if len(got) < len(want)+4 {
+		t.Errorf("%d requests for %d events, although the server was killed in 4 of them", len(got), len(want))
+	}
+	makeKey("the last")
+	s.awaitHookMetrics()
+	s.mustNotLog(secret)
+}
+
+// checkHookOrder checks the signatures of requests, and that those about a sandbox came first in their order.
+func checkHookOrder(t *testing.T, got []hookRequest, secret string) {
+	t.Helper()
 	last := map[string]string{} // the last new event of a sandbox
 	seen := map[string]bool{}
 	for _, r := range got {
@@ -158,11 +171,11 @@ func TestWebhooksAcrossKills(t *testing.T) {
 		}
 		last[*e.SandboxID] = e.ID
 	}
-	t.Logf("%d requests for %d events", len(got), len(want))
-	if len(got) < len(want)+4 {
-		t.Errorf("%d requests for %d events, although the server was killed in 4 of them", len(got), len(want))
-	}
-	makeKey("the last")
+}
+
+// awaitHookMetrics waits until the metrics say that deliveries were made and none is pending.
+func (s *server) awaitHookMetrics() {
+	s.t.Helper()
 	for deadline := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) { // a poll with a deadline
 		text := s.metrics()
 		if strings.Contains(text, `cay_webhook_attempt_seconds_count{outcome="delivered"}`) &&
@@ -171,10 +184,9 @@ func TestWebhooksAcrossKills(t *testing.T) {
 			break
 		}
 		if time.Now().After(deadline) {
-			t.Fatal("the metrics lack webhooks")
+			s.t.Fatal("the metrics lack webhooks")
 		}
 	}
-	s.mustNotLog(secret)
 }
 
 // mustNotLog fails the test if the server's log has a text.

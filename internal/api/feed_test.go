@@ -196,7 +196,8 @@ func TestFeedHasEveryFact(t *testing.T) {
 	if e := expect(event.KeyCreated, event.KeyRevoked); *e[0].APIKeyID != key.ID || *e[1].Name != "ci" {
 		t.Errorf("a key has %+v", e)
 	}
-	hook := as[Webhook](t, 201, do(201, "POST", "/v1/webhooks", `{"url":"https://10.0.0.1.invalid/`+secret+`","name":"ops"}`))
+	hook := as[Webhook](t, 201, do(201, "POST", "/v1/webhooks",
+		`{"url":"https://receiver.invalid/`+secret+`","name":"ops"}`))
 	for range 2 {
 		do(200, "PATCH", "/v1/webhooks/"+hook.ID, `{"enabled":false}`)
 	}

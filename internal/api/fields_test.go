@@ -112,9 +112,8 @@ func TestAnswersHaveEveryField(t *testing.T) {
 		{"size", []any{sizeOf(filled[sandbox.Size](nil)())}, nil},
 		{"organization", []any{orgOf(filled[auth.Org](nil)())}, nil},
 		{"webhook", []any{withSecret(filled[webhook.Webhook](nil)())}, nil},
-		{"attempt", []any{attemptOf(webhook.Attempt{At: time.Unix(1, 0), Took: time.Second}), attemptOf(filled(func(a *webhook.Attempt) {
-			a.Took = time.Second
-		})())}, nil},
+		{"attempt", []any{attemptOf(webhook.Attempt{At: time.Unix(1, 0), Took: time.Second}),
+			attemptOf(filled(func(a *webhook.Attempt) { a.Took = time.Second })())}, nil},
 		{"delivery", []any{deliveryOf(filled(func(d *webhook.Delivery) { d.Last.Took = time.Second })())},
 			[]string{"LastAttempt.Delivered"}},
 		{"key", []any{keyOf(filled[auth.Key](nil)())}, nil},

@@ -11,7 +11,6 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
-	"net/netip"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -39,7 +38,6 @@ import (
 	"github.com/cayhq/cay/internal/store"
 	"github.com/cayhq/cay/internal/template"
 	"github.com/cayhq/cay/internal/webhook"
-	"github.com/cayhq/cay/internal/webhook/sender"
 )
 
 // testServer holds the real core on a real database behind the real HTTP stack. Only the machine and the
@@ -122,9 +120,7 @@ func newTestServer(t testing.TB, options ...option) *testServer {
 	h.feed = event.New(event.Config{Keep: time.Hour, MaxFollowers: 2}, db, log)
 	db.OnEvents(h.feed.Wake)
 	cfg.Events = h.feed
-	post := sender.New(sender.Config{UserAgent: "cay/test", Permit: permitTests})
-	h.hooks = webhook.New(webhook.Config{MaxPerOrg: 5, Concurrency: 8, Log: log}, db, h.feed, post,
-		map[webhook.Format]webhook.Wire{webhook.Standard: webhook.NewStandard(EncodeEvent)})
+	stopHooks := h.openHooks(t, log)
 	cfg.Webhooks = h.hooks
 	if _, err := h.auth.Bootstrap(ctx, func(secret string) error { h.key = secret; return nil }); err != nil {
 		t.Fatal(err)
@@ -144,11 +140,7 @@ func newTestServer(t testing.TB, options ...option) *testServer {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		var wg sync.WaitGroup
-		wg.Go(func() { h.hooks.Run(building) })
 		_ = templates.Run(building) // always nil
-		wg.Wait()
-		post.Close()
 	}()
 
 	listener := httptest.NewUnstartedServer(nil)
@@ -167,6 +159,7 @@ func newTestServer(t testing.TB, options ...option) *testServer {
 		listener.Close()
 		stop()
 		<-done
+		stopHooks()
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 		defer cancel()
 		for _, err := range []error{ports.Close(ctx), h.sandboxes.Close(ctx), h.auth.Close(ctx), db.Close()} {
@@ -176,14 +169,6 @@ func newTestServer(t testing.TB, options ...option) *testServer {
 		}
 	})
 	return h
-}
-
-// permitTests lets webhooks call the loopback, where the receivers of tests are, and no private network.
-func permitTests(to netip.AddrPort) error {
-	if to.Addr().IsPrivate() {
-		return errors.New("it is private")
-	}
-	return nil
 }
 
 // putTemplates stores one template in each status; only python is ready.

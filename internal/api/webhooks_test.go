@@ -3,10 +3,13 @@ package api
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"slices"
 	"strings"
 	"sync"
@@ -15,8 +18,30 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/cayhq/cay/internal/webhook"
+	"github.com/cayhq/cay/internal/webhook/sender"
 	cay "github.com/cayhq/cay/sdk/go"
 )
+
+// permitTests lets webhooks call the loopback, where the receivers of tests are, and no private network.
+func permitTests(to netip.AddrPort) error {
+	if to.Addr().IsPrivate() {
+		return errors.New("it is private")
+	}
+	return nil
+}
+
+// openHooks opens the room of webhooks and runs it until stop is called.
+func (h *testServer) openHooks(t testing.TB, log *slog.Logger) (stop func()) {
+	t.Helper()
+	post := sender.New(sender.Config{UserAgent: "cay/test", Permit: permitTests})
+	h.hooks = webhook.New(webhook.Config{MaxPerOrg: 5, Concurrency: 8, Log: log}, h.db, h.feed, post,
+		map[webhook.Format]webhook.Wire{webhook.Standard: webhook.NewStandard(EncodeEvent)})
+	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
+	var wg sync.WaitGroup
+	wg.Go(func() { h.hooks.Run(ctx) })
+	return func() { cancel(); wg.Wait(); post.Close() }
+}
 
 // hookReceiver is a server that records the bodies that it is sent, and answers with a status.
 type hookReceiver struct {
@@ -96,7 +121,7 @@ func TestLifeOfAWebhook(t *testing.T) {
 	if diff := cmp.Diff(hook, same); diff != "" {
 		t.Errorf("read it differs (-created +read):\n%s", diff)
 	}
-	key := as[NewAPIKey](t, 201, h.send(t, "POST", "/v1/api-keys", h.key, `{"name":"ci","scopes":["exec"]}`))
+	as[NewAPIKey](t, 201, h.send(t, "POST", "/v1/api-keys", h.key, `{"name":"ci","scopes":["exec"]}`))
 	var sent struct {
 		Type, Timestamp string
 		Data            FeedEvent
@@ -105,7 +130,8 @@ func TestLifeOfAWebhook(t *testing.T) {
 		t.Fatal(err)
 	}
 	all := h.feedOf(t, h.key, "type=api_key.created")
-	if diff := cmp.Diff(all[len(all)-1], sent.Data); diff != "" || sent.Type != "api_key.created" || sent.Timestamp == "" {
+	if diff := cmp.Diff(all[len(all)-1], sent.Data); diff != "" ||
+		sent.Type != "api_key.created" || sent.Timestamp == "" {
 		t.Errorf("sent %+v (-feed +sent):\n%s", sent, diff)
 	}
 	made := h.awaitDelivery(t, hook.ID, func(d Delivery) bool { return d.Status == DeliveryStatusDelivered })
@@ -114,7 +140,30 @@ func TestLifeOfAWebhook(t *testing.T) {
 		t.Errorf("the delivery is %+v", made)
 	}
 
-	// Its receiver fails, and then answers.
+	if strings.Contains(h.log.String(), secret) {
+		t.Error("the log has the secret")
+	}
+	if r := h.send(t, "DELETE", path, h.key, ""); r.status != 204 || len(r.body) != 0 {
+		t.Errorf("deleting: %d %s", r.status, r.body)
+	}
+	for _, call := range [][2]string{{"GET", path}, {"DELETE", path}, {"GET", path + "/deliveries"}} {
+		if r := h.send(t, call[0], call[1], h.key, ""); r.status != 404 || r.problem.Code != "webhook_not_found" {
+			t.Errorf("%s after it is deleted: %d %s", call, r.status, r.body)
+		}
+	}
+}
+
+// TestWebhookThatFails has a receiver that fails and then answers, and replays what it got.
+func TestWebhookThatFails(t *testing.T) {
+	h := newTestServer(t)
+	receiver := newHookReceiver(t)
+	hook := as[Webhook](t, 201, h.send(t, "POST", "/v1/webhooks", h.key,
+		`{"url":"`+receiver.URL+`","types":["api_key.created","api_key.revoked"]}`))
+	path := "/v1/webhooks/" + hook.ID
+	secret := *hook.Secret
+	key := as[NewAPIKey](t, 201, h.send(t, "POST", "/v1/api-keys", h.key, `{"name":"ci","scopes":["exec"]}`))
+	receiver.awaitBodies(t, 1)
+	first := h.feedOf(t, h.key, "")[0].ID
 	receiver.answerWith(http.StatusInternalServerError)
 	if r := h.send(t, "DELETE", "/v1/api-keys/"+key.ID, h.key, ""); r.status != 204 {
 		t.Fatalf("revoking: %s", r.body)
@@ -136,7 +185,7 @@ func TestLifeOfAWebhook(t *testing.T) {
 	if disabled.Enabled || *disabled.DisabledReason != "requested" || disabled.DisabledAt == nil {
 		t.Errorf("disabled it is %+v", disabled)
 	}
-	if r := h.send(t, "POST", path+"/replay", h.key, `{"after":"`+all[0].ID+`"}`); r.status != 409 ||
+	if r := h.send(t, "POST", path+"/replay", h.key, `{"after":"`+first+`"}`); r.status != 409 ||
 		r.problem.Code != "webhook_disabled" {
 		t.Errorf("replaying while it is disabled: %d %s", r.status, r.body)
 	}
@@ -146,10 +195,18 @@ func TestLifeOfAWebhook(t *testing.T) {
 	}
 	h.awaitDelivery(t, hook.ID, func(d Delivery) bool { return d.Status == DeliveryStatusDelivered })
 
-	// A replay delivers what was delivered.
+	if strings.Contains(h.log.String(), *rotated.Secret) {
+		t.Error("the log has the secret")
+	}
+	h.replay(t, receiver, path, first)
+}
+
+// replay delivers the events after an id again, and lists their deliveries.
+func (h *testServer) replay(t *testing.T, receiver *hookReceiver, path, after string) {
+	t.Helper()
 	before := len(receiver.awaitBodies(t, 1))
-	replayed := as[Replayed](t, 200, h.send(t, "POST", path+"/replay", h.key, `{"after":"`+all[0].ID+`"}`))
-	if replayed.Queued < 3 || replayed.More || replayed.Through < failed.EventID {
+	replayed := as[Replayed](t, 200, h.send(t, "POST", path+"/replay", h.key, `{"after":"`+after+`"}`))
+	if replayed.Queued < 3 || replayed.More || replayed.Through <= after {
 		t.Errorf("replayed %+v", replayed)
 	}
 	receiver.awaitBodies(t, before+replayed.Queued)
@@ -175,20 +232,6 @@ func TestLifeOfAWebhook(t *testing.T) {
 	if len(seen) < replayed.Queued {
 		t.Errorf("%d deliveries are listed, and %d were replayed", len(seen), replayed.Queued)
 	}
-
-	for _, s := range []string{secret, *rotated.Secret} {
-		if strings.Contains(h.log.String(), s) {
-			t.Error("the log has the secret")
-		}
-	}
-	if r := h.send(t, "DELETE", path, h.key, ""); r.status != 204 || len(r.body) != 0 {
-		t.Errorf("deleting: %d %s", r.status, r.body)
-	}
-	for _, call := range [][2]string{{"GET", path}, {"DELETE", path}, {"GET", path + "/deliveries"}} {
-		if r := h.send(t, call[0], call[1], h.key, ""); r.status != 404 || r.problem.Code != "webhook_not_found" {
-			t.Errorf("%s after it is deleted: %d %s", call, r.status, r.body)
-		}
-	}
 }
 
 func TestWebhooksRefused(t *testing.T) {
@@ -212,7 +255,8 @@ func TestWebhooksRefused(t *testing.T) {
 		create("short secret", `{"url":"https://example.com/","secret":"whsec_AAAA"}`, "invalid_secret", "secret"),
 		change("no body", "", "missing_body", ""),
 		change("URL", `{"url":"ftp://example.com/"}`, "invalid_url", "url"),
-		change("both secrets", `{"rotate_secret":true,"secret":"whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"}`, "invalid_secret", "secret"),
+		change("both secrets", `{"rotate_secret":true,"secret":"whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"}`,
+			"invalid_secret", "secret"),
 		change("enabled a text", `{"enabled":"yes"}`, "invalid_enabled", "enabled"),
 		{"test with a field", "POST", path + "/test", `{"a":1}`, nil, 400, "unknown_field", "a"},
 		{"replay of no id", "POST", path + "/replay", `{"after":"x"}`, nil, 400, "invalid_after", "after"},

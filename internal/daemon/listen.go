@@ -50,10 +50,7 @@ func (s *server) listen(ctx context.Context) error {
 	}
 	work, stopWork := context.WithCancel(context.WithoutCancel(ctx))
 	var wg sync.WaitGroup
-	wg.Go(func() { s.sandboxes.Run(work) })
-	wg.Go(func() { _ = s.templates.Run(work) }) // returns nil
-	wg.Go(func() { s.events.Run(work) })
-	wg.Go(func() { s.webhooks.Run(work) })
+	s.runCore(work, &wg)
 	if s.files != nil {
 		wg.Go(func() { s.runFiles(work) })
 	}
@@ -100,6 +97,14 @@ func (s *server) listen(ctx context.Context) error {
 	}
 	waitFor(closing, &hijacked)
 	return nil
+}
+
+// runCore runs the work of the core rooms in goroutines of wg until ctx ends.
+func (s *server) runCore(ctx context.Context, wg *sync.WaitGroup) {
+	wg.Go(func() { s.sandboxes.Run(ctx) })
+	wg.Go(func() { _ = s.templates.Run(ctx) }) // returns nil
+	wg.Go(func() { s.events.Run(ctx) })
+	wg.Go(func() { s.webhooks.Run(ctx) })
 }
 
 // waitFor waits for wg or until ctx ends.

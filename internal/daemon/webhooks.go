@@ -23,13 +23,14 @@ func (s *server) openWebhooks() error {
 	post := sender.New(sender.Config{UserAgent: "cay/" + s.version, Permit: permitted(allowed, s.slots.Permitted)})
 	s.onClose(func(context.Context) error { post.Close(); return nil })
 	attempts := prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "cay_webhook_attempt_seconds",
-		Help: "Time that attempts at deliveries of webhooks took, by outcome: delivered, refused (another answer than 2xx), " +
-			"unreachable (no answer), forbidden (an address that webhooks may not call).",
+		Help: "Time that attempts at deliveries of webhooks took, by outcome: delivered, refused (another answer than " +
+			"2xx), unreachable (no answer), forbidden (an address that webhooks may not call).",
 		// From a receiver nearby to the time after which an attempt is given up.
 		Buckets: []float64{.005, .025, .1, .25, .5, 1, 2, 5, 15}}, []string{"outcome"})
 	s.registry.MustRegister(attempts, webhookMetrics{s})
 	// Webhooks of E2B's clients are delivered although the API for them may be turned off.
-	s.webhooks = webhook.New(webhook.Config{MaxPerOrg: cfg.MaxPerOrg, Concurrency: cfg.Concurrency, Log: s.log, Now: s.db.Now,
+	s.webhooks = webhook.New(webhook.Config{MaxPerOrg: cfg.MaxPerOrg, Concurrency: cfg.Concurrency, Log: s.log,
+		Now:     s.db.Now,
 		Observe: func(outcome string, took time.Duration) { attempts.WithLabelValues(outcome).Observe(took.Seconds()) },
 	}, s.db, s.events, post, map[webhook.Format]webhook.Wire{
 		webhook.Standard: webhook.NewStandard(api.EncodeEvent), webhook.E2B: e2b.NewWire(s.sandboxes),

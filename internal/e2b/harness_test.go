@@ -9,7 +9,6 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"net/netip"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -29,7 +28,6 @@ import (
 	"github.com/cayhq/cay/internal/store"
 	"github.com/cayhq/cay/internal/template"
 	"github.com/cayhq/cay/internal/webhook"
-	"github.com/cayhq/cay/internal/webhook/sender"
 )
 
 // harness runs the Handler over the real core, a real database and the real client of agents. The
@@ -147,13 +145,7 @@ func newHarness(t *testing.T) *harness {
 	next := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(http.StatusTeapot) })
 	feed := event.New(event.Config{}, db, log)
 	db.OnEvents(feed.Wake)
-	post := sender.New(sender.Config{Permit: func(netip.AddrPort) error { return nil }})
-	h.hooks = webhook.New(webhook.Config{MaxPerOrg: 3, Concurrency: 8, Log: log}, db, feed, post,
-		map[webhook.Format]webhook.Wire{webhook.E2B: NewWire(h.sandboxes),
-			webhook.Standard: webhook.NewStandard(func(e event.Event) ([]byte, error) { return json.Marshal(e) })})
-	delivering, stop := context.WithCancel(context.WithoutCancel(ctx))
-	var delivered sync.WaitGroup
-	delivered.Go(func() { h.hooks.Run(delivering) })
+	stopHooks := h.openHooks(feed, log)
 	h.handler = New(Config{Sandboxes: h.sandboxes, Templates: templates, Auth: h.auth, Agent: h.agents,
 		Events: feed, Webhooks: h.hooks, Ports: h, Samples: sampler.New(h.sandboxes, h.agents, log), Names: portproxy.Names{Domain: "boxes.example", Scheme: "https"}, Secret: []byte("0123456789abcdef"), Log: log, Registry: prometheus.NewRegistry()}, next)
 	listener := httptest.NewServer(h.handler)
@@ -163,9 +155,7 @@ func newHarness(t *testing.T) *harness {
 		listener.Close()
 		inside.CloseClientConnections()
 		inside.Close()
-		stop()
-		delivered.Wait()
-		post.Close()
+		stopHooks()
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 		defer cancel()
 		for _, err := range []error{h.sandboxes.Close(ctx), h.auth.Close(ctx), db.Close()} {

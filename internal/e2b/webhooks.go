@@ -214,7 +214,7 @@ func (wire) CheckSecret(secret string) error {
 	return nil
 }
 
-// deliveryBody is what a webhook is sent: an event in both spellings that E2B's documents have had for it.
+// deliveryBody holds an event in both spellings that E2B's documents have had for it.
 type deliveryBody struct {
 	eventBody
 	Category    string         `json:"event_category"`

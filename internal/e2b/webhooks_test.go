@@ -1,13 +1,16 @@
 package e2b
 
 import (
+	"context"
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
 	"io"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"slices"
 	"strings"
 	"sync"
@@ -17,8 +20,22 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/event"
 	"github.com/cayhq/cay/internal/webhook"
+	"github.com/cayhq/cay/internal/webhook/sender"
 )
+
+// openHooks opens the room of webhooks and runs it until stop is called.
+func (h *harness) openHooks(feed *event.Feed, log *slog.Logger) (stop func()) {
+	post := sender.New(sender.Config{Permit: func(netip.AddrPort) error { return nil }})
+	h.hooks = webhook.New(webhook.Config{MaxPerOrg: 3, Concurrency: 8, Log: log}, h.db, feed, post,
+		map[webhook.Format]webhook.Wire{webhook.E2B: NewWire(h.sandboxes),
+			webhook.Standard: webhook.NewStandard(func(e event.Event) ([]byte, error) { return json.Marshal(e) })})
+	ctx, cancel := context.WithCancel(context.WithoutCancel(h.t.Context()))
+	var wg sync.WaitGroup
+	wg.Go(func() { h.hooks.Run(ctx) })
+	return func() { cancel(); wg.Wait(); post.Close() }
+}
 
 // hookReceiver is a server that records the requests that it is sent.
 type hookReceiver struct {
@@ -128,18 +145,27 @@ func TestWebhooks(t *testing.T) {
 	}
 	h.checkDeliveries(receiver.await(t, 3)[2:], made.ID, other, "a secret of another kind", "paused")
 
-	// What v1 made is not here, and others see nothing.
-	standard, err := h.hooks.Create(t.Context(), h.org.Org.ID, webhook.NewWebhook{URL: receiver.URL, Format: webhook.Standard})
+	h.onlyTheirs(admin, made.ID, receiver.URL)
+	call(200, "DELETE", "/"+made.ID, "")
+	call(404, "DELETE", "/"+made.ID, "")
+}
+
+// onlyTheirs checks that the API shows one webhook, which it made, and none that v1 made, and others nothing.
+func (h *harness) onlyTheirs(admin, made, url string) {
+	t := h.t
+	t.Helper()
+	standard, err := h.hooks.Create(t.Context(), h.org.Org.ID,
+		webhook.NewWebhook{URL: url, Format: webhook.Standard})
 	if err != nil {
 		t.Fatal(err)
 	}
 	r := h.send("GET", "/events/webhooks", "", "X-API-Key", admin)
 	var all []webhookBody
-	if err := json.Unmarshal([]byte(r.body), &all); err != nil || len(all) != 1 || all[0].ID != made.ID {
+	if err := json.Unmarshal([]byte(r.body), &all); err != nil || len(all) != 1 || all[0].ID != made {
 		t.Errorf("the list is %s, %v", r.body, err)
 	}
 	for _, method := range []string{"GET", "PATCH", "DELETE"} {
-		for key, ids := range map[string][]string{admin: {standard.ID, "whk_none"}, h.other: {made.ID}} {
+		for key, ids := range map[string][]string{admin: {standard.ID, "whk_none"}, h.other: {made}} {
 			for _, id := range ids {
 				if r := h.send(method, "/events/webhooks/"+id, "", "X-API-Key", key); r.status != 404 {
 					t.Errorf("%s %s: %d %s", method, id, r.status, r.body)
@@ -150,8 +176,6 @@ func TestWebhooks(t *testing.T) {
 	if r := h.send("GET", "/events/webhooks", "", "X-API-Key", h.other); strings.TrimSpace(r.body) != "[]" {
 		t.Errorf("another organization sees %s", r.body)
 	}
-	call(200, "DELETE", "/"+made.ID, "")
-	call(404, "DELETE", "/"+made.ID, "")
 }
 
 // checkDeliveries checks requests about one sandbox.

@@ -22,8 +22,8 @@ const (
 
 // deliveryColumns lists the columns of deliveryFields, in the same order. The body comes last, so that a listing can
 // have another value there.
-const deliveryColumns = `webhook_id, seq, lane, type, queued_at, made_at, attempts, next_at, tried_at, took, status_code,
-	error, answer`
+const deliveryColumns = `webhook_id, seq, lane, type, queued_at, made_at, attempts, next_at, tried_at, took,
+	status_code, error, answer`
 
 func deliveryFields(d *webhook.Delivery) []any {
 	return []any{&d.WebhookID, &d.Seq, &d.Lane, &d.Type, timeColumn{&d.QueuedAt}, timeColumn{&d.MadeAt}, &d.Attempts,
@@ -52,8 +52,8 @@ func (db *DB) Enqueue(ctx context.Context, id string, all []webhook.Delivery, mo
 func (db *DB) Requeue(ctx context.Context, id string, all []webhook.Delivery, most webhook.Bounds,
 	now time.Time) (int, error) {
 	defer db.took("requeue", time.Now())
-	return db.enqueue(ctx, id, all, now, ` ON CONFLICT (webhook_id, seq) DO UPDATE SET made_at = NULL, body = excluded.body,
-		queued_at = excluded.queued_at, attempts = 0, tried_at = NULL, took = 0, status_code = 0, error = '', answer = ''
+	return db.enqueue(ctx, id, all, now, ` ON CONFLICT (webhook_id, seq) DO UPDATE SET made_at = NULL,
+		body = excluded.body, queued_at = excluded.queued_at, attempts = 0, tried_at = NULL, took = 0, status_code = 0, error = '', answer = ''
 		WHERE webhook_deliveries.made_at IS NOT NULL`,
 		func(w *webhook.Webhook, err error) (bool, error) {
 			size := w.Bytes
@@ -114,8 +114,8 @@ func (db *DB) enqueue(ctx context.Context, id string, all []webhook.Delivery, no
 	return n, nil
 }
 
-// lockWebhook reads a webhook that is not deleted. Nothing of it and of its deliveries changes until the transaction has
-// ended, except by the transaction.
+// lockWebhook reads a webhook that is not deleted. Nothing of it and of its deliveries changes until the transaction
+// has ended, except by the transaction.
 func (db *DB) lockWebhook(ctx context.Context, tx *sql.Tx, id string) (webhook.Webhook, error) {
 	return scanWebhook(tx.QueryRowContext(ctx, "SELECT "+webhookColumns+
 		" FROM webhooks WHERE id = $1 AND deleted_at IS NULL"+db.forUpdate(), id), id)

@@ -63,11 +63,11 @@ func (db *DB) trimWebhook(ctx context.Context, id string, before time.Time, most
 	}
 }
 
-// oldDeliveries returns the condition of those deliveries of a webhook that are to be dropped, with the parameters of its id, the
-// time and the last seq that is beyond the number, and whether the webhook is deleted. It returns "" if there is no such
-// webhook.
-func oldDeliveries(ctx context.Context, q querier, id string, before time.Time, lock string) (which string, deleted bool,
-	err error) {
+// oldDeliveries returns the condition of those deliveries of a webhook that are to be dropped, with the parameters of
+// its id, the time and the last seq that is beyond the number, and whether the webhook is deleted. It returns "" if
+// there is no such webhook.
+func oldDeliveries(ctx context.Context, q querier, id string, before time.Time,
+	lock string) (which string, deleted bool, err error) {
 	var enabled bool
 	var disabledAt, deletedAt time.Time
 	err = q.QueryRowContext(ctx, "SELECT enabled, disabled_at, deleted_at FROM webhooks WHERE id = $1"+lock, id).
@@ -98,7 +98,8 @@ func (db *DB) dropDeliveries(ctx context.Context, id string, before time.Time, a
 			return err
 		}
 		rows, err := tx.QueryContext(ctx, `DELETE FROM webhook_deliveries WHERE webhook_id = $1 AND seq IN
-			(SELECT seq FROM webhook_deliveries WHERE `+which+` ORDER BY seq DESC LIMIT $4) RETURNING made_at IS NULL, OCTET_LENGTH(body)`,
+			(SELECT seq FROM webhook_deliveries WHERE `+which+` ORDER BY seq DESC LIMIT $4)
+			RETURNING made_at IS NULL, OCTET_LENGTH(body)`,
 			append(args[:len(args):len(args)], dropBatch)...)
 		if err != nil {
 			return err

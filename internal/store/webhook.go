@@ -232,7 +232,8 @@ func (db *DB) EndIdle(ctx context.Context) (idle bool, err error) {
 	if enabled {
 		return false, nil
 	}
-	if err := db.change(ctx, "DELETE FROM event_consumers WHERE name = $1 AND NOT "+anyEnabled, webhook.Consumer); err != nil {
+	err = db.change(ctx, "DELETE FROM event_consumers WHERE name = $1 AND NOT "+anyEnabled, webhook.Consumer)
+	if err != nil {
 		return false, fmt.Errorf("ending the consumer of events: %w", err)
 	}
 	return true, nil

@@ -16,7 +16,8 @@ type message struct{ kind, body string }
 // errIdle ends reading the feed while no webhook is enabled.
 var errIdle = errors.New("no webhook is enabled")
 
-// consume puts the deliveries of all events into the store until ctx ends. While no webhook is enabled it reads nothing.
+// consume puts the deliveries of all events into the store until ctx ends. While no webhook is enabled it reads
+// nothing.
 func (s *Service) consume(ctx context.Context) {
 	for ctx.Err() == nil {
 		idle, err := s.store.EndIdle(ctx)

@@ -23,11 +23,11 @@ const (
 	// not all come at the same moment.
 	jitter = 0.2
 
-	// refreshInterval is the time between looks for what is due that this process was not told of. A longer one delays what
-	// another server queued; each takes some milliseconds.
+	// refreshInterval is the time between looks for what is due that this process was not told of. A longer one delays
+	// what another server queued; each takes some milliseconds.
 	refreshInterval = 30 * time.Second
-	// troublePause is the wait after an error of the store. With a shorter one, a receiver gets the same delivery again and
-	// again while its end cannot be written.
+	// troublePause is the wait after an error of the store. With a shorter one, a receiver gets the same delivery again
+	// and again while its end cannot be written.
 	troublePause = 5 * time.Second
 	// endPatience limits the time to write the end of an attempt, which goes on when the server stops.
 	endPatience = 10 * time.Second

@@ -105,7 +105,8 @@ func TestOrder(t *testing.T) {
 		pending = slices.DeleteFunc(h.deliveries(w), func(d webhook.Delivery) bool { return !d.MadeAt.IsZero() })
 		return len(pending) == 2
 	})
-	if pending[0].Last.Status != http.StatusInternalServerError || pending[1].Attempts != 0 || !pending[1].NextAt.IsZero() {
+	if pending[0].Last.Status != http.StatusInternalServerError || pending[1].Attempts != 0 ||
+		!pending[1].NextAt.IsZero() {
 		t.Errorf("pending are %+v", pending)
 	}
 	gate <- false
@@ -326,7 +327,8 @@ func TestTest(t *testing.T) {
 		done <- a
 	}()
 	<-began
-	if _, err := h.Test(t.Context(), "org_a", slow.ID); fault.As(err) == nil || fault.As(err).Code != fault.CodeWebhookBusy {
+	if _, err := h.Test(t.Context(), "org_a", slow.ID); fault.As(err) == nil ||
+		fault.As(err).Code != fault.CodeWebhookBusy {
 		t.Errorf("a second test at once: %v", err)
 	}
 	close(end)

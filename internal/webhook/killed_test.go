@@ -47,8 +47,8 @@ func deliverForever(path string) {
 		map[webhook.Format]webhook.Wire{webhook.Standard: webhook.NewStandard(encode)}).Run(ctx)
 }
 
-// TestKilled kills the server with SIGKILL in each delivery: before the receiver answers, or after that. In the end each
-// delivery was made at least once, and in the order of its sandbox.
+// TestKilled kills the server with SIGKILL in each delivery: before the receiver answers, or after that. In the end
+// each delivery was made at least once, and in the order of its sandbox.
 func TestKilled(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "cay.db")
 	var mu sync.Mutex
@@ -79,29 +79,8 @@ func TestKilled(t *testing.T) {
 		kill() // the server may or may not have written that it is made
 	})
 
-	h := start(t, path, nil)
-	h.org("org_a")
-	ids := []sandbox.ID{h.live("org_a"), h.live("org_a"), h.live("org_a")}
-	h.stop()
-	db, err := store.Open(t.Context(), path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	h = &harness{t: t, db: db}
-	w := webhook.Webhook{ID: "whk_test", OrgID: "org_a", URL: r.URL, Format: webhook.Standard, CreatedAt: time.Now(),
-		Types: []string{"sandbox.egress_denied"}, Secret: "whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", Enabled: true,
-		EnabledAt: time.Now()}
-	if err := db.AddWebhook(t.Context(), w, 0); err != nil {
-		t.Fatal(err)
-	}
 	const each = 12
-	for i := range each {
-		h.note(i, ids...)
-	}
-	if err := db.Close(); err != nil {
-		t.Fatal(err)
-	}
-
+	w, ids := interrupted(t, path, r.URL, each)
 	kills := 0
 	for deadline := time.Now().Add(5 * patience); ; kills++ {
 		if time.Now().After(deadline) {
@@ -135,8 +114,45 @@ func TestKilled(t *testing.T) {
 			break
 		}
 	}
-	h = start(t, path, nil)
+	h := start(t, path, nil)
 	eventually(t, "that nothing is pending", func() bool { return h.read(w).Pending == 0 })
+	checkOrder(t, r, ids, each)
+	if kills < each {
+		t.Errorf("the server was killed only %d times", kills)
+	}
+	t.Logf("%d kills, %d requests for %d deliveries", kills, len(r.requests()), each*len(ids))
+}
+
+// interrupted makes a database with a webhook and sandboxes that have events whose deliveries are not queued yet.
+func interrupted(t *testing.T, path, url string, each int) (webhook.Webhook, []sandbox.ID) {
+	t.Helper()
+	h := start(t, path, nil)
+	h.org("org_a")
+	ids := []sandbox.ID{h.live("org_a"), h.live("org_a"), h.live("org_a")}
+	h.stop()
+	db, err := store.Open(t.Context(), path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h = &harness{t: t, db: db}
+	w := webhook.Webhook{ID: "whk_test", OrgID: "org_a", URL: url, Format: webhook.Standard, CreatedAt: time.Now(),
+		Types: []string{"sandbox.egress_denied"}, Secret: "whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", Enabled: true,
+		EnabledAt: time.Now()}
+	if err := db.AddWebhook(t.Context(), w, 0); err != nil {
+		t.Fatal(err)
+	}
+	for i := range each {
+		h.note(i, ids...)
+	}
+	if err := db.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return w, ids
+}
+
+// checkOrder checks that each event of sandboxes arrived, and first in its order.
+func checkOrder(t *testing.T, r *receiver, ids []sandbox.ID, each int) {
+	t.Helper()
 	next := map[string]int{}
 	seen := map[string]bool{}
 	for _, one := range r.requests() {
@@ -156,8 +172,4 @@ func TestKilled(t *testing.T) {
 			t.Errorf("of %d deliveries about %s %d arrived", each, id, next[string(id)])
 		}
 	}
-	if kills < each {
-		t.Errorf("the server was killed only %d times", kills)
-	}
-	t.Logf("%d kills, %d requests for %d deliveries", kills, len(r.requests()), len(seen))
 }

@@ -17,7 +17,7 @@ const (
 	orgShare = 4
 )
 
-// queue is what the dispatcher knows of one webhook.
+// queue holds what the dispatcher knows of one webhook.
 type queue struct {
 	id, org string
 	next    time.Time // when an attempt may be due; zero if no time is known

@@ -64,7 +64,7 @@ func keyOf(s Secret) ([]byte, bool) {
 	return key, err == nil && base64.StdEncoding.EncodeToString(key) == text
 }
 
-// body is what a delivery says.
+// body is the JSON object of a delivery.
 type body struct {
 	Type      string          `json:"type"`
 	Timestamp time.Time       `json:"timestamp"`

@@ -82,8 +82,9 @@ type Store interface {
 
 	// DueWebhooks returns the enabled webhooks that have something pending, and when each is due.
 	DueWebhooks(ctx context.Context) ([]Due, error)
-	// NextDelivery returns the enabled webhook with its head that is due first, of those lanes that are not busy. NotFound,
-	// code "webhook_not_found", if the webhook is disabled or gone; a delivery without a WebhookID if it has no such head.
+	// NextDelivery returns the enabled webhook with its head that is due first, of those lanes that are not busy.
+	// NotFound, code "webhook_not_found", if the webhook is disabled or gone; a delivery without a WebhookID if it has no
+	// such head.
 	NextDelivery(ctx context.Context, webhookID string, busy []string) (Webhook, Delivery, error)
 	// EndAttempt writes the end of an attempt. It changes nothing if the delivery is made or gone.
 	EndAttempt(ctx context.Context, r Result) error

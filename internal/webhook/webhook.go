@@ -117,7 +117,7 @@ type Delivery struct {
 	Last   Attempt // the zero value if there was none
 }
 
-// Attempt is what came of one request to a receiver.
+// Attempt records one request to a receiver.
 type Attempt struct {
 	At     time.Time
 	Took   time.Duration
@@ -162,7 +162,7 @@ type Sender interface {
 	CheckURL(url string) error
 }
 
-// Answer is what a receiver answered.
+// Answer is the answer of a receiver.
 type Answer struct {
 	Status     int
 	Text       string        // the beginning of the body, printable

@@ -5,8 +5,8 @@ import (
 	"iter"
 )
 
-// CreateWebhook makes a webhook. The field Secret of the answer has the secret that signs its requests, which the server
-// never returns again.
+// CreateWebhook makes a webhook. The field Secret of the answer has the secret that signs its requests, which the
+// server never returns again.
 func (c *Client) CreateWebhook(ctx context.Context, r CreateWebhookRequest) (*Webhook, error) {
 	return decode[Webhook](c.wire.CreateWebhook(ctx, r))
 }

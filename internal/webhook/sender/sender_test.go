@@ -202,7 +202,8 @@ func TestHostileAnswers(t *testing.T) {
 		w.Header().Set("Content-Encoding", "gzip")
 		_, _ = w.Write(packed.Bytes()) // the sender may go before the end
 	})
-	if got, err := post(t, Config{}, bomb.URL); err != nil || len(got.Text) > 3*1024 || strings.Contains(got.Text, "aaaa") {
+	if got, err := post(t, Config{}, bomb.URL); err != nil || len(got.Text) > 3*1024 ||
+		strings.Contains(got.Text, "aaaa") {
 		t.Errorf("a packed answer is %q, %v", got.Text, err)
 	}
 	odd := serve(t, func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "a\x1b[2J\x00\xff\r\n\tü\u202e") })
@@ -228,8 +229,8 @@ func TestHostileAnswers(t *testing.T) {
 	}
 }
 
-// TestPatience checks, with the clock of a bubble and connections in memory, that an attempt ends after 15 seconds: also
-// one whose receiver sends a byte now and then.
+// TestPatience checks, with the clock of a bubble and connections in memory, that an attempt ends after 15 seconds:
+// also one whose receiver sends a byte now and then.
 func TestPatience(t *testing.T) {
 	for name, answer := range map[string]func(net.Conn){
 		"silence":     func(net.Conn) {},
@@ -285,7 +286,8 @@ func TestCertificates(t *testing.T) {
 		t.Errorf("a known authority: %+v, %v", got, err)
 	}
 	wrong := strings.Replace(s.URL, "127.0.0.1", "localhost", 1)
-	if got, err := post(t, Config{Roots: roots}, wrong); err == nil || err.Error() != "the certificate of the receiver is not valid" {
+	if got, err := post(t, Config{Roots: roots}, wrong); err == nil ||
+		err.Error() != "the certificate of the receiver is not valid" {
 		t.Errorf("another name: %+v, %v", got, err)
 	}
 }
