@@ -1,8 +1,10 @@
 package webhook_test
 
 import (
+	"errors"
 	"fmt"
 	"net/http"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -12,6 +14,7 @@ import (
 
 	"github.com/cayhq/cay/internal/event"
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/store"
 	"github.com/cayhq/cay/internal/webhook"
 )
 
@@ -367,8 +370,41 @@ func TestIdle(t *testing.T) {
 	if err := h.Service.Delete(t.Context(), "org_a", w.ID); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "that the consumer ends", func() bool { return !consumed() })
+	h.happen("org_a", "unseen")
+	absent := 0 // looks in a row
+	eventually(t, "that the consumer ends for good", func() bool {
+		if absent++; consumed() {
+			absent = 0
+		}
+		return absent == 200
+	})
 	h.hook("org_a", r.URL+"/again")
 	h.happen("org_a", "d")
 	eventually(t, "the event after it was idle", func() bool { return slices.Contains(names(r.requests()), "d") })
+}
+
+// TestEventsFromBefore hands old events over again. A webhook gets none from before it was made.
+func TestEventsFromBefore(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "cay.db")
+	h := start(t, path, nil)
+	r := newReceiver(t, nil)
+	h.org("org_a")
+	first := h.hook("org_a", r.URL+"/first", "api_key.created")
+	h.happen("org_a", "before")
+	h.settled(first, 1)
+	second := h.hook("org_a", r.URL+"/second", "api_key.created")
+	h.stop()
+	db, err := store.Open(t.Context(), path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(db.SetConsumed(t.Context(), webhook.Consumer, 0), db.Close()); err != nil {
+		t.Fatal(err)
+	}
+	h = start(t, path, nil)
+	h.happen("org_a", "after")
+	h.settled(second, 1)
+	if got := names(r.requests()); slices.Contains(got[1:], "before") {
+		t.Errorf("got %q", got)
+	}
 }

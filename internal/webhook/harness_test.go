@@ -30,7 +30,7 @@ const patience = 2 * time.Minute
 type request struct {
 	header http.Header
 	body   string
-	at     time.Time
+	gone   <-chan struct{} // closed when the sender has given up
 }
 
 // sandbox returns the sandbox that the event of a request is about.
@@ -62,7 +62,7 @@ func newReceiver(t *testing.T, answer func(w http.ResponseWriter, r request)) *r
 		if err != nil {
 			return // the sender has gone
 		}
-		got := request{r.Header, string(body), time.Now()}
+		got := request{r.Header, string(body), r.Context().Done()}
 		one.mu.Lock()
 		one.got = append(one.got, got)
 		one.mu.Unlock()

@@ -160,8 +160,16 @@ func TestQueuesTakeTurns(t *testing.T) {
 	for i := range 5 {
 		q.due(fmt.Sprint("a", i), "org_a", now)
 	}
+	c, _, _ := q.pick(now)
+	q.hold(c, "lane0", now)
 	q.due("b", "org_b", now)
+	b, ok, _ := q.pick(now)
+	if !ok || b.org != "org_b" {
+		t.Fatalf("after an attempt of one organization the next is %+v, %v", b, ok)
+	}
+	q.hold(b, "lane0", now)
 	first := taken(q, now)
+	first["org_a"], first["org_b"] = append(first["org_a"], c), append(first["org_b"], b)
 	if len(first["org_a"]) != 2 || len(first["org_b"]) != 1 {
 		t.Fatalf("the first attempts are %d and %d", len(first["org_a"]), len(first["org_b"]))
 	}
@@ -169,7 +177,7 @@ func TestQueuesTakeTurns(t *testing.T) {
 	for range 5 { // each webhook of the organization gets its turn
 		for _, c := range first["org_a"] {
 			seen[c.id] = true
-			q.done(c, "lane0", false, false, now)
+			q.done(c, q.all[c.id].busy[0], false, false, now)
 		}
 		first = taken(q, now)
 	}

@@ -155,14 +155,14 @@ type clientInterface interface {
 	//
 	// Returns the organization's events in the order in which they happened, oldest first: every transition of a
 	// sandbox, changes and denials of policies, snapshots, forks, ports made public or private, templates and their
-	// builds, API keys, webhooks, and the organization itself. Each event is recorded in the transaction that makes it true, so
-	// that no event is missing and none is false. Ids are opaque and ordered like the events.
+	// builds, API keys, webhooks, and the organization itself. Each event is recorded in the transaction that makes it
+	// true, so that no event is missing and none is false. Ids are opaque and ordered like the events.
 	//
 	// A key sees the events of objects that it may read: `sandbox.…` and `snapshot.…` need the scope `sandboxes:read`,
-	// `template.…` needs `templates:read`, `api_key.…`, `org.…` and `webhook.…` need `admin`. If you ask with `type` for other
-	// events, or for any events with a key that may see none, the answer is 403 with code `scope_missing`. Events
-	// outlive their sandbox. The newest 1,000,000 events of an organization are kept for 30 days; the operator can
-	// change both limits.
+	// `template.…` needs `templates:read`, `api_key.…`, `org.…` and `webhook.…` need `admin`. If you ask with `type`
+	// for other events, or for any events with a key that may see none, the answer is 403 with code `scope_missing`.
+	// Events outlive their sandbox. The newest 1,000,000 events of an organization are kept for 30 days; the operator
+	// can change both limits.
 	//
 	// By default the answer is a page of the events after `after`, or from the oldest kept event on. A page may be
 	// short or empty and still have `next_cursor` if few events match. The answer is 410 with code `events_gone` if
@@ -1354,14 +1354,14 @@ func (c *wire) RevokeAPIKey(ctx context.Context, key string, reqEditors ...reque
 //
 // Returns the organization's events in the order in which they happened, oldest first: every transition of a
 // sandbox, changes and denials of policies, snapshots, forks, ports made public or private, templates and their
-// builds, API keys, webhooks, and the organization itself. Each event is recorded in the transaction that makes it true, so
-// that no event is missing and none is false. Ids are opaque and ordered like the events.
+// builds, API keys, webhooks, and the organization itself. Each event is recorded in the transaction that makes it
+// true, so that no event is missing and none is false. Ids are opaque and ordered like the events.
 //
 // A key sees the events of objects that it may read: `sandbox.…` and `snapshot.…` need the scope `sandboxes:read`,
-// `template.…` needs `templates:read`, `api_key.…`, `org.…` and `webhook.…` need `admin`. If you ask with `type` for other
-// events, or for any events with a key that may see none, the answer is 403 with code `scope_missing`. Events
-// outlive their sandbox. The newest 1,000,000 events of an organization are kept for 30 days; the operator can
-// change both limits.
+// `template.…` needs `templates:read`, `api_key.…`, `org.…` and `webhook.…` need `admin`. If you ask with `type`
+// for other events, or for any events with a key that may see none, the answer is 403 with code `scope_missing`.
+// Events outlive their sandbox. The newest 1,000,000 events of an organization are kept for 30 days; the operator
+// can change both limits.
 //
 // By default the answer is a page of the events after `after`, or from the oldest kept event on. A page may be
 // short or empty and still have `next_cursor` if few events match. The answer is 410 with code `events_gone` if
