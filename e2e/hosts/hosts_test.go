@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
 	"fmt"
 	"math/rand/v2"
@@ -15,6 +16,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/crypto/ssh"
+
+	"github.com/cayhq/cay/internal/caytest"
 )
 
 // TestReplay applies to a disk the flushed writes of a log, and the others with several chances.
@@ -171,6 +174,38 @@ func TestDialEnds(t *testing.T) {
 		}
 	case <-time.After(time.Minute):
 		t.Error("the dial does not end")
+	}
+}
+
+// TestInterruptedRoot interrupts the making of a root, which has mounted something and started a process. Neither is
+// left, nor is a file.
+func TestInterruptedRoot(t *testing.T) {
+	caytest.RequireRoot(t)
+	cache := t.TempDir()
+	whole := rootScript
+	t.Cleanup(func() { rootScript = whole })
+	rootScript = `out=$3; mkdir "$out/root"; mount -t tmpfs lab "$out/root"; touch "$out/root/file"
+(trap "" TERM; exec sleep 3600) & touch "$out/begun"; wait`
+	ctx, cancel := context.WithCancel(t.Context())
+	go func() {
+		defer cancel()
+		for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+			if begun, _ := filepath.Glob(filepath.Join(cache, "root-*", "begun")); len(begun) == 1 {
+				return
+			}
+		}
+		t.Error("the script does not begin")
+	}()
+	if dir, err := makeRoot(ctx, cache, release{suite: "interrupted", arch: "amd64"}); err == nil {
+		t.Errorf("an interrupted root is in %s", dir)
+	}
+	left, err := filepath.Glob(filepath.Join(cache, "*"))
+	if err != nil || len(left) > 0 {
+		t.Errorf("%v are left (%v)", left, err)
+	}
+	mounts, err := os.ReadFile("/proc/self/mounts")
+	if err != nil || bytes.Contains(mounts, []byte(cache)) {
+		t.Errorf("a mount is left (%v):\n%s", err, mounts)
 	}
 }
 

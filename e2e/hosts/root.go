@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 )
 
 //go:embed root.sh
@@ -30,8 +31,13 @@ func makeRoot(ctx context.Context, cache string, r release) (dir string, err err
 		return "", err
 	}
 	defer os.RemoveAll(draft) // it has another name if it became the root
-	script := exec.CommandContext(ctx, "bash", append([]string{"-s", "--", r.suite, r.arch, draft}, arguments...)...)
+	// mmdebstrap leaves its processes and its mounts of /proc and /sys behind if it is interrupted. Its namespaces end
+	// with unshare, so the draft is removed without them.
+	args := append([]string{"--mount", "--mount-proc", "--pid", "--fork", "--kill-child", "bash", "-s", "--", r.suite,
+		r.arch, draft}, arguments...)
+	script := exec.CommandContext(ctx, "unshare", args...)
 	script.Stdin = strings.NewReader(rootScript)
+	script.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if out, err := script.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("%w: %s", err, lastLines(string(out), 20))
 	}
