@@ -18,7 +18,7 @@ in_the_middle() {
 marked() { # makes a persistent sandbox with the mark in a file, and prints its id
 	local id
 	id=$(create "$persistent")
-	inside "$id" "echo $mark >/home/user/mark" >/dev/null
+	inside "$id" "echo $mark >/mark" >/dev/null
 	echo "$id"
 }
 good() { # ANSWER fails if the answer is an error
