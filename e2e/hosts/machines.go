@@ -52,7 +52,7 @@ var (
 var machines = []machine{
 	{name: "bookworm", release: bookworm, checks: join(use, rooms, story)},
 	// Its /tmp would be memory, and so would be the disks of the sandboxes that tests make there.
-	{name: "trixie", release: trixie, append: "systemd.mask=tmp.mount", checks: join(use, rooms, story)},
+	{name: "trixie", release: trixie, append: "systemd.mask=tmp.mount", checks: join(use, odd, rooms, story)},
 	// Its kernel counts swap only on request.
 	{name: "bullseye", release: bullseye, append: "swapaccount=1", checks: join(use, rooms, story)},
 	{name: "bookworm-v1", release: bookworm, append: "systemd.unified_cgroup_hierarchy=0",
