@@ -28,6 +28,7 @@ import (
 	"github.com/cayhq/cay/internal/egressproxy"
 	"github.com/cayhq/cay/internal/embedded"
 	"github.com/cayhq/cay/internal/event"
+	"github.com/cayhq/cay/internal/hostfile"
 	"github.com/cayhq/cay/internal/image"
 	"github.com/cayhq/cay/internal/imagebuild"
 	"github.com/cayhq/cay/internal/network"
@@ -224,6 +225,14 @@ func limitsOf(cfg config.Config) auth.Config {
 	}
 }
 
+// saveKey returns a function that writes the first API key into a data directory. It returns once the key is on the
+// disk: after that the key's row is written, and with the row in the records no start makes another first key.
+func saveKey(dataDir string) func(secret string) error {
+	return func(secret string) error {
+		return hostfile.ReplaceSynced(filepath.Join(dataDir, keyFile), []byte(secret+"\n"), 0o600)
+	}
+}
+
 // openCore opens the core rooms, which decide, and reconciles them with the machine.
 func (s *server) openCore(ctx context.Context) error {
 	cfg := s.cfg
@@ -231,9 +240,7 @@ func (s *server) openCore(ctx context.Context) error {
 	limits.Log, limits.Now = s.log, s.db.Now
 	s.auth = auth.New(s.db, limits)
 	s.onClose(s.auth.Close)
-	if _, err := s.auth.Bootstrap(ctx, func(secret string) error {
-		return os.WriteFile(filepath.Join(cfg.DataDir, keyFile), []byte(secret+"\n"), 0o600)
-	}); err != nil {
+	if _, err := s.auth.Bootstrap(ctx, saveKey(cfg.DataDir)); err != nil {
 		return err
 	}
 	var err error
