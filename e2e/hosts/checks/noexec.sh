@@ -15,7 +15,8 @@ back() {
 trap back EXIT
 settings CAY_DATA_DIR=/srv/cay
 systemctl restart cay
-for _ in $(seq 120); do if ready; then break; fi; sleep 0.5; done
+refused() { journalctl -u cay --no-pager -o cat | grep -i noexec; }
+for _ in $(seq 120); do if ready 2>/dev/null || refused >/dev/null; then break; fi; sleep 0.5; done
 if ready; then
 	api() { curl -sS -X "$1" -H "Authorization: Bearer $(cat /srv/cay/api-key)" -H 'Content-Type: application/json' ${3:+-d "$3"} "http://127.0.0.1:7070/v1$2"; }
 	eventually 300 template_ready
@@ -23,6 +24,6 @@ if ready; then
 	[[ $(inside "$id" 'echo alive') == alive ]]
 	echo "note: works"
 else
-	line=$(journalctl -u cay --no-pager -o cat | grep -i -m1 noexec) || fail "the server does not start and does not say why: $(journalctl -u cay --no-pager -o cat | tail -1)"
-	echo "note: refused: $line"
+	line=$(refused) || fail "the server does not start and does not say why: $(journalctl -u cay --no-pager -o cat | tail -1)"
+	echo "note: refused: ${line%%$'\n'*}"
 fi
