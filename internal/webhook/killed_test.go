@@ -72,9 +72,8 @@ func TestKilled(t *testing.T) {
 		mu.Lock()
 		met[id]++
 		times, known := met[id], len(met)
-		taken[id] = times > 1 || known%2 == 1
-		if !taken[id] {
-			delete(taken, id)
+		if times > 1 || known%2 == 1 {
+			taken[id] = true
 		}
 		mu.Unlock()
 		if times > 1 {
@@ -96,20 +95,10 @@ func TestKilled(t *testing.T) {
 		if time.Now().After(deadline) {
 			t.Fatalf("after %d kills %d deliveries have arrived", kills, len(r.ids()))
 		}
-		cmd := exec.CommandContext(t.Context(), os.Args[0])
-		cmd.Env = append(os.Environ(), childOf+"="+path)
-		cmd.Stderr = os.Stderr
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
+		cmd, ended := startChild(t, path)
 		mu.Lock()
 		child = cmd
 		mu.Unlock()
-		ended := make(chan struct{})
-		go func() {
-			defer close(ended)
-			_ = cmd.Wait() // it is killed
-		}()
 		eventually(t, "the end of the server, or of all deliveries", func() bool {
 			select {
 			case <-ended:
@@ -131,6 +120,23 @@ func TestKilled(t *testing.T) {
 		t.Errorf("the server was killed only %d times", kills)
 	}
 	t.Logf("%d kills, %d requests for %d deliveries", kills, len(r.requests()), each*len(ids))
+}
+
+// startChild starts a server on a database, and returns a channel that is closed when it has ended.
+func startChild(t *testing.T, path string) (*exec.Cmd, <-chan struct{}) {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), os.Args[0])
+	cmd.Env = append(os.Environ(), childOf+"="+path)
+	cmd.Stderr = os.Stderr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		_ = cmd.Wait() // it is killed
+	}()
+	return cmd, ended
 }
 
 // interrupted makes a database with a webhook and sandboxes that have events whose deliveries are not queued yet.
