@@ -22,12 +22,12 @@ const (
 
 // deliveryColumns lists the columns of deliveryFields, in the same order. The body comes last, so that a listing can
 // have another value there.
-const deliveryColumns = `webhook_id, seq, lane, type, queued_at, made_at, attempts, next_at, tried_at, took,
-	status_code, error, answer`
+const deliveryColumns = `webhook_id, seq, lane, type, queued_at, made_at, attempts, failed_at, next_at, tried_at,
+	took, status_code, error, answer`
 
 func deliveryFields(d *webhook.Delivery) []any {
 	return []any{&d.WebhookID, &d.Seq, &d.Lane, &d.Type, timeColumn{&d.QueuedAt}, timeColumn{&d.MadeAt}, &d.Attempts,
-		timeColumn{&d.NextAt}, timeColumn{&d.Last.At}, durationColumn{&d.Last.Took}, &d.Last.Status, &d.Last.Error,
+		timeColumn{&d.FailedAt}, timeColumn{&d.NextAt}, timeColumn{&d.Last.At}, durationColumn{&d.Last.Took}, &d.Last.Status, &d.Last.Error,
 		&d.Last.Answer, &d.Body}
 }
 
@@ -50,10 +50,24 @@ func (db *DB) Enqueue(ctx context.Context, id string, all []webhook.Delivery, mo
 
 // Requeue implements [webhook.Store].
 func (db *DB) Requeue(ctx context.Context, id string, all []webhook.Delivery, most webhook.Bounds,
-	now time.Time) (int, error) {
+	now time.Time) (n int, err error) {
 	defer db.took("requeue", time.Now())
+	var org string
+	err = db.reader.QueryRowContext(ctx, "SELECT org_id FROM webhooks WHERE id = $1", id).Scan(&org)
+	if err != nil && !errors.Is(err, sql.ErrNoRows) { // without a row the transaction has the error
+		return 0, fmt.Errorf("finding the organization of webhook %s: %w", id, err)
+	}
+	err = db.inTurn(ctx, org, func() error {
+		n, err = db.requeue(ctx, id, all, most, now)
+		return err
+	})
+	return n, err
+}
+
+func (db *DB) requeue(ctx context.Context, id string, all []webhook.Delivery, most webhook.Bounds,
+	now time.Time) (int, error) {
 	return db.enqueue(ctx, id, all, now, ` ON CONFLICT (webhook_id, seq) DO UPDATE SET made_at = NULL,
-		body = excluded.body, queued_at = excluded.queued_at, attempts = 0, tried_at = NULL, took = 0, status_code = 0, error = '', answer = ''
+		body = excluded.body, queued_at = excluded.queued_at, attempts = 0, failed_at = NULL, tried_at = NULL, took = 0, status_code = 0, error = '', answer = ''
 		WHERE webhook_deliveries.made_at IS NOT NULL`,
 		func(w *webhook.Webhook, err error) (bool, error) {
 			size := w.Bytes
@@ -250,6 +264,9 @@ func (db *DB) EndAttempt(ctx context.Context, r webhook.Result) error {
 		if err != nil {
 			return err
 		}
+		if !r.Made && (w.URL != r.URL || !w.EnabledAt.Equal(r.EnabledAt)) {
+			return nil // the webhook has changed meanwhile, and the failure says nothing about it
+		}
 		var lane string
 		var bytes int64
 		err = tx.QueryRowContext(ctx, `SELECT lane, OCTET_LENGTH(body) FROM webhook_deliveries
@@ -262,7 +279,8 @@ func (db *DB) EndAttempt(ctx context.Context, r webhook.Result) error {
 		}
 		p := params{r.WebhookID, r.Seq}
 		// One that another has replaced as the head of the lane stays behind it.
-		set := "next_at = CASE WHEN next_at IS NULL THEN NULL ELSE CAST(" + p.add(at(r.NextAt)) + " AS BIGINT) END"
+		set := "next_at = CASE WHEN next_at IS NULL THEN NULL ELSE CAST(" + p.add(at(r.NextAt)) +
+			" AS BIGINT) END, failed_at = COALESCE(failed_at, " + p.add(at(r.Attempt.At)) + ")"
 		if r.Made {
 			p = p[:2]
 			set = "next_at = NULL, body = '', made_at = " + p.add(at(r.Attempt.At))

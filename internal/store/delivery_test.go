@@ -58,7 +58,8 @@ func deliveryOrder(t *testing.T, db *DB) {
 		}
 		got = append(got, s)
 		// The attempt fails, and the lane waits.
-		if err := st.EndAttempt(ctx, webhook.Result{WebhookID: w.ID, Seq: s, NextAt: start.Add(time.Hour),
+		if err := st.EndAttempt(ctx, webhook.Result{WebhookID: w.ID, URL: w.URL, EnabledAt: w.EnabledAt, Seq: s,
+			NextAt:  start.Add(time.Hour),
 			Attempt: webhook.Attempt{At: start, Error: "no"}}); err != nil {
 			t.Fatal(err)
 		}
@@ -177,14 +178,23 @@ func deliveryAttempts(t *testing.T, db *DB) {
 	var a webhook.Attempt
 	caytest.Fill(&a, 9)
 	a.Took = 9 * time.Microsecond
-	fail := webhook.Result{WebhookID: w.ID, Seq: 5, Attempt: a, NextAt: start.Add(time.Minute)}
+	fail := webhook.Result{WebhookID: w.ID, URL: w.URL, EnabledAt: w.EnabledAt, Seq: 5, Attempt: a,
+		NextAt: start.Add(time.Minute)}
+	other, earlier := fail, fail // of attempts that began before the webhook was changed
+	other.URL, earlier.EnabledAt = "http://192.0.2.1/", w.EnabledAt.Add(-time.Second)
+	other.Disable, earlier.Disable = webhook.Gone, webhook.Gone
+	for _, r := range []webhook.Result{other, earlier} {
+		if err := st.EndAttempt(ctx, r); err != nil {
+			t.Fatal(err)
+		}
+	}
 	for range 2 {
 		if err := st.EndAttempt(ctx, fail); err != nil {
 			t.Fatal(err)
 		}
 	}
 	want := webhook.Delivery{WebhookID: w.ID, Seq: 5, Lane: "a", Type: "sandbox.running", Body: "body 5",
-		QueuedAt: start, Attempts: 2, NextAt: start.Add(time.Minute), Last: a}
+		QueuedAt: start, Attempts: 2, FailedAt: a.At, NextAt: start.Add(time.Minute), Last: a}
 	_, got, err := st.NextDelivery(ctx, w.ID, nil)
 	if diff := cmp.Diff(want, got); diff != "" || err != nil {
 		t.Errorf("(-want +got), %v:\n%s", err, diff)

@@ -78,14 +78,16 @@ func oldDeliveries(ctx context.Context, q querier, id string, before time.Time,
 	case err != nil:
 		return "", false, fmt.Errorf("reading webhook: %w", err)
 	}
-	which = "webhook_id = $1 AND (made_at < $2 OR made_at IS NOT NULL AND seq <= $3"
-	if deleted = !deletedAt.IsZero(); deleted || !enabled && disabledAt.Before(before) {
-		which += " OR made_at IS NULL"
+	old := "(made_at < $2 OR seq <= $3)"
+	switch deleted = !deletedAt.IsZero(); {
+	case deleted:
+		which = "(" + old + " OR TRUE)" // the parameters must be in it
+	case !enabled && disabledAt.Before(before):
+		which = "(made_at IS NULL OR " + old + ")"
+	default: // an index has these, and not what is pending
+		which = "made_at IS NOT NULL AND " + old
 	}
-	if deleted {
-		which += " OR made_at IS NOT NULL"
-	}
-	return which + ")", deleted, nil
+	return "webhook_id = $1 AND " + which, deleted, nil
 }
 
 // dropDeliveries drops a batch of old deliveries in one transaction, and the row of a deleted webhook with the last of

@@ -46,6 +46,10 @@ func TestPlans(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	made, pm, err := listDeliveriesQuery(webhook.DeliveryFilter{WebhookID: "w", Made: new(true), Limit: 50})
+	if err != nil {
+		t.Fatal(err)
+	}
 	head, phead := nextDelivery("w", []string{"a", "b"})
 	for _, c := range []struct {
 		query string
@@ -61,7 +65,8 @@ func TestPlans(t *testing.T) {
 		{dropHead, []any{"w", "a"}, "webhook_heads"},
 		{dropHead, []any{"w", "a"}, "webhook_lanes"},
 		{oldestPending, nil, "sqlite_autoindex_webhook_deliveries"},
-		{surplusMade, []any{"w", 5}, "sqlite_autoindex_webhook_deliveries"},
+		{made, pm, "webhook_made"},
+		{surplusMade, []any{"w", 5}, "webhook_made"},
 		{q1, p1, "sandboxes_live_page"},
 		{q2, p2, "sandboxes_page"},
 		{snapshots, ps, "snapshots_page"},

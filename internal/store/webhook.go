@@ -78,7 +78,9 @@ func (db *DB) AddWebhook(ctx context.Context, w webhook.Webhook, most int) error
 	defer db.took("add_webhook", time.Now())
 	err := db.recordCounted(ctx, w.OrgID, func(tx *sql.Tx, out *outbox) error {
 		var have int
-		if err := tx.QueryRowContext(ctx, "SELECT COUNT(*) FROM webhooks WHERE org_id = $1 AND deleted_at IS NULL", w.OrgID).
+		// A deleted one counts until the bodies that were pending of it are gone.
+		if err := tx.QueryRowContext(ctx, `SELECT COUNT(*) FROM webhooks WHERE org_id = $1
+			AND (deleted_at IS NULL OR pending > 0)`, w.OrgID).
 			Scan(&have); err != nil {
 			return fmt.Errorf("counting the organization's webhooks: %w", err)
 		}
@@ -145,7 +147,8 @@ func (db *DB) ChangeWebhook(ctx context.Context, orgID, id string, now time.Time
 	defer db.took("change_webhook", time.Now())
 	var w webhook.Webhook
 	var refused error
-	err := db.record(ctx, func(tx *sql.Tx, out *outbox) (err error) {
+	renewed := false
+	apply := func(tx *sql.Tx, out *outbox) (err error) {
 		if w, err = scanWebhook(tx.QueryRowContext(ctx, getWebhook+db.forUpdate(), id, orgID), id); err != nil {
 			return err
 		}
@@ -164,12 +167,14 @@ func (db *DB) ChangeWebhook(ctx context.Context, orgID, id string, now time.Time
 		if before.Enabled && !w.Enabled {
 			return out.webhook(ctx, event.WebhookDisabled, w, now)
 		}
-		if w.Enabled && (!before.Enabled || w.URL != before.URL) {
-			// What failed before says nothing any more.
-			_, err = tx.ExecContext(ctx, `UPDATE webhook_deliveries SET next_at = $1, attempts = 0
-				WHERE webhook_id = $2 AND next_at IS NOT NULL`, at(now), id)
+		renewed = w.Enabled && (!before.Enabled || w.URL != before.URL)
+		return nil
+	}
+	err := db.inTurn(ctx, orgID, func() error {
+		if err := db.record(ctx, apply); err != nil || !renewed {
+			return err
 		}
-		return err
+		return db.renewHeads(ctx, id, now)
 	})
 	if refused != nil {
 		return webhook.Webhook{}, refused
@@ -178,6 +183,26 @@ func (db *DB) ChangeWebhook(ctx context.Context, orgID, id string, now time.Time
 		return webhook.Webhook{}, fmt.Errorf("changing webhook %s: %w", id, err)
 	}
 	return w, nil
+}
+
+// renewHeads makes the heads of all lanes due, since what failed before a webhook was changed says nothing any more. It
+// works in short transactions; after a crash between them some heads keep their times.
+func (db *DB) renewHeads(ctx context.Context, id string, now time.Time) error {
+	for {
+		var n int64
+		err := db.write(ctx, func(tx *sql.Tx) error {
+			r, err := tx.ExecContext(ctx, `UPDATE webhook_deliveries SET next_at = $1, attempts = 0, failed_at = NULL
+				WHERE webhook_id = $2 AND seq IN (SELECT seq FROM webhook_deliveries WHERE webhook_id = $2
+				AND next_at IS NOT NULL AND (next_at > $1 OR attempts > 0) LIMIT $3)`, at(now), id, dropBatch)
+			if err == nil {
+				n, err = r.RowsAffected()
+			}
+			return err
+		})
+		if err != nil || n < dropBatch {
+			return err
+		}
+	}
 }
 
 // writeWebhook writes a webhook whose row the transaction has locked.

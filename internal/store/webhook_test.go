@@ -171,6 +171,24 @@ func webhookListing(t *testing.T, db *DB) {
 	}
 }
 
+// headsOf describes the heads of the lanes of a webhook.
+func headsOf(t *testing.T, st webhook.Store, id string) (out string) {
+	t.Helper()
+	all, _, err := st.ListDeliveries(t.Context(), webhook.DeliveryFilter{WebhookID: id, Limit: 10})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range all {
+		if !d.NextAt.IsZero() {
+			out += fmt.Sprintf("%d after %d at %s; ", d.Seq, d.Attempts, d.NextAt.Sub(start))
+			if (d.Attempts == 0) != d.FailedAt.IsZero() {
+				t.Errorf("%d attempts failed, the first at %s", d.Attempts, d.FailedAt)
+			}
+		}
+	}
+	return out
+}
+
 func webhookChanging(t *testing.T, db *DB) {
 	var st webhook.Store = db
 	ctx := t.Context()
@@ -188,24 +206,12 @@ func webhookChanging(t *testing.T, db *DB) {
 		if seq+1 == 2 {
 			continue // it waits for the first
 		}
-		if err := st.EndAttempt(ctx, webhook.Result{WebhookID: w.ID, Seq: seq + 1, NextAt: later.Add(time.Hour),
-			Attempt: webhook.Attempt{At: start, Error: "no"}}); err != nil {
+		if err := st.EndAttempt(ctx, webhook.Result{WebhookID: w.ID, URL: w.URL, EnabledAt: w.EnabledAt, Seq: seq + 1,
+			NextAt: later.Add(time.Hour), Attempt: webhook.Attempt{At: start, Error: "no"}}); err != nil {
 			t.Fatal(err)
 		}
 	}
-	heads := func() (out string) {
-		t.Helper()
-		all, _, err := st.ListDeliveries(ctx, webhook.DeliveryFilter{WebhookID: w.ID, Limit: 10})
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, d := range all {
-			if !d.NextAt.IsZero() {
-				out += fmt.Sprintf("%d after %d at %s; ", d.Seq, d.Attempts, d.NextAt.Sub(start))
-			}
-		}
-		return out
-	}
+	heads := func() string { return headsOf(t, st, w.ID) }
 	change := func(f func(*webhook.Webhook)) webhook.Webhook {
 		t.Helper()
 		got, err := st.ChangeWebhook(ctx, "org_a", w.ID, later, func(w *webhook.Webhook) error { f(w); return nil })

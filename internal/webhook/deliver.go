@@ -169,11 +169,14 @@ func (s *Service) attempt(ctx context.Context, w Webhook, deliveryID string, bod
 
 // judge decides what follows from an attempt.
 func (s *Service) judge(w Webhook, d Delivery, a Attempt, answer Answer) Result {
-	r := Result{WebhookID: w.ID, Seq: d.Seq, Attempt: a, Made: a.Error == ""}
+	r := Result{WebhookID: w.ID, URL: w.URL, EnabledAt: w.EnabledAt, Seq: d.Seq, Attempt: a, Made: a.Error == ""}
 	if r.Made {
 		return r
 	}
-	end := later(d.QueuedAt, w.EnabledAt).Add(giveUp)
+	end := a.At.Add(giveUp)
+	if !d.FailedAt.IsZero() {
+		end = d.FailedAt.Add(giveUp)
+	}
 	switch {
 	case a.Status == 410:
 		r.Disable, r.NextAt = Gone, a.At
@@ -213,6 +216,7 @@ func (s *Service) trim(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
+		case <-s.dropped:
 		}
 	}
 }

@@ -2,6 +2,7 @@ package webhook_test
 
 import (
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"os"
@@ -60,6 +61,14 @@ func TestDocumentedReceivers(t *testing.T) {
 			}
 			return err == nil
 		})
+		broken, err := net.Dial("tcp", fmt.Sprint("127.0.0.1:", port)) // a request that ends in its body
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.WriteString(broken, "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{"); err != nil {
+			t.Fatal(err)
+		}
+		broken.Close()
 		h.happen("org_a", "one")
 		h.settled(w, 1)
 		if _, err := h.Change(t.Context(), "org_a", w.ID, webhook.Change{Secret: new(webhook.Secret)}); err != nil {

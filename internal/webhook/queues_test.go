@@ -33,12 +33,13 @@ func TestDelays(t *testing.T) {
 	}
 }
 
-// TestJudge checks what follows from attempts: the last one is made when three days are over, and then the webhook is
-// disabled.
+// TestJudge checks what follows from attempts: the last one is made three days after the first that failed, and then
+// the webhook is disabled. The time for which a delivery waited before does not count.
 func TestJudge(t *testing.T) {
 	s := &Service{}
 	queued := time.Date(2026, 5, 1, 0, 0, 0, 0, time.UTC)
-	w, d := Webhook{ID: "w", EnabledAt: queued.Add(-time.Hour)}, Delivery{Seq: 3, QueuedAt: queued, Attempts: 20}
+	w := Webhook{ID: "w"}
+	d := Delivery{Seq: 3, QueuedAt: queued.Add(-30 * 24 * time.Hour), Attempts: 20, FailedAt: queued}
 	failed := func(at time.Time, status int) Result {
 		return s.judge(w, d, Attempt{At: at, Status: status, Error: "no"}, Answer{Status: status})
 	}
@@ -58,9 +59,9 @@ func TestJudge(t *testing.T) {
 	if r := failed(end, 0); r.Disable != Failing {
 		t.Errorf("a failure at the end is %+v", r)
 	}
-	w.EnabledAt = queued.Add(24 * time.Hour) // it has three days from there on
+	d.FailedAt = time.Time{}
 	if r := failed(end, 0); r.Disable != "" {
-		t.Errorf("a failure two days after it was enabled is %+v", r)
+		t.Errorf("the first failure is %+v", r)
 	}
 }
 

@@ -64,10 +64,11 @@ type Service struct {
 	wires   map[Format]Wire
 	queues  *queues
 	changed chan struct{} // has room for one: a webhook was made, changed or deleted
+	dropped chan struct{} // has room for one: a webhook was deleted
 
 	mu sync.Mutex
 	// +checklocks:mu
-	testing map[string]bool // the webhooks that are being tested
+	calls map[string]int // long calls under way, by what limits them
 }
 
 // New returns a Service. wires has the wire of each format.
@@ -81,8 +82,8 @@ func New(cfg Config, store Store, feed Feed, sender Sender, wires map[Format]Wir
 	if cfg.Bounds == (Bounds{}) {
 		cfg.Bounds = DefaultBounds
 	}
-	return &Service{cfg: cfg, store: store, feed: feed, sender: sender, wires: wires, testing: map[string]bool{},
-		queues: newQueues(cfg.Concurrency), changed: make(chan struct{}, 1)}
+	return &Service{cfg: cfg, store: store, feed: feed, sender: sender, wires: wires, calls: map[string]int{},
+		queues: newQueues(cfg.Concurrency), changed: make(chan struct{}, 1), dropped: make(chan struct{}, 1)}
 }
 
 // now returns the present time as the store keeps it.
@@ -229,6 +230,10 @@ func (s *Service) Delete(ctx context.Context, orgID, id string) error {
 		return err
 	}
 	s.wake(Webhook{ID: id, OrgID: orgID})
+	select {
+	case s.dropped <- struct{}{}:
+	default: // trim has not looked since the last one
+	}
 	return nil
 }
 
@@ -241,16 +246,22 @@ func (s *Service) Deliveries(ctx context.Context, orgID string, f DeliveryFilter
 }
 
 // Test sends a request of the type [TestType] to a webhook, also to a disabled one, and returns what came of it. It is
-// not repeated and appears in no list. Conflict, code "webhook_busy", while another test of the webhook runs.
+// not repeated and appears in no list. Conflict, code "webhook_busy", while another test of the webhook runs, or
+// maxTests of the organization.
 func (s *Service) Test(ctx context.Context, orgID, id string) (Attempt, error) {
 	w, err := s.store.GetWebhook(ctx, orgID, id)
 	if err != nil {
 		return Attempt{}, err
 	}
-	if !s.begin(id) {
+	if !s.begin("test "+id, 1) {
 		return Attempt{}, fault.New(fault.Conflict, fault.CodeWebhookBusy, "another test of webhook %s runs", id)
 	}
-	defer s.end(id)
+	defer s.end("test " + id)
+	if !s.begin("tests "+orgID, maxTests) {
+		return Attempt{}, fault.New(fault.Conflict, fault.CodeWebhookBusy, "%d tests of the organization's webhooks run",
+			maxTests)
+	}
+	defer s.end("tests " + orgID)
 	now := s.now()
 	body, err := s.wires[w.Format].Test(w, now)
 	if err != nil {
@@ -260,21 +271,27 @@ func (s *Service) Test(ctx context.Context, orgID, id string) (Attempt, error) {
 	return a, ctx.Err()
 }
 
-func (s *Service) begin(id string) bool {
+// begin counts a call until end, unless most run.
+func (s *Service) begin(what string, most int) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.testing[id] {
+	if s.calls[what] >= most {
 		return false
 	}
-	s.testing[id] = true
+	s.calls[what]++
 	return true
 }
 
-func (s *Service) end(id string) {
+func (s *Service) end(what string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	delete(s.testing, id)
+	if s.calls[what]--; s.calls[what] == 0 {
+		delete(s.calls, what)
+	}
 }
+
+// maxTests limits the tests of an organization at once. Each may hold a connection to a receiver for [Patience].
+const maxTests = 4
 
 // Limits of one replay. With more, one call would hold the webhook's row for longer.
 const (
@@ -299,6 +316,10 @@ func (s *Service) Replay(ctx context.Context, orgID, id string, after event.Seq)
 	if err != nil {
 		return Replayed{}, err
 	}
+	if !s.begin("replay "+id, 1) {
+		return Replayed{}, fault.New(fault.Conflict, fault.CodeWebhookBusy, "another replay of webhook %s runs", id)
+	}
+	defer s.end("replay " + id)
 	out := Replayed{Through: after, More: true}
 	defer s.wake(w)
 	for scanned := 0; out.More && out.Queued < maxReplay && scanned < maxScan; scanned += replayPage {
@@ -317,6 +338,9 @@ func (s *Service) Replay(ctx context.Context, orgID, id string, after event.Seq)
 			}
 		}
 		n, err := s.store.Requeue(ctx, id, all, s.cfg.Bounds, s.now())
+		if out.Through > after && fault.Is(err, fault.Exhausted) {
+			break // the caller continues from Through once these are made
+		}
 		if err != nil {
 			return out, err
 		}

@@ -39,6 +39,8 @@ type Due struct {
 // Result is the end of an attempt at a delivery.
 type Result struct {
 	WebhookID string
+	URL       string    // that was called
+	EnabledAt time.Time // of the webhook, when the attempt began
 	Seq       event.Seq
 	Attempt   Attempt
 	Made      bool

@@ -112,6 +112,7 @@ type Delivery struct {
 	QueuedAt time.Time
 	MadeAt   time.Time // zero while it is pending
 	Attempts int       // that failed or succeeded
+	FailedAt time.Time // the first attempt that failed since it was queued or its webhook enabled; zero if none did
 	// NextAt is the time of the next attempt, zero if the delivery is made or waits for another of its lane.
 	NextAt time.Time
 	Last   Attempt // the zero value if there was none

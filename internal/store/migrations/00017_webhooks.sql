@@ -33,6 +33,7 @@ CREATE TABLE webhook_deliveries (
     queued_at   BIGINT NOT NULL,
     made_at     BIGINT,          -- NULL while it is pending
     attempts    BIGINT NOT NULL,
+    failed_at   BIGINT,          -- the first attempt that failed since the delivery was queued or its webhook enabled
     next_at     BIGINT,          -- of the first pending one of its lane; NULL for others
     tried_at    BIGINT,          -- the last attempt
     took        BIGINT NOT NULL,
@@ -45,3 +46,4 @@ CREATE TABLE webhook_deliveries (
 CREATE INDEX webhook_lanes ON webhook_deliveries (webhook_id, lane, seq) WHERE made_at IS NULL;
 CREATE INDEX webhook_due ON webhook_deliveries (webhook_id, next_at) WHERE next_at IS NOT NULL;
 CREATE UNIQUE INDEX webhook_heads ON webhook_deliveries (webhook_id, lane) WHERE next_at IS NOT NULL;
+CREATE INDEX webhook_made ON webhook_deliveries (webhook_id, seq) WHERE made_at IS NOT NULL;

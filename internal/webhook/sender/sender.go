@@ -1,9 +1,9 @@
 // Package sender posts webhooks to receivers, which are strangers' machines.
 //
-// A [Sender] connects only to addresses that it is allowed to, and asks about the address that it connects to, after
-// the name was resolved. It follows no redirect, uses no proxy, keeps no cookie, and bounds the time of a request and
-// what it reads of the answer. Its errors name no address, so that they tell nothing about the names that this machine
-// can resolve. It is safe for concurrent use and keeps some idle connections for seconds.
+// A [Sender] connects only to addresses that it is allowed to, and asks about the address that it connects to,
+// after the name was resolved. It follows no redirect, uses no proxy, keeps no cookie, and bounds the time of a
+// request and what it reads of the answer. Its errors name no address. It is safe for concurrent use and keeps
+// some idle connections for seconds.
 package sender
 
 import (
@@ -126,6 +126,10 @@ func (s *Sender) Send(ctx context.Context, to string, header map[string]string, 
 		return webhook.Answer{}, explain(ctx, err)
 	}
 	defer answer.Body.Close()
+	if answer.StatusCode == http.StatusSwitchingProtocols {
+		// The body is the connection, which no deadline ends any more.
+		return webhook.Answer{Status: answer.StatusCode}, nil
+	}
 	text, err := read(answer.Body)
 	if err != nil && answer.StatusCode/100 == 2 {
 		return webhook.Answer{}, explain(ctx, err) // it may have failed after its head

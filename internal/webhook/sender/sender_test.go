@@ -242,8 +242,7 @@ func TestPatience(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			here, there := net.Pipe()
 			var wg sync.WaitGroup
-			wg.Go(func() { _, _ = io.Copy(io.Discard, there) }) // until the end of the connection
-			wg.Go(func() { answer(there) })
+			wg.Go(func() { asked(there, &wg, answer) })
 			s := New(Config{Permit: anywhere})
 			s.transport.DialContext = func(context.Context, string, string) (net.Conn, error) { return here, nil }
 			began := time.Now()
@@ -257,6 +256,45 @@ func TestPatience(t *testing.T) {
 			wg.Wait()
 		})
 	}
+}
+
+// TestSwitchedProtocols lets a receiver answer 101 and then be silent, with the connection open. The attempt must end,
+// although the connection is the body of such an answer.
+func TestSwitchedProtocols(t *testing.T) {
+	here, there := net.Pipe()
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		asked(there, &wg, func(c net.Conn) {
+			_, _ = io.WriteString(c, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n")
+		})
+	})
+	s := New(Config{Permit: anywhere})
+	s.transport.DialContext = func(context.Context, string, string) (net.Conn, error) { return here, nil }
+	sent := make(chan webhook.Answer, 1)
+	go func() {
+		got, _ := s.Send(t.Context(), "http://receiver.invalid/", nil, []byte("{}"))
+		sent <- got
+	}()
+	select {
+	case got := <-sent:
+		if got.Status != http.StatusSwitchingProtocols {
+			t.Errorf("got %+v", got)
+		}
+	case <-time.After(2 * webhook.Patience):
+		t.Error("the attempt does not end")
+	}
+	there.Close()
+	s.Close()
+	wg.Wait()
+}
+
+// asked calls answer when a request comes, and reads the connection to its end. An answer to no request would close it.
+func asked(c net.Conn, wg *sync.WaitGroup, answer func(net.Conn)) {
+	if _, err := c.Read(make([]byte, 1)); err != nil {
+		return
+	}
+	wg.Go(func() { answer(c) })
+	_, _ = io.Copy(io.Discard, c)
 }
 
 // trickle writes a byte a second until the connection is closed.

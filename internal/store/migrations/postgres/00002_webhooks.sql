@@ -33,6 +33,7 @@ CREATE TABLE webhook_deliveries (
     queued_at   BIGINT NOT NULL,
     made_at     BIGINT,
     attempts    BIGINT NOT NULL,
+    failed_at   BIGINT,
     next_at     BIGINT,
     tried_at    BIGINT,
     took        BIGINT NOT NULL,
@@ -45,3 +46,4 @@ CREATE TABLE webhook_deliveries (
 CREATE INDEX webhook_lanes ON webhook_deliveries (webhook_id, lane, seq) WHERE made_at IS NULL;
 CREATE INDEX webhook_due ON webhook_deliveries (webhook_id, next_at) WHERE next_at IS NOT NULL;
 CREATE UNIQUE INDEX webhook_heads ON webhook_deliveries (webhook_id, lane) WHERE next_at IS NOT NULL;
+CREATE INDEX webhook_made ON webhook_deliveries (webhook_id, seq) WHERE made_at IS NOT NULL;
