@@ -97,20 +97,8 @@ func (db *DB) ListOrgs(ctx context.Context, limit int, after string) ([]auth.Org
 	if err != nil {
 		return nil, "", err
 	}
-	rows, err := db.reader.QueryContext(ctx, "SELECT "+orgColumns+" FROM orgs WHERE 1 = 1"+end, p...)
+	all, err := collect(ctx, db.reader, orgFields, "SELECT "+orgColumns+" FROM orgs WHERE 1 = 1"+end, p...)
 	if err != nil {
-		return nil, "", fmt.Errorf("listing organizations: %w", err)
-	}
-	defer rows.Close()
-	var all []auth.Org
-	for rows.Next() {
-		var o auth.Org
-		if err := rows.Scan(orgFields(&o)...); err != nil {
-			return nil, "", fmt.Errorf("listing organizations: %w", err)
-		}
-		all = append(all, o)
-	}
-	if err := rows.Err(); err != nil {
 		return nil, "", fmt.Errorf("listing organizations: %w", err)
 	}
 	all, next := cut(listOrgs, all, limit, func(o auth.Org) (time.Time, string) { return o.CreatedAt, o.ID })

@@ -93,20 +93,9 @@ func (db *DB) EndCheckpoint(ctx context.Context, c sandbox.StoredCheckpoint) err
 // StoredCheckpoints implements [sandbox.CheckpointStore].
 func (db *DB) StoredCheckpoints(ctx context.Context) ([]sandbox.StoredCheckpoint, error) {
 	defer db.took("stored_checkpoints", time.Now())
-	rows, err := db.reader.QueryContext(ctx, "SELECT "+checkpointColumns+" FROM checkpoints ORDER BY name, fence, number")
+	all, err := collect(ctx, db.reader, checkpointFields,
+		"SELECT "+checkpointColumns+" FROM checkpoints ORDER BY name, fence, number")
 	if err != nil {
-		return nil, fmt.Errorf("listing the copies of checkpoints: %w", err)
-	}
-	defer rows.Close()
-	var all []sandbox.StoredCheckpoint
-	for rows.Next() {
-		var c sandbox.StoredCheckpoint
-		if err := rows.Scan(checkpointFields(&c)...); err != nil {
-			return nil, fmt.Errorf("listing the copies of checkpoints: %w", err)
-		}
-		all = append(all, c)
-	}
-	if err := rows.Err(); err != nil {
 		return nil, fmt.Errorf("listing the copies of checkpoints: %w", err)
 	}
 	return all, nil

@@ -120,7 +120,7 @@ func (db *DB) enqueue(ctx context.Context, id string, all []webhook.Delivery, no
 		}
 		w.Pending += n
 		added(&w)
-		return out.writeWebhook(ctx, &w, now)
+		return out.writeWebhook(ctx, &w, true, now)
 	})
 	if err != nil {
 		return 0, fmt.Errorf("queueing deliveries of webhook %s: %w", id, err)
@@ -135,10 +135,9 @@ func (db *DB) lockWebhook(ctx context.Context, tx *sql.Tx, id string) (webhook.W
 		" FROM webhooks WHERE id = $1 AND deleted_at IS NULL"+db.forUpdate(), id), id)
 }
 
-// writeWebhook writes a webhook that was enabled when the transaction locked it. If it is disabled now, it also writes
-// the event.
-func (o *outbox) writeWebhook(ctx context.Context, w *webhook.Webhook, now time.Time) error {
-	if err := writeWebhook(ctx, o.tx, w); err != nil || w.Enabled {
+// writeWebhook writes a webhook that the transaction has locked, and the event if it is disabled now and was enabled.
+func (o *outbox) writeWebhook(ctx context.Context, w *webhook.Webhook, wasEnabled bool, now time.Time) error {
+	if err := updateWebhook(ctx, o.tx, w); err != nil || w.Enabled || !wasEnabled {
 		return err
 	}
 	return o.webhook(ctx, event.WebhookDisabled, *w, now)
@@ -200,20 +199,10 @@ const dueWebhooks = `SELECT w.id, w.org_id, (SELECT MIN(d.next_at) FROM webhook_
 // DueWebhooks implements [webhook.Store].
 func (db *DB) DueWebhooks(ctx context.Context) ([]webhook.Due, error) {
 	defer db.took("due_webhooks", time.Now())
-	rows, err := db.reader.QueryContext(ctx, dueWebhooks)
+	all, err := collect(ctx, db.reader, func(d *webhook.Due) []any {
+		return []any{&d.WebhookID, &d.OrgID, timeColumn{&d.At}}
+	}, dueWebhooks)
 	if err != nil {
-		return nil, fmt.Errorf("finding webhooks that are due: %w", err)
-	}
-	defer rows.Close()
-	var all []webhook.Due
-	for rows.Next() {
-		var d webhook.Due
-		if err := rows.Scan(&d.WebhookID, &d.OrgID, timeColumn{&d.At}); err != nil {
-			return nil, fmt.Errorf("finding webhooks that are due: %w", err)
-		}
-		all = append(all, d)
-	}
-	if err := rows.Err(); err != nil {
 		return nil, fmt.Errorf("finding webhooks that are due: %w", err)
 	}
 	return all, nil
@@ -302,10 +291,7 @@ func (db *DB) EndAttempt(ctx context.Context, r webhook.Result) error {
 		if r.Disable != "" {
 			w.Disable(r.Disable, a.At)
 		}
-		if !was {
-			return writeWebhook(ctx, tx, &w)
-		}
-		return out.writeWebhook(ctx, &w, a.At)
+		return out.writeWebhook(ctx, &w, was, a.At)
 	})
 	if err != nil {
 		return fmt.Errorf("ending an attempt of webhook %s: %w", r.WebhookID, err)
@@ -320,26 +306,15 @@ func (db *DB) ListDeliveries(ctx context.Context, f webhook.DeliveryFilter) ([]w
 	if err != nil {
 		return nil, "", err
 	}
-	rows, err := db.reader.QueryContext(ctx, query, args...)
+	all, err := collect(ctx, db.reader, deliveryFields, query, args...)
 	if err != nil {
 		return nil, "", fmt.Errorf("listing deliveries: %w", err)
 	}
-	defer rows.Close()
-	var all []webhook.Delivery
-	for rows.Next() {
-		var d webhook.Delivery
-		if err := rows.Scan(deliveryFields(&d)...); err != nil {
-			return nil, "", fmt.Errorf("listing deliveries: %w", err)
-		}
-		if len(all) == f.Limit {
-			return all, cursor{listDeliveries, int64(all[f.Limit-1].Seq), f.WebhookID}.String(), rows.Close()
-		}
-		all = append(all, d)
+	if len(all) <= f.Limit {
+		return all, "", nil
 	}
-	if err := rows.Err(); err != nil {
-		return nil, "", fmt.Errorf("listing deliveries: %w", err)
-	}
-	return all, "", nil
+	all = all[:f.Limit]
+	return all, cursor{listDeliveries, int64(all[f.Limit-1].Seq), f.WebhookID}.String(), nil
 }
 
 func listDeliveriesQuery(f webhook.DeliveryFilter) (string, params, error) {

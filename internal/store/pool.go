@@ -58,21 +58,9 @@ func (db *DB) DropPooled(ctx context.Context, id sandbox.ID) error {
 // ListPooled implements [sandbox.Store].
 func (db *DB) ListPooled(ctx context.Context) ([]sandbox.Pooled, error) {
 	defer db.took("list_pooled", time.Now())
-	rows, err := db.reader.QueryContext(ctx, "SELECT "+pooledColumns+
+	all, err := collect(ctx, db.reader, pooledFields, "SELECT "+pooledColumns+
 		" FROM pool WHERE node_id = $1 ORDER BY created_at, id", db.holder().Node)
 	if err != nil {
-		return nil, fmt.Errorf("listing the warm pool: %w", err)
-	}
-	defer rows.Close()
-	var all []sandbox.Pooled
-	for rows.Next() {
-		var m sandbox.Pooled
-		if err := rows.Scan(pooledFields(&m)...); err != nil {
-			return nil, fmt.Errorf("listing the warm pool: %w", err)
-		}
-		all = append(all, m)
-	}
-	if err := rows.Err(); err != nil {
 		return nil, fmt.Errorf("listing the warm pool: %w", err)
 	}
 	return all, nil

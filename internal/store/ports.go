@@ -66,20 +66,9 @@ func (o *outbox) port(ctx context.Context, t event.Type, id sandbox.ID, port int
 // PublicPorts implements [sandbox.Store].
 func (db *DB) PublicPorts(ctx context.Context, id sandbox.ID) ([]int, error) {
 	defer db.took("public_ports", time.Now())
-	rows, err := db.reader.QueryContext(ctx, "SELECT port FROM public_ports WHERE sandbox_id = $1 ORDER BY port", id)
+	ports, err := collect(ctx, db.reader, func(port *int) []any { return []any{port} },
+		"SELECT port FROM public_ports WHERE sandbox_id = $1 ORDER BY port", id)
 	if err != nil {
-		return nil, fmt.Errorf("listing public ports of %s: %w", id, err)
-	}
-	defer rows.Close()
-	var ports []int
-	for rows.Next() {
-		var port int
-		if err := rows.Scan(&port); err != nil {
-			return nil, fmt.Errorf("listing public ports of %s: %w", id, err)
-		}
-		ports = append(ports, port)
-	}
-	if err := rows.Err(); err != nil {
 		return nil, fmt.Errorf("listing public ports of %s: %w", id, err)
 	}
 	return ports, nil

@@ -41,25 +41,13 @@ func scanSandbox(row scanner) (sandbox.Sandbox, error) {
 	return s, err
 }
 
-func scanSandboxes(rows *sql.Rows) ([]sandbox.Sandbox, error) {
-	defer rows.Close()
-	var all []sandbox.Sandbox
-	for rows.Next() {
-		s, err := scanSandbox(rows)
-		if err != nil {
-			return nil, err
-		}
-		all = append(all, s)
-	}
-	return all, rows.Err()
-}
-
 func noSandbox(id sandbox.ID) error {
 	return fault.New(fault.NotFound, fault.CodeSandboxNotFound, "there is no sandbox %s", id)
 }
 
-// querier runs a query for one row. *sql.DB and *sql.Tx implement it.
+// querier runs queries. *sql.DB and *sql.Tx implement it.
 type querier interface {
+	QueryContext(ctx context.Context, query string, args ...any) (*sql.Rows, error)
 	QueryRowContext(ctx context.Context, query string, args ...any) *sql.Row
 }
 
@@ -254,11 +242,7 @@ func (db *DB) List(ctx context.Context, f sandbox.Filter) ([]sandbox.Sandbox, st
 	if err != nil {
 		return nil, "", err
 	}
-	rows, err := db.reader.QueryContext(ctx, query, args...)
-	if err != nil {
-		return nil, "", fmt.Errorf("listing sandboxes: %w", err)
-	}
-	all, err := scanSandboxes(rows)
+	all, err := collect(ctx, db.reader, sandboxFields, query, args...)
 	if err != nil {
 		return nil, "", fmt.Errorf("listing sandboxes: %w", err)
 	}
@@ -513,13 +497,9 @@ func (db *DB) Unfinished(ctx context.Context) ([]sandbox.Sandbox, error) {
 	if err := db.current(ctx); err != nil {
 		return nil, fmt.Errorf("listing unfinished sandboxes: %w", err)
 	}
-	rows, err := db.reader.QueryContext(ctx,
+	all, err := collect(ctx, db.reader, sandboxFields,
 		"SELECT "+sandboxColumns+" FROM sandboxes WHERE node_id = $1 AND ended_at IS NULL ORDER BY created_at, id",
 		db.holder().Node)
-	if err != nil {
-		return nil, fmt.Errorf("listing unfinished sandboxes: %w", err)
-	}
-	all, err := scanSandboxes(rows)
 	if err != nil {
 		return nil, fmt.Errorf("listing unfinished sandboxes: %w", err)
 	}
@@ -560,21 +540,24 @@ func (db *DB) texts(ctx context.Context, doing, query string, args ...any) ([]st
 }
 
 // texts returns the rows of a query for one column of text. q is a *sql.DB or a *sql.Tx.
-func texts(ctx context.Context, q interface {
-	QueryContext(ctx context.Context, query string, args ...any) (*sql.Rows, error)
-}, query string, args ...any) ([]string, error) {
+func texts(ctx context.Context, q querier, query string, args ...any) ([]string, error) {
+	return collect(ctx, q, func(text *string) []any { return []any{text} }, query, args...)
+}
+
+// collect returns all rows of a query; fields returns where to scan the columns of one to.
+func collect[T any](ctx context.Context, q querier, fields func(*T) []any, query string, args ...any) ([]T, error) {
 	rows, err := q.QueryContext(ctx, query, args...)
 	if err != nil {
 		return nil, err
 	}
 	defer rows.Close()
-	var all []string
+	var all []T
 	for rows.Next() {
-		var text string
-		if err := rows.Scan(&text); err != nil {
+		var one T
+		if err := rows.Scan(fields(&one)...); err != nil {
 			return nil, err
 		}
-		all = append(all, text)
+		all = append(all, one)
 	}
 	return all, rows.Err()
 }

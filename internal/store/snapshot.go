@@ -36,20 +36,8 @@ func scanSnapshot(row scanner, id string) (sandbox.Snapshot, error) {
 }
 
 func (db *DB) snapshots(ctx context.Context, query string, args ...any) ([]sandbox.Snapshot, error) {
-	rows, err := db.reader.QueryContext(ctx, query, args...)
+	all, err := collect(ctx, db.reader, snapshotFields, query, args...)
 	if err != nil {
-		return nil, fmt.Errorf("listing snapshots: %w", err)
-	}
-	defer rows.Close()
-	var all []sandbox.Snapshot
-	for rows.Next() {
-		var s sandbox.Snapshot
-		if err := rows.Scan(snapshotFields(&s)...); err != nil {
-			return nil, fmt.Errorf("listing snapshots: %w", err)
-		}
-		all = append(all, s)
-	}
-	if err := rows.Err(); err != nil {
 		return nil, fmt.Errorf("listing snapshots: %w", err)
 	}
 	return all, nil

@@ -259,21 +259,10 @@ func (db *DB) MarkTags(ctx context.Context, image string, gone bool) error {
 // Tags implements [template.Store].
 func (db *DB) Tags(ctx context.Context, id string) ([]template.Tag, error) {
 	defer db.took("tags", time.Now())
-	rows, err := db.reader.QueryContext(ctx,
-		"SELECT tag, build_id, version, created_at, gone FROM template_tags WHERE template_id = $1 ORDER BY tag", id)
+	all, err := collect(ctx, db.reader, func(t *template.Tag) []any {
+		return []any{&t.Name, &t.BuildID, jsonColumn{&t.Version}, timeColumn{&t.CreatedAt}, &t.Gone}
+	}, "SELECT tag, build_id, version, created_at, gone FROM template_tags WHERE template_id = $1 ORDER BY tag", id)
 	if err != nil {
-		return nil, fmt.Errorf("listing tags of template %s: %w", id, err)
-	}
-	defer rows.Close()
-	var all []template.Tag
-	for rows.Next() {
-		var t template.Tag
-		if err := rows.Scan(&t.Name, &t.BuildID, jsonColumn{&t.Version}, timeColumn{&t.CreatedAt}, &t.Gone); err != nil {
-			return nil, fmt.Errorf("listing tags of template %s: %w", id, err)
-		}
-		all = append(all, t)
-	}
-	if err := rows.Err(); err != nil {
 		return nil, fmt.Errorf("listing tags of template %s: %w", id, err)
 	}
 	return all, nil
@@ -367,16 +356,12 @@ func (db *DB) ListTemplates(ctx context.Context, orgID string, limit int,
 	after string) ([]template.Template, string, error) {
 	defer db.took("list_templates", time.Now())
 	var p params
-	q := "SELECT " + templateColumns + " FROM templates WHERE org_id IN (" + p.add(orgID) + ", '')"
+	q := "org_id IN (" + p.add(orgID) + ", '')"
 	end, err := page(listTemplates, limit, after, &p)
 	if err != nil {
 		return nil, "", err
 	}
-	rows, err := db.reader.QueryContext(ctx, q+end, p...)
-	if err != nil {
-		return nil, "", fmt.Errorf("listing templates: %w", err)
-	}
-	all, err := scanTemplates(rows)
+	all, err := db.templates(ctx, q+end, p...)
 	if err != nil {
 		return nil, "", err
 	}
@@ -384,18 +369,10 @@ func (db *DB) ListTemplates(ctx context.Context, orgID string, limit int,
 	return all, next, nil
 }
 
-// scanTemplates reads all rows and closes them.
-func scanTemplates(rows *sql.Rows) ([]template.Template, error) {
-	defer rows.Close()
-	var all []template.Template
-	for rows.Next() {
-		var t template.Template
-		if err := rows.Scan(templateFields(&t)...); err != nil {
-			return nil, fmt.Errorf("listing templates: %w", err)
-		}
-		all = append(all, t)
-	}
-	if err := rows.Err(); err != nil {
+// templates returns the templates that the end of a query, from WHERE on, selects.
+func (db *DB) templates(ctx context.Context, where string, args ...any) ([]template.Template, error) {
+	all, err := collect(ctx, db.reader, templateFields, "SELECT "+templateColumns+" FROM templates WHERE "+where, args...)
+	if err != nil {
 		return nil, fmt.Errorf("listing templates: %w", err)
 	}
 	return all, nil
@@ -404,23 +381,13 @@ func scanTemplates(rows *sql.Rows) ([]template.Template, error) {
 // QueuedTemplates implements [template.Store].
 func (db *DB) QueuedTemplates(ctx context.Context) ([]template.Template, error) {
 	defer db.took("queued_templates", time.Now())
-	rows, err := db.reader.QueryContext(ctx,
-		"SELECT "+templateColumns+" FROM templates WHERE queued_at IS NOT NULL ORDER BY queued_at, id")
-	if err != nil {
-		return nil, fmt.Errorf("listing templates: %w", err)
-	}
-	return scanTemplates(rows)
+	return db.templates(ctx, "queued_at IS NOT NULL ORDER BY queued_at, id")
 }
 
 // TemplatesWithImage implements [template.Store].
 func (db *DB) TemplatesWithImage(ctx context.Context, image string) ([]template.Template, error) {
 	defer db.took("templates_with_image", time.Now())
-	rows, err := db.reader.QueryContext(ctx,
-		"SELECT "+templateColumns+" FROM templates WHERE image = $1 AND version > 0 ORDER BY id", image)
-	if err != nil {
-		return nil, fmt.Errorf("listing templates: %w", err)
-	}
-	return scanTemplates(rows)
+	return db.templates(ctx, "image = $1 AND version > 0 ORDER BY id", image)
 }
 
 // TemplateImages implements [template.Store].
@@ -485,22 +452,11 @@ func (db *DB) TemplateLogRest(ctx context.Context, id string, skip, limit int) (
 
 // logLines reads lines of a template's log; rest is the end of the query with two parameters.
 func (db *DB) logLines(ctx context.Context, id, rest string, from int64, limit int) ([]template.LogLine, error) {
-	rows, err := db.reader.QueryContext(ctx,
-		"SELECT seq, at, step, heading, dockerfile_line, line FROM template_logs WHERE template_id = $1 "+rest,
+	all, err := collect(ctx, db.reader, func(l *template.LogLine) []any {
+		return []any{&l.Seq, timeColumn{&l.At}, &l.Step, &l.Heading, &l.Line, &l.Text}
+	}, "SELECT seq, at, step, heading, dockerfile_line, line FROM template_logs WHERE template_id = $1 "+rest,
 		id, from, limit)
 	if err != nil {
-		return nil, fmt.Errorf("reading the log of template %s: %w", id, err)
-	}
-	defer rows.Close()
-	var all []template.LogLine
-	for rows.Next() {
-		var l template.LogLine
-		if err := rows.Scan(&l.Seq, timeColumn{&l.At}, &l.Step, &l.Heading, &l.Line, &l.Text); err != nil {
-			return nil, fmt.Errorf("reading the log of template %s: %w", id, err)
-		}
-		all = append(all, l)
-	}
-	if err := rows.Err(); err != nil {
 		return nil, fmt.Errorf("reading the log of template %s: %w", id, err)
 	}
 	return all, nil

@@ -35,20 +35,8 @@ func scanWebhook(row scanner, id string) (webhook.Webhook, error) {
 }
 
 func (db *DB) webhooks(ctx context.Context, query string, args ...any) ([]webhook.Webhook, error) {
-	rows, err := db.reader.QueryContext(ctx, query, args...)
+	all, err := collect(ctx, db.reader, webhookFields, query, args...)
 	if err != nil {
-		return nil, fmt.Errorf("listing webhooks: %w", err)
-	}
-	defer rows.Close()
-	var all []webhook.Webhook
-	for rows.Next() {
-		var w webhook.Webhook
-		if err := rows.Scan(webhookFields(&w)...); err != nil {
-			return nil, fmt.Errorf("listing webhooks: %w", err)
-		}
-		all = append(all, w)
-	}
-	if err := rows.Err(); err != nil {
 		return nil, fmt.Errorf("listing webhooks: %w", err)
 	}
 	return all, nil
@@ -161,14 +149,8 @@ func (db *DB) ChangeWebhook(ctx context.Context, orgID, id string, now time.Time
 				return err
 			}
 		}
-		if err := writeWebhook(ctx, tx, &w); err != nil {
-			return err
-		}
-		if before.Enabled && !w.Enabled {
-			return out.webhook(ctx, event.WebhookDisabled, w, now)
-		}
 		renewed = w.Enabled && (!before.Enabled || w.URL != before.URL)
-		return nil
+		return out.writeWebhook(ctx, &w, before.Enabled, now)
 	}
 	err := db.inTurn(ctx, orgID, func() error {
 		if err := db.record(ctx, apply); err != nil || !renewed {
@@ -205,8 +187,8 @@ func (db *DB) renewHeads(ctx context.Context, id string, now time.Time) error {
 	}
 }
 
-// writeWebhook writes a webhook whose row the transaction has locked.
-func writeWebhook(ctx context.Context, tx *sql.Tx, w *webhook.Webhook) error {
+// updateWebhook writes a webhook whose row the transaction has locked.
+func updateWebhook(ctx context.Context, tx *sql.Tx, w *webhook.Webhook) error {
 	_, err := tx.ExecContext(ctx, `UPDATE webhooks SET name = $1, url = $2, types = $3, secret = $4, enabled = $5,
 		enabled_at = $6, reason = $7, disabled_at = $8, after_seq = $9, pending = $10, pending_bytes = $11 WHERE id = $12`,
 		w.Name, w.URL, jsonColumn{&w.Types}, w.Secret, w.Enabled, at(w.EnabledAt), w.Reason, at(w.DisabledAt), w.After,
