@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"math"
 	"os"
 	"runtime"
 	"strconv"
@@ -74,10 +75,12 @@ const (
 	// margin is the distance below the limit that relief aims at, as a divisor of the limit, so
 	// that the next page does not need relief again.
 	margin = 16
-	// settleTime limits the wait for freed memory to return to the host. The sandbox's kernel
-	// returns it in the background, at some GB/s.
+	// settleTime limits the wait for freed memory to return to the host since the last of it came.
+	// The sandbox's kernel returns it in the background, at some GB/s, and slower on a busy machine.
 	settleTime = 500 * time.Millisecond
 	settlePoll = 2 * time.Millisecond
+	// settleMost limits the whole wait, as long as memory comes back.
+	settleMost = 2 * time.Second
 	// recheck is the pause before the guard looks again when relief freed nothing, or the kernel
 	// could not take the loan back yet.
 	recheck = 100 * time.Millisecond
@@ -288,10 +291,17 @@ func pause(ctx context.Context) {
 // that is being returned. It returns at once when a process waits for memory, but sleeps at least
 // once: otherwise relief that lies would keep a CPU busy.
 func (g *Guard) settle(ctx context.Context) {
-	for end := time.Now().Add(settleTime); time.Now().Before(end) && ctx.Err() == nil; {
+	began := time.Now()
+	end, least := began.Add(settleTime), int64(math.MaxInt64)
+	for time.Now().Before(end) && ctx.Err() == nil {
 		time.Sleep(settlePoll)
-		if _, over, waiting, err := g.look(); err != nil || waiting || over <= 0 {
+		held, over, waiting, err := g.look()
+		if err != nil || waiting || over <= 0 {
 			return
+		}
+		if held < least {
+			least = held
+			end = time.Now().Add(min(settleTime, settleMost-time.Since(began)))
 		}
 	}
 }

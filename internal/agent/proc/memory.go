@@ -1,6 +1,7 @@
 package proc
 
 import (
+	"context"
 	"encoding/json"
 	"net/http"
 	"os"
@@ -73,7 +74,7 @@ func (m *memory) relieve(w http.ResponseWriter, r *http.Request) {
 		answer.Error(w, answer.Bad("relieve: bytes must be positive"))
 		return
 	}
-	freed, killed, err := m.free(req.Bytes)
+	freed, killed, err := m.free(r.Context(), req.Bytes)
 	if err != nil {
 		answer.Error(w, err)
 		return
@@ -83,11 +84,13 @@ func (m *memory) relieve(w http.ResponseWriter, r *http.Request) {
 
 // free kills the largest processes until they have given back so many bytes of
 // resident memory or no process is left to kill, and waits until they are gone.
-func (m *memory) free(bytes int64) (freed int64, killed int, err error) {
+// It kills no more when a process is slow to give its memory back, and when the
+// caller has left: the host looks again before it asks again.
+func (m *memory) free(ctx context.Context, bytes int64) (freed int64, killed int, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	deadline := time.Now().Add(relievePatience)
-	for freed < bytes && time.Now().Before(deadline) {
+	for freed < bytes && ctx.Err() == nil {
 		if err := m.scanLocked(); err != nil {
 			return freed, killed, err
 		}
@@ -95,7 +98,7 @@ func (m *memory) free(bytes int64) (freed int64, killed int, err error) {
 			return freed, killed, nil
 		}
 		for _, v := range m.victims {
-			if freed >= bytes {
+			if freed >= bytes || ctx.Err() != nil {
 				break
 			}
 			m.markKilledLocked(v.pid)
@@ -103,9 +106,10 @@ func (m *memory) free(bytes int64) (freed int64, killed int, err error) {
 				continue // ended by itself
 			}
 			killed++
-			if m.waitGoneLocked(v, deadline) {
-				freed += v.rss
+			if !m.waitGoneLocked(ctx, v, deadline) {
+				return freed, killed, nil
 			}
+			freed += v.rss
 		}
 	}
 	return freed, killed, nil
@@ -254,12 +258,12 @@ func (m *memory) markKilledLocked(pid int) {
 	}
 }
 
-// waitGoneLocked reports whether the process has given its memory back in time.
+// waitGoneLocked reports whether the process has given its memory back before the deadline and before the caller left.
 //
 // +checklocks:m.mu
-func (m *memory) waitGoneLocked(v victim, deadline time.Time) bool {
+func (m *memory) waitGoneLocked(ctx context.Context, v victim, deadline time.Time) bool {
 	for m.rssLocked(v.pid) > 0 {
-		if time.Now().After(deadline) {
+		if ctx.Err() != nil || time.Now().After(deadline) {
 			return false
 		}
 		time.Sleep(time.Millisecond)
