@@ -39,6 +39,7 @@ const (
 // it is a directory of the host, its content is counted whenever the host's disk has lost as much
 // as builds may write, so a fast writer exceeds the limit before it is stopped.
 type disk struct {
+	dir     string
 	limit   int64    // bytes, of one build
 	ballast *os.File // nil if the disk is a directory of the host
 
@@ -55,13 +56,13 @@ type diskUse struct {
 	build bool
 }
 
-func openDisk(c *wire.Config) (*disk, error) {
-	d := &disk{limit: c.BuildBytes, running: map[*diskUse]bool{}}
+func openDisk(dir string, c *wire.Config) (*disk, error) {
+	d := &disk{dir: dir, limit: c.BuildBytes, running: map[*diskUse]bool{}}
 	if !c.Image {
 		return d, nil
 	}
 	var err error
-	if d.ballast, err = os.OpenFile(filepath.Join(dataDir, "ballast"), os.O_CREATE|os.O_RDWR, 0o600); err != nil {
+	if d.ballast, err = os.OpenFile(filepath.Join(dir, "ballast"), os.O_CREATE|os.O_RDWR, 0o600); err != nil {
 		return nil, fmt.Errorf("opening the disk: %w", err)
 	}
 	return d, d.leave(diskSlack)
@@ -85,7 +86,7 @@ func (d *disk) leave(want int64) error {
 	if err != nil {
 		return fmt.Errorf("bounding the disk: %w", err)
 	}
-	free, _ := statfs(dataDir)
+	free, _ := statfs(d.dir)
 	size := max(info.Size()+free-want, 0)
 	if size <= info.Size() {
 		err = d.ballast.Truncate(size)
@@ -110,7 +111,7 @@ func (d *disk) begin(stop context.CancelCauseFunc) (*diskUse, error) {
 	if d.ballast == nil {
 		use.stop = stop
 	}
-	free, _ := statfs(dataDir)
+	free, _ := statfs(d.dir)
 	if d.builds() == 0 {
 		free = 0 // the slack is not counted twice
 	}
@@ -131,7 +132,7 @@ func (d *disk) step(stop context.CancelCauseFunc) *diskUse {
 	return use
 }
 
-// end takes the space of a build back, except the slack that its end needs.
+// end takes the space of a build back.
 func (d *disk) end(use *diskUse) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -139,15 +140,20 @@ func (d *disk) end(use *diskUse) error {
 	if !use.build {
 		return nil
 	}
-	return d.settle(diskSlack)
+	return d.settle()
 }
 
-// settle leaves free what running builds have left, and at least least bytes.
+// settle leaves free what running builds have left, or the slack if none runs. It gives a running
+// build nothing: one that is at its limit would write on.
 //
 // +checklocks:d.mu
-func (d *disk) settle(least int64) error {
-	free, _ := statfs(dataDir)
-	return d.leave(max(min(free, int64(d.builds())*d.limit), least))
+func (d *disk) settle() error {
+	builds := int64(d.builds())
+	if builds == 0 {
+		return d.leave(diskSlack)
+	}
+	free, _ := statfs(d.dir)
+	return d.leave(min(free, builds*d.limit))
 }
 
 // builds returns the number of builds that run.
@@ -201,7 +207,7 @@ func (d *disk) trim() error {
 	}
 	r := struct{ start, length, least uint64 }{length: ^uint64(0)}
 	_, _, errno := unix.Syscall(unix.SYS_IOCTL, d.ballast.Fd(), fitrim, uintptr(unsafe.Pointer(&r)))
-	err := d.settle(diskSlack)
+	err := d.settle()
 	if errno != 0 && errno != unix.EOPNOTSUPP {
 		err = errors.Join(err, fmt.Errorf("giving blocks of the disk back: %w", errno))
 	}
@@ -211,7 +217,7 @@ func (d *disk) trim() error {
 // taken returns the number of bytes of an image that the cache and builds take.
 func (d *disk) taken() (int64, error) {
 	var st unix.Statfs_t
-	if err := unix.Statfs(dataDir, &st); err != nil {
+	if err := unix.Statfs(d.dir, &st); err != nil {
 		return 0, fmt.Errorf("looking at the disk: %w", err)
 	}
 	info, err := d.ballast.Stat()
@@ -223,7 +229,7 @@ func (d *disk) taken() (int64, error) {
 
 // full reports whether the running builds have filled the disk.
 func (d *disk) full() bool {
-	free, _ := statfs(dataDir)
+	free, _ := statfs(d.dir)
 	return d.ballast != nil && free < diskFull
 }
 
@@ -272,7 +278,7 @@ func (d *disk) look(last *look) {
 		last.builds = 0
 		return
 	}
-	_, writable := statfs(dataDir)
+	_, writable := statfs(d.dir)
 	free, _ := statfs(contextsDir)
 	switch {
 	case d.ballast != nil && !writable:
@@ -292,14 +298,14 @@ func (d *disk) look(last *look) {
 // write.
 func (d *disk) count(last *look, builds int, free int64) {
 	if last.builds == 0 {
-		last.used, last.free = used(dataDir), free
+		last.used, last.free = used(d.dir), free
 	}
 	last.builds = builds
 	limit := d.limit * int64(builds)
 	if last.free-free <= limit {
 		return
 	}
-	if used(dataDir)-last.used > limit {
+	if used(d.dir)-last.used > limit {
 		d.stop(d.exceeded(), true)
 		return
 	}

@@ -126,7 +126,7 @@ func (d *daemon) start(c *wire.Config) error {
 	if err := errors.Join(os.RemoveAll(scratch), os.MkdirAll(scratch, 0o700)); err != nil {
 		return fmt.Errorf("making room for steps: %w", err)
 	}
-	if d.disk, err = openDisk(c); err != nil {
+	if d.disk, err = openDisk(dataDir, c); err != nil {
 		return err
 	}
 	run := &steps{config: c, slots: d.slots, groups: groups, disk: d.disk, dir: filepath.Join(scratch, "steps"),
