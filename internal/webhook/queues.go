@@ -13,6 +13,9 @@ const (
 	// slowAttempt is the time from which on an attempt counts as slow. Slow and failing webhooks together have half of the
 	// attempts, so that the other half is for receivers that answer at once.
 	slowAttempt = 2 * time.Second
+	// slowTime is the time for which a webhook counts as slow after a slow attempt. A receiver that is slow on purpose may
+	// answer at once in between; after a longer time one that was slow once waits for no reason.
+	slowTime = 10 * time.Minute
 	// orgShare is the part of all attempts that one organization may have, as a divisor.
 	orgShare = 4
 )
@@ -25,12 +28,15 @@ type queue struct {
 	busy    []string  // lanes with an attempt under way
 	proven  bool      // its last attempt succeeded
 	failing bool      // its last attempt failed
-	slow    bool      // its last attempt was slow
+	slow    time.Time // the webhook counts as slow until then
 	started int64     // when its last attempt began, in the count of all
 }
 
 // restrained reports whether attempts of the queue may take long.
-func (q *queue) restrained() bool { return q.failing || q.slow }
+func (q *queue) restrained(now time.Time) bool { return q.failing || q.slow.After(now) }
+
+// idle reports whether nothing is under way, and nothing known to be due.
+func (q *queue) idle() bool { return q.next.IsZero() && len(q.busy) == 0 }
 
 // mayStart reports whether the webhook may have one more attempt, if one is due at now.
 func (q *queue) mayStart(now time.Time) bool {
@@ -107,11 +113,15 @@ func (q *queues) pick(now time.Time) (c claim, ok bool, next time.Time) {
 		return claim{}, false, time.Time{}
 	}
 	var best *queue
-	for _, one := range q.all {
+	for id, one := range q.all {
+		if one.idle() && !one.restrained(now) {
+			delete(q.all, id)
+			continue
+		}
 		if at := later(one.next, one.rest); !one.next.IsZero() && at.After(now) && (next.IsZero() || at.Before(next)) {
 			next = at
 		}
-		if one.mayStart(now) && q.fitsLocked(one) && (best == nil || q.beforeLocked(one, best)) {
+		if one.mayStart(now) && q.fitsLocked(one, now) && (best == nil || q.beforeLocked(one, best)) {
 			best = one
 		}
 	}
@@ -128,10 +138,11 @@ func (q *queues) pick(now time.Time) (c claim, ok bool, next time.Time) {
 	use.started, best.started = q.starts, q.starts
 	best.next = time.Time{} // until the store says when the next one is due
 	q.running++
-	if best.restrained() {
+	restrained := best.restrained(now)
+	if restrained {
 		q.restrained++
 	}
-	return claim{best.id, best.org, slices.Clone(best.busy), best.restrained()}, true, time.Time{}
+	return claim{best.id, best.org, slices.Clone(best.busy), restrained}, true, time.Time{}
 }
 
 func later(a, b time.Time) time.Time {
@@ -152,11 +163,11 @@ func (q *queues) useLocked(org string) orgUse {
 
 // fitsLocked reports whether the shares of all leave room for an attempt of one.
 // +checklocks:q.mu
-func (q *queues) fitsLocked(one *queue) bool {
+func (q *queues) fitsLocked(one *queue, now time.Time) bool {
 	if q.useLocked(one.org).running >= max(q.most/orgShare, 1) {
 		return false
 	}
-	return !one.restrained() || q.restrained < max(q.most/2, 1)
+	return !one.restrained(now) || q.restrained < max(q.most/2, 1)
 }
 
 // beforeLocked reports whether a is before b.
@@ -206,7 +217,7 @@ func (q *queues) none(c claim, at time.Time, gone bool) {
 	if !at.IsZero() && (one.next.IsZero() || at.Before(one.next)) { // it may have become due meanwhile
 		one.next = at
 	}
-	if one.next.IsZero() && len(one.busy) == 0 && (gone || !one.restrained()) {
+	if gone && one.idle() {
 		delete(q.all, c.id)
 	}
 }
@@ -233,7 +244,10 @@ func (q *queues) done(c claim, lane string, ok, slow bool, again time.Time) {
 	if i := slices.Index(one.busy, lane); i >= 0 {
 		one.busy = slices.Delete(one.busy, i, i+1)
 	}
-	one.proven, one.failing, one.slow = ok, !ok, slow
+	one.proven, one.failing = ok, !ok
+	if slow {
+		one.slow = again.Add(slowTime)
+	}
 	if one.next.IsZero() || again.Before(one.next) {
 		one.next = again
 	}

@@ -140,6 +140,33 @@ func TestQueuesAreFair(t *testing.T) {
 	}
 }
 
+// TestQueuesKeepSlow checks that one quick answer does not hide a slow receiver, and that its queue goes in the end.
+func TestQueuesKeepSlow(t *testing.T) {
+	now := time.Now()
+	q := newQueues(8)
+	q.due("a", "org", now)
+	for _, slow := range []bool{true, false} {
+		c, ok, _ := q.pick(now)
+		if !ok {
+			t.Fatal("the webhook is not picked")
+		}
+		q.hold(c, "lane", now)
+		q.done(c, "lane", true, slow, now)
+	}
+	c, ok, _ := q.pick(now)
+	if !ok || !c.restrained {
+		t.Errorf("after a quick answer the next claim is %+v, %v", c, ok)
+	}
+	q.none(c, now.Add(slowTime), false)
+	if c, ok, _ = q.pick(now.Add(slowTime)); !ok || c.restrained {
+		t.Errorf("after %s the next claim is %+v, %v", slowTime, c, ok)
+	}
+	q.none(c, time.Time{}, false)
+	if q.pick(now.Add(slowTime)); len(q.all) != 0 {
+		t.Errorf("%d queues are left", len(q.all))
+	}
+}
+
 // TestQueuesRemember checks that a webhook whose delivery has failed is restrained after a start, too.
 func TestQueuesRemember(t *testing.T) {
 	now := time.Now()

@@ -20,6 +20,7 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 	"unicode"
@@ -60,20 +61,11 @@ type Sender struct {
 // New returns a Sender.
 func New(cfg Config) *Sender {
 	s := &Sender{cfg: cfg}
-	dialer := &net.Dialer{Timeout: webhook.Patience,
-		// The address is the resolved one, just before the connection: a second answer of the name server cannot differ.
-		ControlContext: func(_ context.Context, _, address string, _ syscall.RawConn) error {
-			to, err := netip.ParseAddrPort(address)
-			if err != nil {
-				return fmt.Errorf("%w: %w", webhook.ErrDenied, err)
-			}
-			return s.permit(to)
-		}}
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(true)
 	protocols.SetHTTP2(true)
 	s.transport = &http.Transport{
-		Proxy: nil, DialContext: dialer.DialContext, Protocols: protocols,
+		Proxy: nil, DialContext: s.dial, Protocols: protocols,
 		TLSClientConfig: &tls.Config{RootCAs: cfg.Roots, MinVersion: tls.VersionTLS12},
 		// An answer that unpacks to gigabytes is not unpacked.
 		DisableCompression: true, MaxResponseHeaderBytes: maxHead,
@@ -81,6 +73,29 @@ func New(cfg Config) *Sender {
 		TLSHandshakeTimeout: webhook.Patience, // of a connection that no request waits for any more
 	}
 	return s
+}
+
+// dial connects to a receiver. Each address of its name is asked about just before the connection, so that a second
+// answer of the name server cannot differ.
+func (s *Sender) dial(ctx context.Context, network, address string) (net.Conn, error) {
+	var permitted atomic.Bool // one of the addresses
+	dialer := &net.Dialer{Timeout: webhook.Patience,
+		ControlContext: func(_ context.Context, _, address string, _ syscall.RawConn) error {
+			to, err := netip.ParseAddrPort(address)
+			if err != nil {
+				return fmt.Errorf("%w: %w", webhook.ErrDenied, err)
+			}
+			if err := s.permit(to); err != nil {
+				return err
+			}
+			permitted.Store(true)
+			return nil
+		}}
+	conn, err := dialer.DialContext(ctx, network, address)
+	if errors.Is(err, webhook.ErrDenied) && permitted.Load() { // the error is that of the first address
+		return nil, &net.OpError{Op: "dial", Net: network, Err: errors.New("no permitted address can be reached")}
+	}
+	return conn, err
 }
 
 // Close closes idle connections.

@@ -125,6 +125,17 @@ func TestAddresses(t *testing.T) {
 	if err := New(cfg).CheckURL("https://192.0.2.1/"); err != nil {
 		t.Errorf("a permitted address as a URL: %v", err)
 	}
+	// A receiver of which one address is permitted is down, not forbidden.
+	s.Close()
+	cfg.Permit = func(to netip.AddrPort) error {
+		if to.Addr().Is6() {
+			return errors.New("no IPv6")
+		}
+		return nil
+	}
+	if _, err := post(t, cfg, "http://localhost:"+port+"/"); err == nil || errors.Is(err, webhook.ErrDenied) {
+		t.Errorf("a receiver that is down: %v", err)
+	}
 	for _, a := range asked {
 		if a.Addr().Is4In6() || a.Addr().Zone() != "" {
 			t.Errorf("asked about %s", a)
