@@ -18,7 +18,7 @@ var flagOf = map[string]string{
 	"egress.mode": "--egress-mode", "egress.allow_cidrs": "--egress-allow-cidr", "egress.deny_cidrs": "--egress-deny-cidr",
 	"egress.allow_ports": "--egress-allow-port", "egress.allow_domains": "--egress-allow-domain",
 	"allow_cidrs": "--egress-allow-cidr", "deny_cidrs": "--egress-deny-cidr", "allow_ports": "--egress-allow-port", "allow_domains": "--egress-allow-domain", "egress": "--egress-mode", "owner": "--owner", "depth": "--depth", "status": "--status",
-	"url": "URL", "types": "--type", "secret": "--secret", "after": "--after",
+	"url": "URL", "types": "--type", "secret": "--secret-stdin", "after": "--after",
 	"scopes": "--scope", "expires_in": "--expires-in", "name": "NAME", "path": "PATH", "args": "COMMAND", "stdin": "standard input",
 	"tag": "--tag", "process": "PROCESS", "signal": "--signal", "offset": "--offset", "command": "COMMAND",
 	"description": "--description", "dockerfile": "--dockerfile", "image": "--image", "context": "--context", "debian": "--debian", "debian.suite": "--suite",

@@ -88,3 +88,14 @@ func withStdin(ctx context.Context, c *cay.Client, id string, r cay.ExecuteReque
 	}
 	return err
 }
+
+// readSecret returns what standard input has, without the end of its last line. No flag has a secret, since other users
+// of this machine can read command lines.
+func (a *app) readSecret(what string) (string, error) {
+	const most = 64 << 10 // bytes; the server takes less
+	b, err := io.ReadAll(io.LimitReader(a.in, most))
+	if err != nil {
+		return "", fmt.Errorf("reading %s: %w", what, err)
+	}
+	return strings.TrimRight(string(b), "\r\n"), nil
+}

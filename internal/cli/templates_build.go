@@ -220,12 +220,10 @@ func (a *app) credentials(t templateFlags) (*cay.RegistryCredentials, error) {
 		if t.dockerfile == "-" {
 			return nil, errors.New("--registry-password-stdin: standard input is the Dockerfile already")
 		}
-		const most = 64 << 10 // bytes; the server takes less
-		b, err := io.ReadAll(io.LimitReader(a.in, most))
-		if err != nil {
-			return nil, fmt.Errorf("reading the password: %w", err)
+		var err error
+		if password, err = a.readSecret("the password"); err != nil {
+			return nil, err
 		}
-		password = strings.TrimRight(string(b), "\r\n")
 	}
 	if password == "" {
 		return nil, errors.New(

@@ -25,7 +25,8 @@ func (a *app) webhooksCommand() *cobra.Command {
 // webhooksCreateCommand returns the verb that creates a webhook.
 func (a *app) webhooksCreateCommand() *cobra.Command {
 	var r cay.CreateWebhookRequest
-	var name, secret string
+	var name string
+	var ownSecret bool
 	cmd := &cobra.Command{
 		Use:   "create URL",
 		Short: "Create a webhook and print its secret",
@@ -39,7 +40,11 @@ posted to the URL from now on. The secret verifies them. It cannot be shown agai
 			if name != "" {
 				r.Name = &name
 			}
-			if cmd.Flags().Changed("secret") {
+			if ownSecret {
+				secret, err := a.readSecret("the secret")
+				if err != nil {
+					return err
+				}
 				r.Secret = &secret
 			}
 			c, err := a.client(cmd.Context())
@@ -51,7 +56,7 @@ posted to the URL from now on. The secret verifies them. It cannot be shown agai
 				return err
 			}
 			return a.show(w, func() error {
-				if secret != "" {
+				if ownSecret {
 					_, err := fmt.Fprintln(a.out, w.ID)
 					return err
 				}
@@ -62,7 +67,8 @@ posted to the URL from now on. The secret verifies them. It cannot be shown agai
 	f := cmd.Flags()
 	f.StringSliceVar(&r.Types, "type", nil, "only events of this type, such as sandbox.failed (repeatable)")
 	f.StringVar(&name, "name", "", "name of the webhook, for people")
-	f.StringVar(&secret, "secret", "", "secret of your own, whsec_ and base64, instead of a new one; the id is printed")
+	f.BoolVar(&ownSecret, "secret-stdin", false, "read a secret of your own from standard input, whsec_ and base64;\n"+
+		"the id is printed")
 	return cmd
 }
 
@@ -139,9 +145,9 @@ func (a *app) showWebhook(w cay.Webhook) error {
 
 // webhooksUpdateCommand returns the verb that changes a webhook.
 func (a *app) webhooksUpdateCommand() *cobra.Command {
-	var url, name, secret string
+	var url, name string
 	var types []string
-	var allTypes, rotate, enable, disable bool
+	var allTypes, ownSecret, rotate, enable, disable bool
 	cmd := &cobra.Command{
 		Use:   "update ID",
 		Short: "Change, enable or disable a webhook",
@@ -160,7 +166,11 @@ With --rotate-secret the new secret is shown, this once.`,
 			if set("name") {
 				r.Name = &name
 			}
-			if set("secret") {
+			if ownSecret {
+				secret, err := a.readSecret("the secret")
+				if err != nil {
+					return err
+				}
 				r.Secret = &secret
 			}
 			if rotate {
@@ -188,13 +198,13 @@ With --rotate-secret the new secret is shown, this once.`,
 	f.StringVar(&name, "name", "", "another name")
 	f.StringSliceVar(&types, "type", []string{}, "only events of this type (repeatable)") // a list in JSON, not null
 	f.BoolVar(&allTypes, "all-types", false, "events of all types")
-	f.StringVar(&secret, "secret", "", "another secret, of your own")
+	f.BoolVar(&ownSecret, "secret-stdin", false, "another secret, of your own, which is read from standard input")
 	f.BoolVar(&rotate, "rotate-secret", false, "another secret, which the server makes")
 	f.BoolVar(&enable, "enable", false, "deliver events again")
 	f.BoolVar(&disable, "disable", false, "deliver no events")
 	cmd.MarkFlagsMutuallyExclusive("enable", "disable")
 	cmd.MarkFlagsMutuallyExclusive("type", "all-types")
-	cmd.MarkFlagsMutuallyExclusive("secret", "rotate-secret")
+	cmd.MarkFlagsMutuallyExclusive("secret-stdin", "rotate-secret")
 	return cmd
 }
 
