@@ -43,9 +43,9 @@ programs: ## build the programs that cay embeds
 needs: ## install the Debian packages that the host lacks
 	@scripts/needs.sh run
 
-# make test runs the tests of the whole a second time, with the records in PostgreSQL, but for these: they take
-# seconds, and look at the inside of sandboxes or have a PostgreSQL of their own.
-NO_RECORDS = ^(TestAllOutput|TestCodeInterpreter|TestForkBomb|TestIntegrations|TestMemory|TestNeverReachable|TestOutputFlood|TestPostgres|TestRest|TestSavesUnderChurn|TestSocketsHearAfterWake|TestTrees|TestZombiesAndKilledChildren)$$
+# make test runs the tests of the whole a second time, with the records in PostgreSQL, but for these: they look at the
+# inside of sandboxes, have a PostgreSQL of their own, or take minutes with calls that other tests make there.
+NO_RECORDS = ^(TestAllOutput|TestCodeInterpreter|TestE2B|TestE2BTemplates|TestForkBomb|TestIntegrations|TestMemory|TestNeverReachable|TestOutputFlood|TestPostgres|TestRest|TestSavesUnderChurn|TestSocketsHearAfterWake|TestTrees|TestZombiesAndKilledChildren)$$
 
 .PHONY: test
 test: build ## run every test, the real ones included

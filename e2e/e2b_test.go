@@ -49,7 +49,7 @@ func (s *server) e2bKey() string {
 }
 
 // e2bPatience limits one run of all tests of a version, or of all requests of the Python package.
-const e2bPatience = 10 * time.Minute
+const e2bPatience = 25 * time.Minute
 
 // runE2B runs the files of tests that are chosen with the packages of a version. Its output must have
 // the texts.

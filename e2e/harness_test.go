@@ -40,10 +40,10 @@ const patience = 90 * time.Second
 // templatePatience limits the first preparation of a template without a cache.
 const templatePatience = 20 * time.Minute
 
-// parallelTests limits how many tests run at once, unless -parallel says otherwise. It is more than
-// the processors of CI, since the tests wait most of the time. With more of them, programs inside that
-// must get on within seconds get too little of the processors.
-const parallelTests = "4"
+// parallelTests limits how many tests run at once, unless -parallel says otherwise, beside one other
+// package. With fewer the processors of CI are idle while tests wait; with more, programs inside that
+// must get on within seconds get too little of them on a slow machine.
+const parallelTests = "2"
 
 func cayBinary(t testing.TB) string {
 	t.Helper()

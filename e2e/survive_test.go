@@ -43,6 +43,9 @@ func TestPersistentKilledAtAnyMoment(t *testing.T) {
 			}
 		}
 		time.Sleep(time.Duration(100+rand.IntN(900)) * time.Millisecond) // until the server is killed
+		if round >= rounds {                                             // chance has not found both
+			s.catch(workers, []cay.SandboxState{cay.SandboxStateSuspending, cay.SandboxStateWaking}[round%2])
+		}
 		s.stop(syscall.SIGKILL)
 		cancel()
 		wg.Wait()
@@ -86,6 +89,18 @@ func (s *server) interrupted(workers []*worker, from string) bool {
 	return false
 }
 
+// catch waits until a sandbox is in the state, or for a few seconds.
+func (s *server) catch(workers []*worker, state cay.SandboxState) {
+	s.t.Helper()
+	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); {
+		for _, w := range workers {
+			if s.get(w.id).State == state {
+				return
+			}
+		}
+	}
+}
+
 // use makes calls on the sandbox as clients do, until the server is gone.
 func (w *worker) use(ctx context.Context) {
 	for ctx.Err() == nil {
@@ -111,6 +126,7 @@ func (w *worker) use(ctx context.Context) {
 		case err == nil:
 		case refused == nil:
 			return
+		case refused.Code == "sandbox_unreachable": // on a busy machine the agent may be late
 		case refused.Status != 409 || verb == "execute" || verb == "wake": // else it is suspended, or in use
 			w.s.t.Errorf("%s: %v", verb, err)
 			return

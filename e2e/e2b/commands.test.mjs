@@ -83,12 +83,12 @@ withSandbox('disconnect and connect again', async (sandbox) => {
 })
 
 withSandbox('many at once', async (sandbox) => {
-  const all = await Promise.all(Array.from({ length: 40 }, (_, i) => sandbox.commands.run(`sleep 0.2; echo ${i}`)))
+  const all = await Promise.all(Array.from({ length: 40 }, (_, i) => sandbox.commands.run(`sleep 0.2; echo ${i}`, { timeoutMs: 300_000 })))
   assert.deepEqual(all.map((r) => r.stdout), Array.from({ length: 40 }, (_, i) => `${i}\n`))
 })
 
 test('kill in mid-stream', async () => {
-  const sandbox = await Sandbox.create({ timeoutMs: 120_000 })
+  const sandbox = await Sandbox.create({ timeoutMs: 600_000 })
   const endless = await sandbox.commands.run('while :; do echo x; sleep 0.05; done', { background: true, timeoutMs: 0 })
   const ended = endless.wait().then(() => assert.fail('the command ended without an error'), (e) => e)
   await until('output', () => endless.stdout.length > 10)
@@ -102,7 +102,7 @@ test('kill in mid-stream', async () => {
 // The template is the same for every version of the client.
 if (newer(2, 51)) {
   withSandbox('the template base has what programs expect', async (sandbox) => {
-    const out = async (command) => (await sandbox.commands.run(command, { timeoutMs: 120_000 })).stdout
+    const out = async (command) => (await sandbox.commands.run(command, { timeoutMs: 300_000 })).stdout
     assert.match(await out('python --version && pip --version && python3 -m venv v && v/bin/pip --version'), /^Python 3.*\npip .*\npip .*\/user\/v\//)
     // pip installs outside a venv too, and fails for want of a package alone.
     assert.match(await out('pip install --no-index no-such-package 2>&1 || true'), /No matching distribution/)

@@ -2,8 +2,8 @@ import { Sandbox } from '@e2b/code-interpreter'
 import { assert, test } from './lib.mjs'
 
 // All tests share one sandbox, because its kernels take a moment to start.
-test('code interpreter', { timeout: 300_000 }, async (t) => {
-  const sandbox = await Sandbox.create({ timeoutMs: 300_000, envs: { FROM: 'create' }, requestTimeoutMs: 120_000 })
+test('code interpreter', { timeout: 900_000 }, async (t) => {
+  const sandbox = await Sandbox.create({ timeoutMs: 900_000, envs: { FROM: 'create' }, requestTimeoutMs: 120_000 })
   try {
     await t.test('results, text and state', async () => {
       const lines = []

@@ -13,7 +13,7 @@ export { assert, note, test }
 export function withSandbox(name, options, f) {
   if (typeof options === 'function') [options, f] = [{}, options]
   test(name, async (t) => {
-    const sandbox = await Sandbox.create({ timeoutMs: 120_000, ...options })
+    const sandbox = await Sandbox.create({ timeoutMs: 600_000, ...options })
     try {
       await f(sandbox, t)
     } finally {
@@ -23,7 +23,7 @@ export function withSandbox(name, options, f) {
 }
 
 // until polls f until it returns a true value, for ms milliseconds at most.
-export async function until(what, f, ms = 30_000) {
+export async function until(what, f, ms = 120_000) {
   const end = Date.now() + ms
   for (;;) {
     const v = await f()

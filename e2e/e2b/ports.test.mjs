@@ -35,7 +35,7 @@ http.server.ThreadingHTTPServer(('127.0.0.1', 8000), H).serve_forever()
 `
 
 async function serving(options = {}) {
-  const sandbox = await Sandbox.create({ timeoutMs: 120_000, ...options })
+  const sandbox = await Sandbox.create({ timeoutMs: 600_000, ...options })
   await sandbox.files.write('server.py', program)
   await sandbox.commands.run('python3 server.py', { background: true, timeoutMs: 0 })
   return sandbox

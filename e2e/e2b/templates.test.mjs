@@ -33,7 +33,7 @@ async function built(template, name, options = {}) {
 
 // within runs a function with a sandbox of a template, and what it prints for a command.
 async function within(template, f) {
-  const sandbox = await Sandbox.create(template, { timeoutMs: 120_000 })
+  const sandbox = await Sandbox.create(template, { timeoutMs: 600_000 })
   try {
     await f(async (command, options) => (await sandbox.commands.run(command, options)).stdout, sandbox)
   } finally {

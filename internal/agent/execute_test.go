@@ -188,7 +188,7 @@ func TestManyAtOnce(t *testing.T) {
 // TestForkBomb runs a fork bomb. The guard ends it at its limit, and the agent answers all the time.
 func TestForkBomb(t *testing.T) {
 	s := startSandbox(t, options{pidsMax: 64})
-	res := s.exec(agentapi.ExecuteRequest{Command: "b() { b | b & b; }; b", Timeout: 15 * time.Second})
+	res := s.exec(agentapi.ExecuteRequest{Command: "b() { b | b & b; }; b"})
 	if res.ExitCode == 0 {
 		t.Errorf("the bomb ended with %+v", res)
 	}
@@ -219,7 +219,7 @@ func TestProcessLimit(t *testing.T) {
 		t.Errorf("of a limit of %d: %+v, %v", limit, res, err)
 	}
 	s = startSandbox(t, options{pidsMax: limit}) // a new one, since processes left by the first command count
-	res = s.exec(agentapi.ExecuteRequest{Command: "for i in $(seq 200); do sleep 3 & done; wait"})
+	res = s.exec(agentapi.ExecuteRequest{Command: "for i in $(seq 200); do sleep 100 & done; wait"})
 	if res.ExitCode == 0 || !strings.Contains(string(res.Stderr), "fork") {
 		t.Errorf("200 processes were possible: %+v", res)
 	}
@@ -229,8 +229,7 @@ func TestProcessLimit(t *testing.T) {
 func TestFilledUp(t *testing.T) {
 	const limit, threads = 64, 20
 	s := startSandbox(t, options{pidsMax: limit})
-	res := s.exec(agentapi.ExecuteRequest{Args: []string{"probe", "fill", strconv.Itoa(limit - threads)},
-		Timeout: time.Minute})
+	res := s.exec(agentapi.ExecuteRequest{Args: []string{"probe", "fill", strconv.Itoa(limit - threads)}})
 	n, err := strconv.Atoi(strings.TrimSpace(string(res.Stdout)))
 	if err != nil || res.ExitCode != 0 || n < limit-threads {
 		t.Errorf("ended with %+v, %v", res, err)
@@ -241,7 +240,7 @@ func TestFilledUp(t *testing.T) {
 // sandbox's memory.
 func TestZombieHoarder(t *testing.T) {
 	s := startSandbox(t, options{pidsMax: 100})
-	res := s.exec(agentapi.ExecuteRequest{Args: []string{"probe", "hoard"}, Timeout: 25 * time.Second})
+	res := s.exec(agentapi.ExecuteRequest{Args: []string{"probe", "hoard"}})
 	if res.Signal != 9 || res.TimedOut {
 		t.Errorf("the hoarder ended with %+v, want killed", res)
 	}
@@ -275,7 +274,7 @@ func TestReliefKillsTheLargest(t *testing.T) {
 		over := make(chan end, 1)
 		go func() {
 			res, err := s.client.Execute(t.Context(), s.target,
-				agentapi.ExecuteRequest{Command: command, Timeout: 30 * time.Second})
+				agentapi.ExecuteRequest{Command: command, Timeout: 3 * time.Minute})
 			over <- end{res, err}
 		}()
 		return over
