@@ -77,7 +77,7 @@ func (d *postgresDialect) startNumbering() {
 			case <-tick.C:
 				// Without the mark on the disk a restore may go unnoticed by the next process; this one knows it.
 				_ = d.mark.save()
-				if !d.waiting(ctx) {
+				if !d.owes() && !d.waiting(ctx) {
 					continue
 				}
 			}
@@ -96,12 +96,41 @@ func (d *postgresDialect) waiting(ctx context.Context) (wait bool) {
 	return wait
 }
 
+// owes reports whether events may have got their seqs unannounced.
+func (d *postgresDialect) owes() bool {
+	d.numbering.Lock()
+	defer d.numbering.Unlock()
+	return d.unannounced != nil
+}
+
+// announce wakes the followers of events that may have got their seqs unannounced. A transaction that failed may have
+// been committed: its outcome stays unknown while the database is away.
+//
+// +checklocks:d.numbering
+func (d *postgresDialect) announce(ctx context.Context) error {
+	orgs, last, err := numbered(d.db.reader.QueryContext(ctx,
+		"SELECT org_id, MAX(seq) FROM events WHERE seq > $1 GROUP BY org_id", int64(*d.unannounced)))
+	if err != nil {
+		return err
+	}
+	d.mark.raise(last)
+	d.db.woken(orgs)
+	d.unannounced = nil
+	return nil
+}
+
 // number gives all committed events their seqs and wakes their followers.
 func (d *postgresDialect) number(ctx context.Context) error {
 	d.numbering.Lock()
 	defer d.numbering.Unlock()
 	for {
+		before := d.mark.value().last
 		orgs, err := d.numberBatch(ctx)
+		if err != nil && d.unannounced == nil {
+			d.unannounced = &before
+		} else if err == nil && d.unannounced != nil {
+			err = d.announce(ctx)
+		}
 		if err != nil {
 			return fmt.Errorf("numbering events: %w", err)
 		}

@@ -27,11 +27,16 @@ type seen struct {
 type mark struct {
 	path string
 
+	saving sync.Mutex // held while the file is written
+
 	mu sync.Mutex
 	// now is the mark. +checklocks:mu
 	now seen
 	// saved is the mark that the file has. +checklocks:mu
 	saved seen
+	// accepting is true until a server has started with records whose restore is accepted. The file keeps the mark
+	// until then, since the start may fail. +checklocks:mu
+	accepting bool
 }
 
 // open reads the mark of the process before, unless a restore is accepted.
@@ -39,10 +44,9 @@ func (m *mark) open(accept bool) error {
 	if m.path == "" {
 		return nil
 	}
-	if accept {
-		if err := os.Remove(m.path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("accepting restored records: %w", err)
-		}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.accepting = accept; accept {
 		return nil
 	}
 	text, err := os.ReadFile(m.path)
@@ -54,10 +58,9 @@ func (m *mark) open(accept bool) error {
 	}
 	was, err := parseSeen(string(text))
 	if err != nil {
-		return fmt.Errorf("reading how far the records were seen from %s: %w", m.path, err)
+		return fmt.Errorf("reading how far the records were seen from %s: %w; if the records are as you want them, start "+
+			"cay server with --accept-restore", m.path, err)
 	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
 	m.now, m.saved = was, was
 	return nil
 }
@@ -65,6 +68,9 @@ func (m *mark) open(accept bool) error {
 // parseSeen reads the text of a mark: a seq, and a generation, which the first servers did not write.
 func parseSeen(text string) (s seen, err error) {
 	fields := append(strings.Fields(text), "0")
+	if len(fields) < 2 {
+		return seen{}, errors.New("the file is empty")
+	}
 	seq, err := strconv.ParseInt(fields[0], 10, 64)
 	if err == nil {
 		s.generation, err = strconv.ParseInt(fields[1], 10, 64)
@@ -84,7 +90,7 @@ func (m *mark) raise(seq event.Seq) {
 func (m *mark) enter(generation int64) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.now.generation = generation
+	m.now.generation, m.accepting = generation, false
 }
 
 // reset forgets the mark, for records that were replaced.
@@ -100,19 +106,22 @@ func (m *mark) value() seen {
 	return m.now
 }
 
-// save writes the mark to its file, whole or not at all, if it has risen. It does not wait for the disk: a mark that a
-// loss of power takes back is only lower.
+// save writes the mark to its file if it has risen. After a loss of power the file has this mark or one before.
 func (m *mark) save() error {
+	m.saving.Lock()
+	defer m.saving.Unlock()
 	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.path == "" || m.now == m.saved || m.now == (seen{}) {
+	now, saved, accepting := m.now, m.saved, m.accepting
+	m.mu.Unlock()
+	if m.path == "" || now == saved || now == (seen{}) || accepting {
 		return nil
 	}
-	err := hostfile.Replace(m.path, fmt.Appendln(nil, int64(m.now.last), m.now.generation), 0o600)
-	if err != nil {
+	if err := hostfile.ReplaceSynced(m.path, fmt.Appendln(nil, int64(now.last), now.generation), 0o600); err != nil {
 		return fmt.Errorf("writing how far the records were seen: %w", err)
 	}
-	m.saved = m.now
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.saved = now
 	return nil
 }
 

@@ -37,6 +37,11 @@ func TestPostgresRestored(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		if accept {
+			if _, err := db.StartSession(ctx, "node", true); err != nil {
+				t.Fatal(err)
+			}
+		}
 		f(db)
 		if err := db.Close(); err != nil {
 			t.Error(err)
@@ -93,6 +98,17 @@ func TestPostgresRestored(t *testing.T) {
 		check(db, true)
 	})
 	run(false, func(db *DB) { check(db, true) })
+	// A start that fails before its session accepts nothing.
+	failed := cfg
+	failed.AcceptRestore = true
+	db, err := OpenPostgres(ctx, failed)
+	if err == nil {
+		err = errors.Join(db.dialect.(*postgresDialect).number(ctx), db.Close())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	run(false, func(db *DB) { check(db, true) })
 	run(true, func(db *DB) { check(db, false) })
 	run(false, func(db *DB) {
 		mustInsert(t, db, small("org_a", 0))
@@ -118,10 +134,12 @@ func TestPostgresRestored(t *testing.T) {
 		t.Fatal(err)
 	}
 	run(false, func(db *DB) { check(db, false) })
-	if err := os.WriteFile(cfg.MarkFile, []byte("x"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if db, err := OpenPostgres(ctx, cfg); err == nil {
-		t.Error("opened with a damaged mark", db.Close())
+	for _, damaged := range []string{"x", "", "\x00\x00\x00", "1 x"} { // a loss of power may empty a file
+		if err := os.WriteFile(cfg.MarkFile, []byte(damaged), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if db, err := OpenPostgres(ctx, cfg); err == nil {
+			t.Errorf("opened with the mark %q, %v", damaged, db.Close())
+		}
 	}
 }

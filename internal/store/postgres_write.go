@@ -16,6 +16,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
+	"github.com/cayhq/cay/internal/event"
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
@@ -33,9 +34,12 @@ type postgresDialect struct {
 
 	// numbering is held while events are numbered, so that a process numbers them once and wakes followers in order.
 	numbering sync.Mutex
-	fresh     chan struct{} // has room for one: events wait for their numbers
-	stop      context.CancelFunc
-	stopped   chan struct{}
+	// unannounced is the seq beyond which events may have got their seqs unannounced, nil if there are none.
+	// +checklocks:numbering
+	unannounced *event.Seq
+	fresh       chan struct{} // has room for one: events wait for their numbers
+	stop        context.CancelFunc
+	stopped     chan struct{}
 }
 
 const (
