@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"time"
 )
 
@@ -123,9 +124,10 @@ func (s *Store) remember(key string, in input) {
 }
 
 // trimCache removes images from the shared cache, the longest unused first, until they fit its budget, and inputs
-// until they fit maxInputs. Other processes may do the same at the same time.
+// until they fit maxInputs. It leaves all other files, since the operator names the directory. Other processes may do
+// the same at the same time.
 func (s *Store) trimCache() error {
-	images, err := files(s.cfg.CacheDir)
+	images, err := files(s.cfg.CacheDir, suffix)
 	if err != nil {
 		return err
 	}
@@ -142,7 +144,7 @@ func (s *Store) trimCache() error {
 	}
 	trim(images, s.cfg.CacheBudget, remove(s.cfg.CacheDir))
 	dir := filepath.Join(s.cfg.CacheDir, inputsDir)
-	inputs, err := files(dir)
+	inputs, err := files(dir, ".json")
 	if err != nil {
 		return errors.Join(append(errs, err)...)
 	}
@@ -150,8 +152,9 @@ func (s *Store) trimCache() error {
 	return errors.Join(errs...)
 }
 
-// files lists the regular files of a directory.
-func files(dir string) ([]stored, error) {
+// files lists the regular files of a shared directory that are named by a hash and the suffix, or that a process left
+// when it ended in [share].
+func files(dir, suffix string) ([]stored, error) {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
 		return nil, err
@@ -159,11 +162,28 @@ func files(dir string) ([]stored, error) {
 	var all []stored
 	for _, e := range entries {
 		info, err := e.Info()
-		if err == nil && info.Mode().IsRegular() { // an error: it was removed meanwhile
+		if err != nil || !info.Mode().IsRegular() { // an error: it was removed meanwhile
+			continue
+		}
+		hash, named := strings.CutSuffix(e.Name(), suffix)
+		if named && isDigest(hash) || isPartial(e.Name()) && time.Since(info.ModTime()) > partialAge {
 			all = append(all, stored{e.Name(), info.Size(), info.ModTime()})
 		}
 	}
 	return all, nil
+}
+
+// partial begins the names of files that are not whole yet.
+const partial = ".new-"
+
+// partialAge is the time without a write after which such a file is left over. With a shorter one a process on a slow
+// disk loses the file that it writes.
+const partialAge = time.Hour
+
+// isPartial reports whether [share] gave a file its name.
+func isPartial(name string) bool {
+	random, ok := strings.CutPrefix(name, partial)
+	return ok && random != "" && strings.Trim(random, "0123456789") == ""
 }
 
 func writeInput(dir, key string, in input) error {
@@ -183,7 +203,7 @@ func writeInput(dir, key string, in input) error {
 
 // share puts a file in place, whole, that several processes may write at the same time.
 func share(path string, perm fs.FileMode, fill func(*os.File) error) error {
-	f, err := os.CreateTemp(filepath.Dir(path), ".new-")
+	f, err := os.CreateTemp(filepath.Dir(path), partial)
 	if err != nil {
 		return fmt.Errorf("making file: %w", err)
 	}

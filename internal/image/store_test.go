@@ -717,3 +717,37 @@ func TestCacheIsBounded(t *testing.T) {
 		t.Errorf("the removed image is %s now, was %s", again.Digest, b.Digest)
 	}
 }
+
+// TestCacheKeepsOtherFiles checks that the shared cache, which has no room for anything, loses its own files alone, and
+// none that another process may be writing.
+func TestCacheKeepsOtherFiles(t *testing.T) {
+	cache := t.TempDir()
+	s := openStore(t, func(c *Config) { c.CacheDir, c.CacheBudget = cache, 1 })
+	hash := strings.Repeat("0", 64)
+	stays := map[string]bool{hash + suffix: false, ".new-12": false, ".new-34": true, ".new-": true, ".new-mine": true,
+		"disk.img": true, "thesis.erofs": true, hash: true, hash + suffix + ".bak": true, hash + ".json": true}
+	old := time.Now().Add(-2 * partialAge)
+	for name := range stays {
+		path := filepath.Join(cache, name)
+		if err := os.WriteFile(path, []byte("content"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if name == ".new-34" {
+			continue
+		}
+		if err := os.Chtimes(path, old, old); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Mkdir(filepath.Join(cache, inputsDir), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.trimCache(); err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range stays {
+		if _, err := os.Stat(filepath.Join(cache, name)); (err == nil) != want {
+			t.Errorf("%s is there: %t, want %t (%v)", name, err == nil, want, err)
+		}
+	}
+}
