@@ -620,6 +620,45 @@ func TestImageOfATemplateIsGone(t *testing.T) {
 	})
 }
 
+// TestSlowChecks checks images whose copies a slow bucket sends. Neither builds nor other checks wait for one, and Run
+// ends without it.
+func TestSlowChecks(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := life(t, newMemory(), newBuilder())
+		images, fetched := map[string]string{}, make(chan struct{})
+		for _, name := range []string{"slow", "gone"} {
+			h.create(t, me, of(name, "a"+name))
+			h.wantBuilt(t, name)
+			images[name] = h.get(t, name).Image
+		}
+		set := func(fetching map[string]chan struct{}, gone ...string) {
+			h.builder.mu.Lock()
+			defer h.builder.mu.Unlock()
+			h.builder.fetching = fetching
+			for _, name := range gone {
+				h.builder.gone[images[name]] = true
+			}
+		}
+		set(map[string]chan struct{}{images["slow"]: fetched}, "slow", "gone")
+		h.Recheck(images["slow"])
+		h.wantBuilt(t)
+		h.create(t, me, of("another", "b"))
+		h.Recheck(images["gone"])
+		h.Recheck(images["slow"]) // as each create does meanwhile
+		synctest.Wait()
+		got := h.builder.take()
+		if slices.Sort(got); !slices.Equal(got, []string{"another", "gone"}) {
+			t.Errorf("built beside a slow check: %v", got)
+		}
+		close(fetched)
+		h.wantBuilt(t, "slow")
+		set(map[string]chan struct{}{images["slow"]: make(chan struct{})})
+		h.Recheck(images["slow"])
+		synctest.Wait()
+		h.stop()
+	})
+}
+
 // TestUserThatTheImageLacks checks that the build fails, and that a number needs no account.
 func TestUserThatTheImageLacks(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

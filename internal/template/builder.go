@@ -75,7 +75,7 @@ type Builder interface {
 	// leaves nothing of the build running.
 	Build(ctx context.Context, j Job, progress func(Progress)) (Built, error)
 	// Check reports whether an image can be used: nil, ErrImageGone if it must be built again, or
-	// another error if that is unknown.
+	// another error if that is unknown. It may take as long as the image takes to be fetched.
 	Check(ctx context.Context, image string) error
 	// HasUser reports whether an image has a user of the name. It has the errors of Check.
 	HasUser(ctx context.Context, image, name string) (bool, error)

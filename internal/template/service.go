@@ -101,6 +101,8 @@ type Service struct {
 	watched map[string]chan struct{} // closed at the next change, by template
 	// +checklocks:mu
 	suspect map[string]bool // images that could not be used
+	// +checklocks:mu
+	checking map[string]bool // images whose check is under way
 }
 
 // parking is an order that waits for a template to be ready.
@@ -131,7 +133,8 @@ func New(cfg Config, store Store, builder Builder, contexts Contexts, users User
 		wake:       make(chan struct{}, 1), hangup: make(chan struct{}),
 		queue: queue{served: map[string]int{}}, runs: map[string]*run{}, running: map[string]int{}, parked: map[string]parking{},
 		retry:   retries{due: map[string]retry{}, delay: map[string]time.Duration{}},
-		secrets: map[string]Credentials{}, watched: map[string]chan struct{}{}, suspect: map[string]bool{}}
+		secrets: map[string]Credentials{}, watched: map[string]chan struct{}{}, suspect: map[string]bool{},
+		checking: map[string]bool{}}
 }
 
 // Ready implements [sandbox.Templates]; a name may have a tag, as in "app:v1". It moves a template that
@@ -289,7 +292,7 @@ func (s *Service) Run(ctx context.Context) error {
 	defer wg.Wait()
 	collected := false
 	for ctx.Err() == nil {
-		s.checkSuspects(ctx)
+		s.checkSuspects(ctx, &wg)
 		r, due := s.next()
 		if r != nil {
 			wg.Go(func() {

@@ -430,6 +430,8 @@ type builder struct {
 	from     map[string]string // the base of a template, by name
 	checkErr error
 	// +checklocks:mu
+	fetching map[string]chan struct{} // by image: Check waits until it is closed
+	// +checklocks:mu
 	collected [][]string
 	// +checklocks:mu
 	keptHere []string
@@ -500,7 +502,17 @@ func (b *builder) HasUser(_ context.Context, image, name string) (bool, error) {
 	return name != "nobody-has-it", nil
 }
 
-func (b *builder) Check(_ context.Context, image string) error {
+func (b *builder) Check(ctx context.Context, image string) error {
+	b.mu.Lock()
+	fetched := b.fetching[image]
+	b.mu.Unlock()
+	if fetched != nil {
+		select {
+		case <-fetched:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.gone[image] {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/cayhq/cay/internal/fault"
@@ -24,19 +25,30 @@ func (s *Service) lookAfter(ctx context.Context) {
 	}
 }
 
-// checkSuspects rebuilds the templates of suspect images that are gone.
-func (s *Service) checkSuspects(ctx context.Context) {
+// checkSuspects begins to check the suspect images in goroutines of wg. Neither the builds nor another check wait for
+// one, since it may fetch the image from a slow bucket.
+func (s *Service) checkSuspects(ctx context.Context, wg *sync.WaitGroup) {
 	s.mu.Lock()
-	suspects := s.suspect
-	s.suspect = map[string]bool{}
-	s.mu.Unlock()
-	for image := range suspects {
-		if err := s.checkImage(ctx, image); err != nil {
-			s.log.Error("cannot look after an image", "image", image, "error", err)
+	defer s.mu.Unlock()
+	for image := range s.suspect {
+		if s.checking[image] {
+			continue // it is checked again when that check has ended
 		}
+		delete(s.suspect, image)
+		s.checking[image] = true
+		wg.Go(func() {
+			if err := s.checkImage(ctx, image); err != nil && ctx.Err() == nil {
+				s.log.Error("cannot look after an image", "image", image, "error", err)
+			}
+			s.mu.Lock()
+			delete(s.checking, image)
+			s.mu.Unlock()
+			s.stir()
+		})
 	}
 }
 
+// checkImage rebuilds the templates of an image that is gone.
 func (s *Service) checkImage(ctx context.Context, image string) error {
 	if err := s.builder.Check(ctx, image); !errors.Is(err, ErrImageGone) {
 		return err
