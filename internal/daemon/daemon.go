@@ -189,6 +189,7 @@ func (s *server) openHost(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	s.onClose(func(context.Context) error { s.images.Close(); return nil })
 	s.contexts, err = blob.Open(filepath.Join(cfg.DataDir, "contexts"), int64(cfg.Capacity.MinFreeDiskMB)<<20)
 	if err != nil {
 		return fmt.Errorf("opening the directory of build contexts: %w", err)

@@ -9,7 +9,8 @@
 //
 // A [Store] is safe for concurrent use. An image or a pulled layout appears whole under its final
 // name or not at all, and never changes afterwards. After an error or a crash only the directory
-// "tmp" may hold leftovers, which the next [Open] removes.
+// "tmp" may hold leftovers, which the next [Open] removes. [Store.Close] ends what goes on without a
+// caller: the fetches from a [Remote] and the checks of files.
 //
 // All input is untrusted: every size, count and name is bounded, and a refusal names the entry
 // and the reason. Device nodes below /dev are left out, counted and reported, since gVisor mounts
@@ -19,6 +20,7 @@
 package image
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -204,9 +206,13 @@ type Store struct {
 	inUse  func(digest string) bool // nil: none
 	hits   atomic.Uint64
 
+	ctx       context.Context // of the verifications; ends with Close
+	end       context.CancelCauseFunc
+	verifying sync.WaitGroup // the verifications under way
+
 	mu sync.Mutex
 	// +checklocks:mu
-	verified map[string]*verification // by digest, in this process
+	verified map[string]*verification // by digest: those under way, and those that found a good file
 	// +checklocks:mu
 	used map[string]time.Time // time of the last use, by digest
 	// +checklocks:mu
@@ -240,6 +246,7 @@ func Open(cfg Config, log *slog.Logger) (*Store, error) {
 	s := &Store{cfg: cfg, log: log, verified: map[string]*verification{}, used: map[string]time.Time{},
 		held: map[string]int{}, pulls: map[string]*pull{}}
 	s.turn = make(chan struct{}, 1)
+	s.ctx, s.end = context.WithCancelCause(context.Background())
 	if err := os.RemoveAll(s.tmpDir()); err != nil {
 		return nil, fmt.Errorf("removing leftovers of builds: %w", err)
 	}
@@ -250,6 +257,17 @@ func Open(cfg Config, log *slog.Logger) (*Store, error) {
 		}
 	}
 	return s, nil
+}
+
+// errClosed ends what is under way when the store is closed.
+var errClosed = errors.New("the store of images is closed")
+
+// Close ends the verifications and the fetches, and waits for them. No later call verifies or fetches an image.
+func (s *Store) Close() {
+	s.mu.Lock()
+	s.end(errClosed) // under mu, so that none begins beside Wait
+	s.mu.Unlock()
+	s.verifying.Wait()
 }
 
 // Build makes the image of a source, or finds it where the same inputs were

@@ -19,6 +19,9 @@ import (
 // It need not be built again.
 var ErrRemoteUnreachable = errors.New("image is not in the store, and its copy cannot be reached")
 
+// ErrUnderway reports that the caller left before the image was verified or fetched, which goes on.
+var ErrUnderway = errors.New("image is still being verified or fetched")
+
 // Remote keeps copies of images elsewhere.
 type Remote interface {
 	// Offer has an image copied in the background.
@@ -33,6 +36,11 @@ type Remote interface {
 // retryRoom is the time after which a caller for whose image the disk has no room should try again. Images are evicted
 // when sandboxes end, so a shorter time finds the disk as full.
 const retryRoom = 30 * time.Second
+
+// fetchTimeout bounds one fetch, since a Remote may send a byte now and then. With a shorter one a large image never
+// comes over a slow line, since the next fetch begins at its first byte; with a longer one a fetch that will not end
+// keeps its space on the disk, and its callers waiting, for longer.
+const fetchTimeout = 12 * time.Hour
 
 // UseRemote lets the store copy images to a Remote and fetch them from there when they are missing. inUse reports
 // whether a running sandbox has an image open, which is then not evicted. It is called once, before all other methods.
@@ -50,17 +58,20 @@ func (s *Store) fetchRemote(ctx context.Context, digest string) error {
 	}
 	defer f.Close()
 	defer os.Remove(f.Name()) // fails if the file was renamed
+	ctx, stop := context.WithTimeoutCause(ctx, fetchTimeout, fmt.Errorf("not done within %v", fetchTimeout))
+	defer stop()
 	err = s.remote.Fetch(ctx, digest, f)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return errors.Join(missing, err)
-	case ctx.Err() != nil:
-		return context.Cause(ctx)
 	case errors.Is(err, unix.ENOSPC):
 		return fault.New(fault.Unavailable, fault.CodeNoCapacity,
 			"this machine's disk has no room for the template's image now: try again later").
 			After(retryRoom).Because(err)
 	case err != nil:
+		if ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
 		return fmt.Errorf("%w: %s: %w", ErrRemoteUnreachable, digest, err)
 	}
 	_, err = s.place(f, digest)

@@ -6,7 +6,10 @@ import (
 	"log/slog"
 	"os"
 	"runtime"
+	"sync"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -223,4 +226,104 @@ func TestRemoteEviction(t *testing.T) {
 	if err != nil || !found || img.Digest != all[2] || !has(2) {
 		t.Errorf("the evicted image: %+v, %v; found: %t, here: %t", img, err, found, has(2))
 	}
+}
+
+// slow is a Remote that takes a time to fetch an image, which it has.
+type slow struct {
+	takes   time.Duration
+	content string
+	fetches atomic.Int32
+}
+
+func (r *slow) Offer(string)  {}
+func (r *slow) Keep([]string) {}
+
+// Fetch implements [Remote].
+func (r *slow) Fetch(ctx context.Context, _ string, f *os.File) error {
+	r.fetches.Add(1)
+	select {
+	case <-time.After(r.takes):
+		_, err := f.WriteString(r.content)
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// slowly opens a store whose only image takes a time to be fetched.
+func slowly(t *testing.T, takes time.Duration) (*Store, *slow, string) {
+	t.Helper()
+	s, r := openStore(t), &slow{takes: takes, content: "an image"}
+	t.Cleanup(s.Close)
+	s.UseRemote(r, nil)
+	return s, r, hashOf([]byte(r.content)).Hex
+}
+
+// TestFetchOutlivesItsCallers fetches an image for longer than its callers wait. Each leaves in its time, the fetch
+// goes on without them, and a later caller gets the image that it fetched.
+func TestFetchOutlivesItsCallers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, r, digest := slowly(t, 5*time.Minute)
+		began := time.Now()
+		var wg sync.WaitGroup
+		for _, patience := range []time.Duration{time.Second, time.Minute} {
+			wg.Go(func() {
+				ctx, cancel := context.WithTimeout(t.Context(), patience)
+				defer cancel()
+				_, err := s.Path(ctx, digest)
+				if !errors.Is(err, ErrUnderway) || !errors.Is(err, context.DeadlineExceeded) || time.Since(began) != patience {
+					t.Errorf("after %v the error is %v, want after %v that it is under way", time.Since(began), err, patience)
+				}
+			})
+		}
+		wg.Wait()
+		if _, err := s.Path(t.Context(), digest); err != nil || time.Since(began) != r.takes || r.fetches.Load() != 1 {
+			t.Errorf("the image came after %v with fetch %d: %v", time.Since(began), r.fetches.Load(), err)
+		}
+		leftovers(t, s)
+	})
+}
+
+// TestFetchIsBounded fetches an image that does not come. It is not missing, and the next caller begins a new fetch.
+func TestFetchIsBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, r, digest := slowly(t, 1000*time.Hour)
+		for n := range int32(2) {
+			began := time.Now()
+			_, err := s.Path(t.Context(), digest)
+			if !errors.Is(err, ErrRemoteUnreachable) || errors.Is(err, ErrMissing) || time.Since(began) != fetchTimeout ||
+				r.fetches.Load() != n+1 {
+				t.Errorf("after %v and %d fetches: %v", time.Since(began), r.fetches.Load(), err)
+			}
+			leftovers(t, s)
+		}
+	})
+}
+
+// TestCloseEndsFetches closes a store while a fetch has a caller, and while another has none any more.
+func TestCloseEndsFetches(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, _, digest := slowly(t, time.Hour)
+		left, leave := context.WithCancel(t.Context())
+		leave()
+		if _, err := s.Path(left, hashOf([]byte("another")).Hex); !errors.Is(err, ErrUnderway) {
+			t.Errorf("a caller that has left: %v", err)
+		}
+		waits := make(chan error)
+		go func() {
+			_, err := s.Path(t.Context(), digest)
+			waits <- err
+		}()
+		synctest.Wait()
+		began := time.Now()
+		go s.Close()
+		if err := <-waits; !errors.Is(err, errClosed) {
+			t.Errorf("the caller that waits: %v", err)
+		}
+		s.Close()
+		leftovers(t, s)
+		if _, err := s.Path(t.Context(), digest); !errors.Is(err, errClosed) || time.Since(began) != 0 {
+			t.Errorf("after %v a caller of the closed store: %v", time.Since(began), err)
+		}
+	})
 }

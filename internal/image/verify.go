@@ -13,16 +13,25 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 )
 
-// verification is one check of one image. The first caller does it, the others wait.
+// verification is one check of an image: it reads the file, or fetches one that is missing. All callers that ask for
+// the image meanwhile wait for it, and it goes on when they leave.
 type verification struct {
-	mu sync.Mutex
-	// +checklocks:mu
-	ok bool // guarded by mu
+	done chan struct{}
+	err  error // valid once done is closed
+}
+
+// over reports whether the verification has ended.
+func (v *verification) over() bool {
+	select {
+	case <-v.done:
+		return true
+	default:
+		return false
+	}
 }
 
 // isDigest reports whether text can name an image, which also excludes paths.
@@ -34,53 +43,84 @@ func isDigest(text string) bool {
 // whole file and checks its SHA-256; later ones are free. A missing file is fetched from the
 // [Remote]; without one, or if it has none, it gives [ErrMissing]. A file that does not match its
 // name gives [ErrCorrupt], and is renamed to NAME.corrupt, so that the next call fetches, or the
-// next build makes, a good one.
+// next build makes, a good one. If ctx ends first, it gives [ErrUnderway], and the work goes on for
+// later callers.
 func (s *Store) Path(ctx context.Context, digest string) (string, error) {
 	if !isDigest(digest) {
 		return "", fmt.Errorf("%w: %.80q is not the name of one", ErrMissing, digest)
 	}
+	path := s.file(digest)
 	s.mu.Lock()
 	s.used[digest] = s.cfg.Now()
 	v := s.verified[digest]
-	if v == nil {
-		v = new(verification)
-		s.verified[digest] = v
-	}
-	s.mu.Unlock()
-
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	path := s.file(digest)
-	if v.ok {
+	if v != nil && v.over() {
 		if _, err := os.Stat(path); err == nil {
+			s.mu.Unlock()
 			s.hits.Add(1)
 			return path, nil
 		}
-		v.ok = false // the file was removed
+		v = nil // the file was removed
 	}
+	if v == nil {
+		v = s.beginLocked(digest)
+	}
+	s.mu.Unlock()
+	select {
+	case <-v.done:
+		if v.err != nil {
+			return "", v.err
+		}
+		return path, nil
+	case <-ctx.Done():
+		return "", fmt.Errorf("%w: %s: %w", ErrUnderway, digest, context.Cause(ctx))
+	}
+}
+
+// beginLocked begins the verification of an image.
+//
+// +checklocks:s.mu
+func (s *Store) beginLocked(digest string) *verification {
+	v := &verification{done: make(chan struct{})}
+	if s.ctx.Err() != nil { // Close waits for no more
+		v.err = context.Cause(s.ctx)
+		close(v.done)
+		return v
+	}
+	s.verified[digest] = v
+	s.verifying.Go(func() {
+		v.err = s.verify(s.ctx, digest)
+		s.mu.Lock()
+		if v.err != nil && s.verified[digest] == v {
+			delete(s.verified, digest) // a later caller begins a new one
+		}
+		s.mu.Unlock()
+		close(v.done)
+	})
+	return v
+}
+
+// verify reads the file of an image and checks it, or fetches one that is missing.
+func (s *Store) verify(ctx context.Context, digest string) error {
+	path := s.file(digest)
 	got, err := hashFile(ctx, path)
 	if errors.Is(err, fs.ErrNotExist) {
-		if err := s.fetchRemote(ctx, digest); err != nil {
-			return "", err
-		}
-		v.ok = true
-		return path, nil
+		return s.fetchRemote(ctx, digest)
 	}
 	if err != nil {
-		return "", fmt.Errorf("verifying image %s: %w", digest, err)
+		return fmt.Errorf("verifying image %s: %w", digest, err)
 	}
 	if got != digest {
 		aside := filepath.Join(s.cfg.Dir, digest+".corrupt")
 		s.log.Error("image is corrupt", "digest", digest, "found", got, "moved_to", aside)
-		return "", errors.Join(fmt.Errorf("%w: %s has the digest %s", ErrCorrupt, path, got), os.Rename(path, aside))
+		return errors.Join(fmt.Errorf("%w: %s has the digest %s", ErrCorrupt, path, got), os.Rename(path, aside))
 	}
-	v.ok = true
-	return path, nil
+	return nil
 }
 
 // trust records that this process has just written and hashed an image.
 func (s *Store) trust(digest string) {
-	v := &verification{ok: true}
+	v := &verification{done: make(chan struct{})}
+	close(v.done)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.verified[digest] = v

@@ -6,9 +6,12 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/empty"
@@ -17,6 +20,7 @@ import (
 
 	"github.com/cayhq/cay/internal/buildkit"
 	"github.com/cayhq/cay/internal/caytest"
+	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/image"
 	"github.com/cayhq/cay/internal/template"
 )
@@ -157,4 +161,36 @@ func TestCredentialsAreGiven(t *testing.T) {
 			t.Errorf("the credentials of a build without %s are the same: %v", name, lost)
 		}
 	})
+}
+
+// endless is an image.Remote whose fetches end with their context alone.
+type endless struct{ image.Remote }
+
+func (endless) Fetch(ctx context.Context, _ string, _ *os.File) error {
+	<-ctx.Done()
+	return ctx.Err()
+}
+
+// TestCreateDuringFetch asks for the image of a sandbox whose fetch takes longer than the create may. The create can be
+// tried again, and the image is checked, since nobody may be left to learn that it is gone.
+func TestCreateDuringFetch(t *testing.T) {
+	store, err := image.Open(image.Config{Dir: t.TempDir()}, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer store.Close()
+	store.UseRemote(endless{}, nil)
+	digest := strings.Repeat("0", 64)
+	var rechecked []string
+	roots := RootFS{Images: store, Recheck: func(image string) { rechecked = append(rechecked, image) }}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+	defer cancel()
+	_, err = roots.Path(ctx, digest)
+	f := fault.As(err)
+	if f == nil || f.Kind != fault.Unavailable || f.Code != fault.CodeImageUnavailable || f.RetryAfter == 0 {
+		t.Errorf("an image that is being fetched: %v, want %s", err, fault.CodeImageUnavailable)
+	}
+	if !slices.Equal(rechecked, []string{digest}) {
+		t.Errorf("checked are %v, want the image", rechecked)
+	}
 }

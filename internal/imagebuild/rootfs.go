@@ -29,5 +29,11 @@ func (r RootFS) Path(ctx context.Context, digest string) (string, error) {
 			"the template's image is not on this machine, and the bucket of images cannot be reached").
 			After(30 * time.Second).Because(err)
 	}
+	if errors.Is(err, image.ErrUnderway) {
+		r.Recheck(digest) // if no caller is left when the work finds that the image is gone, the check learns it
+		return "", fault.New(fault.Unavailable, fault.CodeImageUnavailable,
+			"this machine is still fetching or verifying the template's image: try again later").
+			After(30 * time.Second).Because(err)
+	}
 	return path, err
 }
