@@ -5,7 +5,6 @@ import (
 	"maps"
 	"path"
 	"slices"
-	"strings"
 
 	"github.com/cayhq/cay/internal/objects"
 	"github.com/cayhq/cay/internal/sandbox"
@@ -22,31 +21,29 @@ func (a *Archive) collect(ctx context.Context) error {
 	}
 	homes, programs := map[string]bool{}, map[string]bool{}
 	for _, c := range rows {
-		homes[strings.TrimSuffix(home(c), "/")] = true
+		homes[home(c)] = true
 		programs[programPrefix+c.Agent], programs[programPrefix+c.Runsc] = true, true
 	}
-	sealed := map[string]bool{}
-	whole, err := a.checkpoints.Run(ctx, func(key string) bool {
-		if path.Base(key) == sealName {
-			sealed[path.Dir(key)] = true
+	sizes := map[string]int64{} // bytes of the objects, by home
+	whole, err := a.checkpoints.Run(ctx, func(o objects.Info) {
+		if of := homeOf(o.Key); homes[of] {
+			sizes[of] += o.Size
 		}
-		return homes[path.Dir(key)]
-	})
+	}, func(key string) bool { return homes[homeOf(key)] })
 	if err != nil {
 		return err
 	}
 	found := map[string]bool{}
-	wholePrograms, err := a.programs.Run(ctx, func(key string) bool {
-		if programs[key] {
-			found[key] = true
+	wholePrograms, err := a.programs.Run(ctx, func(o objects.Info) {
+		if programs[o.Key] {
+			found[o.Key] = true
 		}
-		return programs[key] || a.wants(key)
-	})
+	}, func(key string) bool { return programs[key] || a.wants(key) })
 	if err != nil {
 		return err
 	}
 	for _, c := range rows {
-		missing := whole && !sealed[strings.TrimSuffix(home(c), "/")]
+		missing := whole && sizes[home(c)] != c.Bytes // of the files and the seal
 		for _, program := range []string{c.Agent, c.Runsc} {
 			if wholePrograms && !found[programPrefix+program] {
 				a.forget(program)
@@ -60,10 +57,16 @@ func (a *Archive) collect(ctx context.Context) error {
 	return nil
 }
 
-// lost has a checkpoint uploaded again whose copy is not in the bucket, or a program of it: files.url names another
-// bucket now, or the copy was removed there.
+// homeOf returns the home of the checkpoint that has an object.
+func homeOf(key string) string {
+	dir, _ := path.Split(key)
+	return dir
+}
+
+// lost has a checkpoint uploaded again whose copy is not whole in the bucket, or a program of it: files.url names
+// another bucket now, or an object was removed or changed there.
 func (a *Archive) lost(c sandbox.StoredCheckpoint) {
-	a.cfg.Log.Warn("the copy of a checkpoint is not in the bucket, and will be uploaded again", "of", c.Name)
+	a.cfg.Log.Warn("the copy of a checkpoint is not whole in the bucket, and will be uploaded again", "of", c.Name)
 	a.mu.Lock()
 	if a.stored[c.Name].number == c.Number {
 		delete(a.stored, c.Name)

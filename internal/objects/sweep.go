@@ -37,12 +37,13 @@ func NewSweep(t *Transfer, prefix string, most int64, log *slog.Logger, now func
 }
 
 // Run removes the objects that no run has needed for the grace, and uploads that were begun long ago. An object that
-// was written after the caller found out what is needed stays too, since it is younger than the grace. Run
-// reports whether it has seen all objects of the prefix.
-func (s *Sweep) Run(ctx context.Context, needed func(key string) bool) (whole bool, err error) {
+// was written after the caller found out what is needed stays too, since it is younger than the grace. Run calls seen
+// with each object of the prefix, and reports whether these were all.
+func (s *Sweep) Run(ctx context.Context, seen func(Info), needed func(key string) bool) (whole bool, err error) {
 	found := map[string]time.Time{}
 	var all []unneeded
 	whole, err = s.transfer.each(ctx, s.prefix, s.now, func(o Info, age time.Duration) {
+		seen(o)
 		if needed(o.Key) || len(all) == maxRemembered {
 			return
 		}
