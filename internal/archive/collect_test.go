@@ -1,7 +1,12 @@
 package archive
 
 import (
+	"context"
+	"errors"
+	"io"
+	"path"
 	"testing"
+	"time"
 
 	"github.com/cayhq/cay/internal/objects"
 	"github.com/cayhq/cay/internal/sandbox"
@@ -44,4 +49,66 @@ func TestArchiveUploadsDamagedCopyAgain(t *testing.T) {
 			t.Errorf("%s: fetched %q of number %d, %v", name, got, after.Number, err)
 		}
 	}
+}
+
+// unsealed is a bucket that takes no seals.
+type unsealed struct{ objects.Bucket }
+
+func (u unsealed) Put(ctx context.Context, key string, body *io.SectionReader, sum objects.Sum,
+	when objects.Condition) (string, error) {
+	if path.Base(key) == sealName {
+		return "", errors.New("it takes no seals")
+	}
+	return u.Bucket.Put(ctx, key, body, sum, when)
+}
+
+// TestArchiveDropsBegunCopies makes checkpoints while no copy gets whole. What was begun for the earlier ones goes after
+// the grace.
+func TestArchiveDropsBegunCopies(t *testing.T) {
+	b := directory(t)
+	w := newWorld(t, unsealed{b})
+	w.stop()
+	id := w.sandbox(t)
+	var rows []sandbox.StoredCheckpoint // of each try
+	for _, text := range []string{"first", "second"} {
+		w.save(t, id, text)
+		if err := w.upload(t.Context(), id); err == nil {
+			t.Fatal("a copy without a seal is whole")
+		}
+		all := w.rows(t)
+		if len(all) != 1 {
+			t.Errorf("after the %s try there are the rows %+v", text, all)
+		}
+		row := all[len(all)-1]
+		if _, err := b.Begin(t.Context(), home(row)+"pages.img"); err != nil {
+			t.Fatal(err)
+		}
+		rows = append(rows, row)
+	}
+	collect := func() {
+		t.Helper()
+		if err := w.collect(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	check := func(try, uploads, files int) {
+		t.Helper()
+		left, err := b.Uploads(t.Context(), home(rows[try]))
+		keys := w.keys(t, home(rows[try]))
+		if err != nil || len(left) != uploads || len(keys) != files {
+			t.Errorf("try %d has the uploads %v and the objects %q, %v", try, left, keys, err)
+		}
+	}
+	const files = 4
+	collect()
+	w.pass(objects.Grace - time.Minute)
+	collect()
+	check(0, 1, files)
+	w.pass(2 * time.Minute)
+	collect()
+	check(0, 0, 0)
+	check(1, 1, files)
+	w.pass(objects.UploadKept)
+	collect()
+	check(1, 0, files)
 }

@@ -23,7 +23,11 @@ func (m *Mirror) collect(ctx context.Context) {
 		return
 	}
 	warn(m.cfg.Alone(ctx, m.cfg.Prefix, func(ctx context.Context) error {
-		return errors.Join(m.removeUnneeded(ctx), m.cfg.Transfer.abortOld(ctx, m.cfg.Prefix, m.cfg.Now))
+		return errors.Join(m.removeUnneeded(ctx), m.cfg.Transfer.abortOld(ctx, m.cfg.Prefix, m.cfg.Now,
+			func(key string) bool {
+				_, unneeded := m.unneededSince(strings.TrimPrefix(key, m.cfg.Prefix))
+				return !unneeded
+			}))
 	}))
 	warn(m.evict(ctx))
 }
@@ -169,8 +173,10 @@ func (m *Mirror) removed(name string, done bool) {
 	m.queue.Release(name)
 }
 
-// abortOld removes the uploads of a prefix that are not complete a week after they were begun.
-func (t *Transfer) abortOld(ctx context.Context, prefix string, now func() time.Time) error {
+// abortOld removes the uploads of a prefix that are not complete [UploadKept] after they were begun, or [Grace] after it
+// if their objects are not needed.
+func (t *Transfer) abortOld(ctx context.Context, prefix string, now func() time.Time,
+	needed func(key string) bool) error {
 	skew, err := t.bucket.Skew(ctx)
 	if err != nil {
 		return err
@@ -180,7 +186,8 @@ func (t *Transfer) abortOld(ctx context.Context, prefix string, now func() time.
 		return err
 	}
 	for _, u := range uploads {
-		if now().Add(skew).Sub(u.Begun) < UploadKept {
+		age := now().Add(skew).Sub(u.Begun)
+		if age < Grace || age < UploadKept && needed(u.Key) {
 			continue
 		}
 		if err := t.bucket.Abort(ctx, u.Key, u.ID); err != nil {

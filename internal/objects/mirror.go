@@ -23,8 +23,8 @@ const (
 	// leastGrace is the same for objects beyond MaxUnneeded. Within it a file that was just made is recorded as needed;
 	// with a shorter one its object could go before that.
 	leastGrace = time.Hour
-	// UploadKept is the time after which an upload that was begun and not completed is removed. With a shorter one, a
-	// large file over a slow line starts again from its beginning.
+	// UploadKept is the time after which an upload that was begun and not completed is removed, even if its object is
+	// needed. With a shorter one, a large file over a slow line starts again from its beginning.
 	UploadKept = 7 * 24 * time.Hour
 	// maxObjects bounds the objects that one collection looks at, so that a listing without end ends. With more, some
 	// unneeded ones stay.

@@ -12,7 +12,7 @@
 // SHA-256 and the [MAC] of each of its pieces, and a download compares the MACs, which are faster. A bucket that lies
 // can withhold files, but not change them. All types are safe for concurrent use. An error leaves no part of an object
 // under its key. Uploads that an error or a crash ended continue where they were; those that are not continued are
-// removed after [UploadKept].
+// removed after [UploadKept], or after [Grace] if nothing needs their objects.
 package objects
 
 import (

@@ -36,9 +36,10 @@ func NewSweep(t *Transfer, prefix string, most int64, log *slog.Logger, now func
 	return &Sweep{transfer: t, prefix: prefix, most: most, log: log, now: now}
 }
 
-// Run removes the objects that no run has needed for the grace, and uploads that were begun long ago. An object that
-// was written after the caller found out what is needed stays too, since it is younger than the grace. Run calls seen
-// with each object of the prefix, and reports whether these were all.
+// Run removes the objects that no run has needed for the grace, uploads of unneeded objects that were begun that long
+// ago, and all that were begun [UploadKept] ago. An object that was written after the caller found out what is needed
+// stays too, since it is younger than the grace. Run calls seen with each object of the prefix, and reports whether
+// these were all.
 func (s *Sweep) Run(ctx context.Context, seen func(Info), needed func(key string) bool) (whole bool, err error) {
 	found := map[string]time.Time{}
 	var all []unneeded
@@ -64,7 +65,7 @@ func (s *Sweep) Run(ctx context.Context, seen func(Info), needed func(key string
 		}
 		delete(s.unneeded, o.key)
 	}
-	return whole, s.transfer.abortOld(ctx, s.prefix, s.now)
+	return whole, s.transfer.abortOld(ctx, s.prefix, s.now, needed)
 }
 
 // remove removes an object, unless it is needed by now.

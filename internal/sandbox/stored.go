@@ -27,9 +27,9 @@ type StoredCheckpoint struct {
 
 // CheckpointStore keeps the rows of the copies of checkpoints. The store room implements it.
 type CheckpointStore interface {
-	// BeginCheckpoint adds a row for a copy that is to be uploaded and gives it the next number. If there is a row of the
-	// same checkpoint that is not uploaded, it returns that row. It returns NotFound unless the name is that of a snapshot
-	// or of a sandbox that is not over.
+	// BeginCheckpoint adds a row for a copy that is to be uploaded, gives it the next number, and drops the rows of the
+	// earlier copies of the name that are not uploaded. If there is a row of the same checkpoint that is not uploaded, it
+	// returns that row. It returns NotFound unless the name is that of a snapshot or of a sandbox that is not over.
 	BeginCheckpoint(ctx context.Context, c StoredCheckpoint) (StoredCheckpoint, error)
 	// EndCheckpoint writes Bytes, Sum and UploadedAt of a row that BeginCheckpoint returned, and drops the rows of the
 	// earlier copies of the name. It returns NotFound if the row was dropped meanwhile.

@@ -54,6 +54,12 @@ func (db *DB) BeginCheckpoint(ctx context.Context, c sandbox.StoredCheckpoint) (
 			return err
 		}
 		begun.Number = max(begun.Number, c.MadeAt.UnixMicro())
+		// No one continues an earlier upload, and its row would keep its objects.
+		if _, err := tx.ExecContext(ctx, `DELETE FROM checkpoints
+			WHERE name = $1 AND (fence, number) < ($2, $3) AND uploaded_at IS NULL`,
+			c.Name, c.Fence, begun.Number); err != nil {
+			return err
+		}
 		fields := checkpointFields(&begun)
 		_, err = tx.ExecContext(ctx,
 			"INSERT INTO checkpoints ("+checkpointColumns+") VALUES ("+placeholders(len(fields))+")", fields...)

@@ -80,8 +80,15 @@ func testCheckpointStore(t *testing.T, db *DB) {
 	want(later, ofSnap)
 	newest := begin(checkpointOf(string(sbx.ID), start.Add(2*time.Hour)))
 	abandoned := newest
+	want(later, newest, ofSnap)
+	// A copy that is begun ends those that were begun before and are not whole, of its name alone.
+	again := begin(checkpointOf(string(snap.ID), start.Add(time.Hour)))
 	newest = begin(checkpointOf(string(sbx.ID), start.Add(3*time.Hour)))
+	want(later, newest, ofSnap, again)
 	end(&newest)
+	want(newest, ofSnap, again)
+	end(&again)
+	ofSnap = again
 	want(newest, ofSnap)
 	wantFault(t, st.EndCheckpoint(ctx, abandoned), fault.NotFound, "sandbox_not_found")
 	want(newest, ofSnap)
@@ -92,6 +99,8 @@ func testCheckpointStore(t *testing.T, db *DB) {
 	if fenced = begin(fenced); fenced.Number != start.UnixMicro() {
 		t.Errorf("the first copy of a fence has the number %d", fenced.Number)
 	}
+	lower := begin(checkpointOf(string(sbx.ID), start.Add(5*time.Hour))) // ends no later copy
+	want(newest, lower, fenced, ofSnap)
 	end(&fenced)
 	want(fenced, ofSnap)
 
