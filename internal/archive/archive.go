@@ -96,7 +96,9 @@ type Config struct {
 	MaxUnneeded int64
 	// Alone calls f, unless another process is in such a call under the same name. Objects are removed only within it.
 	Alone func(ctx context.Context, name string, f func(context.Context) error) error
-	Log   *slog.Logger
+	// Foreign reports whether the bucket belongs to other records; then nothing is uploaded. nil is never.
+	Foreign func() bool
+	Log     *slog.Logger
 	// Now replaces the clock in tests; nil is time.Now.
 	Now func() time.Time
 }
@@ -134,7 +136,7 @@ func New(cfg Config) *Archive {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
-	a := &Archive{cfg: cfg, queue: objects.NewQueue(checkpointPrefix, cfg.Log, cfg.Now),
+	a := &Archive{cfg: cfg, queue: objects.NewQueue(checkpointPrefix, cfg.Foreign, cfg.Log, cfg.Now),
 		checkpoints: objects.NewSweep(cfg.Transfer, checkpointPrefix, cfg.MaxUnneeded, cfg.Log, cfg.Now),
 		programs:    objects.NewSweep(cfg.Transfer, programPrefix, 0, cfg.Log, cfg.Now),
 		stored:      map[string]copied{}, sums: map[string]objects.Sum{}, wanted: map[string]bool{}}
@@ -167,6 +169,11 @@ func (a *Archive) Load(ctx context.Context) {
 	if _, err := a.copies(ctx); err != nil && ctx.Err() == nil {
 		a.cfg.Log.Warn("cannot read which checkpoints were copied, and will copy all of them", "error", err)
 	}
+	a.offerSaved()
+}
+
+// offerSaved offers the checkpoints of this machine that are not stored.
+func (a *Archive) offerSaved() {
 	names, err := a.cfg.Source.SavedNames()
 	if err != nil {
 		a.cfg.Log.Error("cannot list the checkpoints that are to be copied", "error", err)
@@ -193,6 +200,9 @@ func (a *Archive) Run(ctx context.Context) {
 	for ctx.Err() == nil {
 		if err := a.cfg.Alone(ctx, checkpointPrefix, a.collect); err != nil && ctx.Err() == nil {
 			a.cfg.Log.Warn("cannot collect copies of checkpoints, and will try again", "error", err)
+		}
+		if a.queue.Reopened() {
+			a.offerSaved()
 		}
 		select {
 		case <-tick.C:

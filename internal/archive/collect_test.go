@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"path"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -111,4 +112,39 @@ func TestArchiveDropsBegunCopies(t *testing.T) {
 	w.pass(objects.UploadKept)
 	collect()
 	check(1, 0, files)
+}
+
+// TestArchiveOfTakenOverBucket makes a checkpoint while the bucket is another server's, which then gives it back.
+func TestArchiveOfTakenOverBucket(t *testing.T) {
+	w := newWorld(t, directory(t))
+	w.stop()
+	var foreign, back atomic.Bool
+	foreign.Store(true)
+	w.cfg.Foreign = foreign.Load
+	w.cfg.Alone = func(ctx context.Context, _ string, f func(context.Context) error) error {
+		if !back.Load() {
+			return objects.ErrForeign
+		}
+		foreign.Store(false) // as a look at the owner does
+		return f(ctx)
+	}
+	w.Archive = New(w.cfg)
+	id := w.sandbox(t)
+	made := w.save(t, id, "text")
+	w.Load(t.Context())
+	if n := w.Counts().Waiting; n != 0 || w.Stored(id, made) {
+		t.Errorf("in a foreign bucket %d uploads wait, stored %t", n, w.Stored(id, made))
+	}
+	back.Store(true)
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		w.Run(ctx)
+	}()
+	defer func() {
+		cancel()
+		<-done
+	}()
+	w.copied(t, id, made)
 }

@@ -5,9 +5,7 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
-	"errors"
 	"fmt"
-	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -25,7 +23,6 @@ type files struct {
 	store            *objects.Store
 	images, contexts *objects.Mirror
 	checkpoints      *archive.Archive
-	foreign          atomic.Bool // the bucket is another server's
 }
 
 // openBucket opens the bucket of the settings.
@@ -98,7 +95,7 @@ func (s *server) openArchive(ctx context.Context, bucket objects.Bucket, of *obj
 	}
 	return archive.New(archive.Config{Bucket: bucket, Transfer: of.Transfer(), Node: s.session.Holder.Node, Records: s.db,
 		Source: savedCheckpoints{s}, Key: key, MaxUnneeded: int64(s.cfg.Files.CheckpointsMB) << 20, Alone: alone,
-		Log: s.log.With("room", "archive")}), nil
+		Foreign: of.Foreign, Log: s.log.With("room", "archive")}), nil
 }
 
 // savedCheckpoints gives the archive the checkpoints of the node, which is opened later.
@@ -126,7 +123,7 @@ func (s *server) saved(name string, bytes int64) {
 
 // stored reports whether a bucket has the checkpoint of a sandbox or snapshot that was made at that time.
 func (s *server) stored(name string, made time.Time) bool {
-	return s.files != nil && !s.files.foreign.Load() && s.files.checkpoints.Stored(name, made)
+	return s.files != nil && !s.files.store.Foreign() && s.files.checkpoints.Stored(name, made)
 }
 
 // maxImageFile bounds an image that is fetched, in bytes: the size of the files in the largest image, and as much again
@@ -139,7 +136,6 @@ func (s *server) runFiles(ctx context.Context) {
 	if err := s.files.store.Run(ctx); err != nil {
 		s.log.Error("files.url names a bucket that another server uses, with other records or a copy: no file is copied",
 			"error", err)
-		s.files.foreign.Store(errors.Is(err, objects.ErrForeign))
 	}
 }
 

@@ -60,6 +60,9 @@ type MirrorConfig struct {
 	// Owned returns an error if the bucket may belong to other records; then a collection removes nothing. It is nil for a
 	// bucket that no other server can use.
 	Owned func(ctx context.Context) error
+	// Foreign reports whether the bucket belongs to other records; then nothing is uploaded, and what is needed later has
+	// to be named to Keep again. nil is never.
+	Foreign func() bool
 	// Alone calls f, unless another process is in such a call under the same name. Objects are removed only within it. If
 	// it is nil, f is always called.
 	Alone func(ctx context.Context, name string, f func(context.Context) error) error
@@ -101,7 +104,7 @@ func NewMirror(cfg MirrorConfig) *Mirror {
 	if cfg.Alone == nil {
 		cfg.Alone = func(ctx context.Context, _ string, f func(context.Context) error) error { return f(ctx) }
 	}
-	return &Mirror{cfg: cfg, queue: NewQueue(cfg.Prefix, cfg.Log, cfg.Now), wake: make(chan struct{}, 1),
+	return &Mirror{cfg: cfg, queue: NewQueue(cfg.Prefix, cfg.Foreign, cfg.Log, cfg.Now), wake: make(chan struct{}, 1),
 		turn: make(chan struct{}, 1), stored: map[string]bool{},
 		unneeded: map[string]time.Time{}, damaged: map[string]bool{}}
 }

@@ -549,7 +549,7 @@ func TestClaim(t *testing.T) {
 }
 
 // TestStoreIsTakenOver gives a bucket to a copy of the records while the first server runs. It checks that the first
-// one removes nothing any more.
+// one removes and uploads nothing any more.
 func TestStoreIsTakenOver(t *testing.T) {
 	b, err := OpenDir(t.TempDir())
 	if err != nil {
@@ -579,8 +579,11 @@ func TestStoreIsTakenOver(t *testing.T) {
 		`{"owner":"records"}`, "{"} {
 		write(ownerKey, other)
 		m.collect(ctx)
-		if _, err := b.Stat(ctx, key); err != nil || s.Claimed() {
-			t.Errorf("with the owner %s: the object %v, claimed %v", other, err, s.Claimed())
+		if _, err := b.Stat(ctx, key); err != nil || s.Claimed() || !s.Foreign() {
+			t.Errorf("with the owner %s: the object %v, claimed %v, foreign %v", other, err, s.Claimed(), s.Foreign())
+		}
+		if m.Offer(other); m.Counts().Waiting != 0 {
+			t.Errorf("with the owner %s what is offered waits", other)
 		}
 	}
 	if err := b.Delete(ctx, ownerKey); err != nil {
@@ -594,8 +597,11 @@ func TestStoreIsTakenOver(t *testing.T) {
 		t.Fatal(err)
 	}
 	m.collect(ctx)
-	if _, err := b.Stat(ctx, key); !errors.Is(err, fs.ErrNotExist) || !s.Claimed() {
+	if _, err := b.Stat(ctx, key); !errors.Is(err, fs.ErrNotExist) || !s.Claimed() || s.Foreign() {
 		t.Errorf("the owner does not remove what nothing needs: %v", err)
+	}
+	if m.Offer(key); m.Counts().Waiting != 1 {
+		t.Error("the owner does not upload what is offered")
 	}
 }
 
@@ -622,14 +628,62 @@ func TestStore(t *testing.T) {
 		t.Error(err)
 	}
 	foreign := NewStore(openS3(t, s3, ""), Owner{"other", "here"}, log)
-	if err := foreign.Run(t.Context()); !errors.Is(err, ErrForeign) {
+	m = foreign.Mirror(MirrorConfig{Prefix: "files/", Local: local, MaxFile: 1 << 30})
+	if err := foreign.Run(t.Context()); !errors.Is(err, ErrForeign) || !foreign.Foreign() {
 		t.Errorf("the store of another owner: %v", err)
+	}
+	if m.Offer(name); m.Counts().Waiting != 0 {
+		t.Error("what is offered waits for ever")
+	}
+}
+
+// TestQueueDropsWhileClosed closes a queue while one thing waits for its next try.
+func TestQueueDropsWhileClosed(t *testing.T) {
+	var closed atomic.Bool
+	now := time.Now()
+	q := NewQueue("x/", closed.Load, slog.New(slog.DiscardHandler), func() time.Time { return now })
+	ctx, stop := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		q.Run(ctx, func(_ context.Context, name string) error {
+			if name == "failing" && !closed.Swap(true) {
+				return errBroken
+			}
+			t.Errorf("%s is uploaded", name)
+			return nil
+		})
+	}()
+	q.Add("failing", 1)
+	eventually(t, "it was tried", closed.Load)
+	eventually(t, "nothing waits", func() bool {
+		q.mu.Lock()
+		defer q.mu.Unlock()
+		if w := q.waiting["failing"]; w != nil {
+			w.next = time.Time{}
+		}
+		q.Stir()
+		return len(q.waiting) == 0
+	})
+	q.Add("later", 1)
+	if n, _, _ := q.Counts(); n != 0 || q.Reopened() {
+		t.Errorf("while it is closed %d things wait", n)
+	}
+	stop()
+	<-done
+	closed.Store(false)
+	if !q.Reopened() || q.Reopened() {
+		t.Error("the queue does not report once that it takes again what it dropped")
+	}
+	q.Add("later", 1)
+	if n, _, _ := q.Counts(); n != 1 {
+		t.Errorf("in the open queue %d things wait", n)
 	}
 }
 
 // TestQueueStarvesNone adds two things again as soon as they are uploaded. One that was added before is uploaded too.
 func TestQueueStarvesNone(t *testing.T) {
-	q := NewQueue("x/", slog.New(slog.DiscardHandler), nil)
+	q := NewQueue("x/", nil, slog.New(slog.DiscardHandler), nil)
 	q.Add("old", 1)
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()

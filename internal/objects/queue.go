@@ -19,7 +19,8 @@ const (
 // Queue holds the names of files to upload. It uploads the newest and the longest waiting in turn, so that files
 // which are added all the time keep no other waiting for ever, and tries each until it succeeds.
 type Queue struct {
-	prefix string // of the names in the log
+	prefix string      // of the names in the log
+	closed func() bool // whether nothing may be uploaded
 	log    *slog.Logger
 	now    func() time.Time
 	wake   chan struct{} // has room for one
@@ -31,6 +32,8 @@ type Queue struct {
 	held map[string]bool // names that are not uploaded meanwhile
 	// +checklocks:mu
 	oldest bool // the longest waiting is the next
+	// +checklocks:mu
+	dropped bool // whether something was dropped since Reopened
 }
 
 // waiting describes a thing that is to be uploaded.
@@ -44,26 +47,44 @@ type waiting struct {
 	again bool // it was added once more while it was busy
 }
 
-// NewQueue returns an empty queue. The log has the names behind the prefix. now replaces the clock in tests; nil is
-// time.Now.
-func NewQueue(prefix string, log *slog.Logger, now func() time.Time) *Queue {
+// NewQueue returns an empty queue. The log has the names behind the prefix. While closed returns true, the queue drops
+// what is added or has its turn, so that it does not grow for ever; nil is never. now replaces the clock in tests; nil
+// is time.Now.
+func NewQueue(prefix string, closed func() bool, log *slog.Logger, now func() time.Time) *Queue {
+	if closed == nil {
+		closed = func() bool { return false }
+	}
 	if now == nil {
 		now = time.Now
 	}
-	return &Queue{prefix: prefix, log: log, now: now, wake: make(chan struct{}, 1), waiting: map[string]*waiting{},
-		held: map[string]bool{}}
+	return &Queue{prefix: prefix, closed: closed, log: log, now: now, wake: make(chan struct{}, 1),
+		waiting: map[string]*waiting{}, held: map[string]bool{}}
 }
 
 // Add adds a thing of size bytes. One that is being uploaded is uploaded once more after that.
 func (q *Queue) Add(name string, size int64) {
+	closed := q.closed()
 	q.mu.Lock()
-	if w := q.waiting[name]; w != nil {
+	if w := q.waiting[name]; closed {
+		q.dropped = true
+	} else if w != nil {
 		w.again, w.size = w.busy, max(w.size, size)
 	} else {
 		q.waiting[name] = &waiting{name: name, since: q.now(), size: size}
 	}
 	q.mu.Unlock()
 	q.Stir()
+}
+
+// Reopened reports whether the queue has dropped something since the last call that returned true, and takes things
+// again. The caller adds them once more.
+func (q *Queue) Reopened() bool {
+	closed := q.closed()
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	is := q.dropped && !closed
+	q.dropped = q.dropped && !is
+	return is
 }
 
 // Waits reports whether a thing is to be uploaded or is being uploaded.
@@ -121,7 +142,11 @@ func (q *Queue) Run(ctx context.Context, upload func(ctx context.Context, name s
 		if w != nil {
 			slots <- struct{}{}
 			wg.Go(func() {
-				q.end(ctx, w, upload(ctx, w.name))
+				if q.closed() {
+					q.drop(w)
+				} else {
+					q.end(ctx, w, upload(ctx, w.name))
+				}
 				<-slots
 				q.Stir()
 			})
@@ -165,6 +190,14 @@ func (q *Queue) take(free bool) (*waiting, time.Time) {
 		q.oldest = !q.oldest
 	}
 	return best, next
+}
+
+// drop removes a thing that is not uploaded.
+func (q *Queue) drop(w *waiting) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	delete(q.waiting, w.name)
+	q.dropped = true
 }
 
 // end removes a thing that was uploaded, or sets the time of its next try.

@@ -93,6 +93,7 @@ type Store struct {
 	log      *slog.Logger
 	runs     []func(context.Context)
 	claimed  atomic.Bool
+	foreign  atomic.Bool // the last owner that the bucket named was another one
 }
 
 // NewStore returns the store of an owner over a bucket. Nothing is written before [Store.Run].
@@ -102,7 +103,7 @@ func NewStore(b Bucket, owner Owner, log *slog.Logger) *Store {
 
 // Mirror adds a mirror with the configuration, before Run.
 func (s *Store) Mirror(cfg MirrorConfig) *Mirror {
-	cfg.Transfer, cfg.Log, cfg.Owned = s.transfer, s.log, s.Owned
+	cfg.Transfer, cfg.Log, cfg.Owned, cfg.Foreign = s.transfer, s.log, s.Owned, s.Foreign
 	m := NewMirror(cfg)
 	s.OnClaim(m.Run)
 	return m
@@ -117,6 +118,9 @@ func (s *Store) Owned(ctx context.Context) error {
 	if err == nil || errors.Is(err, ErrForeign) || errors.Is(err, fs.ErrNotExist) {
 		s.claimed.Store(err == nil)
 	}
+	if err == nil || errors.Is(err, ErrForeign) {
+		s.foreign.Store(err != nil)
+	}
 	return err
 }
 
@@ -130,6 +134,9 @@ func (s *Store) Transfer() *Transfer { return s.transfer }
 // Claimed reports whether the bucket was reached and is the owner's.
 func (s *Store) Claimed() bool { return s.claimed.Load() }
 
+// Foreign reports whether the bucket is another owner's, by what [Store.Run] or [Store.Owned] has read last.
+func (s *Store) Foreign() bool { return s.foreign.Load() }
+
 // Run claims the bucket and runs the mirrors until ctx ends. Until the bucket is reached the mirrors wait, and
 // everything stays local. If the bucket is another owner's, Run returns [ErrForeign].
 func (s *Store) Run(ctx context.Context) error {
@@ -139,6 +146,7 @@ func (s *Store) Run(ctx context.Context) error {
 			break
 		}
 		if errors.Is(err, ErrForeign) {
+			s.foreign.Store(true)
 			return err
 		}
 		if ctx.Err() != nil {

@@ -1,0 +1,66 @@
+package daemon
+
+import (
+	"errors"
+	"log/slog"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/cayhq/cay/internal/archive"
+	"github.com/cayhq/cay/internal/objects"
+	"github.com/cayhq/cay/internal/sandbox"
+	"github.com/cayhq/cay/internal/store"
+)
+
+// noSource has no checkpoints.
+type noSource struct{}
+
+func (noSource) SavedNames() ([]string, error)            { return nil, nil }
+func (noSource) OpenSaved(string) (*archive.Local, error) { return nil, errors.New("there is none") }
+
+// TestStoredInTakenOverBucket gives the bucket of a copy to another server, and back.
+func TestStoredInTakenOverBucket(t *testing.T) {
+	ctx, log := t.Context(), slog.New(slog.DiscardHandler)
+	db, err := store.Open(ctx, filepath.Join(t.TempDir(), "cay.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	bucket, err := objects.OpenDir(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	me, other := objects.Owner{Cluster: "mine", Directory: "here"}, objects.Owner{Cluster: "theirs", Directory: "there"}
+	f := &files{store: objects.NewStore(bucket, me, log)}
+	f.checkpoints = archive.New(archive.Config{Bucket: bucket, Transfer: f.store.Transfer(), Records: db,
+		Source: noSource{}, Foreign: f.store.Foreign, Log: log})
+	s := &server{files: f, log: log}
+
+	snap := sandbox.Snapshot{ID: sandbox.NewSnapshotID(), OrgID: "org_a", State: sandbox.SnapshotCreating,
+		CreatedAt: time.Now()}
+	if err := db.AddSnapshot(ctx, snap, 0); err != nil {
+		t.Fatal(err)
+	}
+	c, err := db.BeginCheckpoint(ctx, sandbox.StoredCheckpoint{Name: string(snap.ID), MadeAt: time.UnixMicro(1)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.UploadedAt = time.Now()
+	if err := db.EndCheckpoint(ctx, c); err != nil {
+		t.Fatal(err)
+	}
+	f.checkpoints.Load(ctx)
+	if !s.stored(c.Name, c.MadeAt) {
+		t.Fatal("the copy is not stored")
+	}
+	for _, owner := range []objects.Owner{other, me} {
+		if err := errors.Join(bucket.Delete(ctx, "cay.json"), objects.Claim(ctx, bucket, owner)); err != nil {
+			t.Fatal(err)
+		}
+		err := f.store.Owned(ctx) // as each collection asks
+		if got, want := s.stored(c.Name, c.MadeAt), owner == me; got != want || (err == nil) != want {
+			t.Errorf("in the bucket of %s the copy is stored: %t, %v", owner.Cluster, got, err)
+		}
+	}
+}
