@@ -63,8 +63,8 @@ func (u unsealed) Put(ctx context.Context, key string, body *io.SectionReader, s
 	return u.Bucket.Put(ctx, key, body, sum, when)
 }
 
-// TestArchiveDropsBegunCopies makes checkpoints while no copy gets whole. What was begun for the earlier ones goes after
-// the grace.
+// TestArchiveDropsBegunCopies makes checkpoints while no copy gets whole. What was begun for the earlier ones goes
+// after the grace.
 func TestArchiveDropsBegunCopies(t *testing.T) {
 	b := directory(t)
 	w := newWorld(t, unsealed{b})

@@ -88,13 +88,13 @@ func (t *Transfer) remove(ctx context.Context, o unneeded, log *slog.Logger) err
 	return nil
 }
 
-// listUnneeded returns the objects that are not needed, and remembers since when.
+// listUnneeded returns the objects that are not needed, at most maxRemembered, and remembers since when.
 func (m *Mirror) listUnneeded(ctx context.Context) (all []unneeded, err error) {
 	found := map[string]time.Time{}
 	_, err = m.cfg.Transfer.each(ctx, m.cfg.Prefix, m.cfg.Now, func(o Info, age time.Duration) {
 		name := strings.TrimPrefix(o.Key, m.cfg.Prefix)
-		if _, err := ParseSum(name); err != nil {
-			return // not of this mirror
+		if _, err := ParseSum(name); err != nil || len(all) == maxRemembered {
+			return // not of this mirror, or for a later collection
 		}
 		if since, is := m.unneededSince(name); is {
 			found[name] = since
@@ -173,8 +173,8 @@ func (m *Mirror) removed(name string, done bool) {
 	m.queue.Release(name)
 }
 
-// abortOld removes the uploads of a prefix that are not complete [UploadKept] after they were begun, or [Grace] after it
-// if their objects are not needed.
+// abortOld removes the uploads of a prefix that are not complete [UploadKept] after they were begun, or [Grace] after
+// it if their objects are not needed.
 func (t *Transfer) abortOld(ctx context.Context, prefix string, now func() time.Time,
 	needed func(key string) bool) error {
 	skew, err := t.bucket.Skew(ctx)

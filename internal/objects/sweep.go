@@ -7,8 +7,8 @@ import (
 	"time"
 )
 
-// maxRemembered bounds the unneeded objects that a sweep remembers, so that a bucket that lists objects without end
-// does not use up the memory. If there are more, later sweeps remove the rest.
+// maxRemembered bounds the unneeded objects that a collection remembers, so that a bucket that lists objects without
+// end does not use up the memory. If there are more, later collections remove the rest.
 const maxRemembered = 100_000
 
 // Sweep removes the objects of a prefix that nothing needs, as a [Mirror] does, but its caller decides which these are.
