@@ -35,7 +35,11 @@ func openBucket(cfg config.Files) (objects.Bucket, error) {
 	if err != nil {
 		return nil, err
 	}
-	return objects.Open(l, credentials)
+	bucket, err := objects.Open(l, credentials)
+	if err != nil {
+		return nil, fmt.Errorf("files.url: %w", err)
+	}
+	return bucket, nil
 }
 
 // openFiles sets up the copies of images, contexts and checkpoints in the bucket of the settings, if there is one. It
@@ -58,7 +62,8 @@ func (s *server) openFiles(ctx context.Context) (err error) {
 	f.images = f.store.Mirror(objects.MirrorConfig{Prefix: "images/", Local: s.images, Alone: s.db.Alone,
 		MaxLocal: int64(cfg.ImagesMB) << 20, MaxUnneeded: int64(cfg.ImagesMB) << 20, MaxFile: maxImageFile, MinFree: minFree})
 	f.contexts = f.store.Mirror(objects.MirrorConfig{Prefix: "contexts/", Local: s.contexts, Alone: s.db.Alone,
-		MaxLocal: int64(cfg.ContextsMB) << 20, MaxUnneeded: int64(cfg.ContextsMB) << 20, MaxFile: int64(s.cfg.Build.ContextsMB) << 20, MinFree: minFree})
+		MaxLocal: int64(cfg.ContextsMB) << 20, MaxUnneeded: int64(cfg.ContextsMB) << 20,
+		MaxFile: int64(s.cfg.Build.ContextsMB) << 20, MinFree: minFree})
 	s.images.UseRemote(f.images, func(digest string) bool { return s.node.UsesImage(digest) })
 	s.contexts.UseRemote(f.contexts)
 	if f.checkpoints, err = s.openArchive(ctx, bucket, f.store); err != nil {

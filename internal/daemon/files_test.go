@@ -3,11 +3,14 @@ package daemon
 import (
 	"errors"
 	"log/slog"
+	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/cayhq/cay/internal/archive"
+	"github.com/cayhq/cay/internal/config"
 	"github.com/cayhq/cay/internal/objects"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/store"
@@ -61,6 +64,25 @@ func TestStoredInTakenOverBucket(t *testing.T) {
 		err := f.store.Owned(ctx) // as each collection asks
 		if got, want := s.stored(c.Name, c.MadeAt), owner == me; got != want || (err == nil) != want {
 			t.Errorf("in the bucket of %s the copy is stored: %t, %v", owner.Cluster, got, err)
+		}
+	}
+}
+
+// TestBucketOfUnmountedDirectory names a directory that does not exist, and makes it.
+func TestBucketOfUnmountedDirectory(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "cay")
+	cfg := config.Files{URL: "file://" + dir}
+	all := CheckFiles(t.Context(), cfg)
+	if len(all) != 1 || all[0].OK || !strings.Contains(all[0].Detail, "files.url: ") ||
+		!strings.Contains(all[0].Detail, "create the directory") {
+		t.Errorf("without the directory the findings are %+v", all)
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range CheckFiles(t.Context(), cfg) {
+		if !f.OK {
+			t.Errorf("with the directory: %+v", f)
 		}
 	}
 }

@@ -38,11 +38,16 @@ const (
 // Dir is a [Bucket] in a directory, which several processes may use at once.
 type Dir struct{ dir string }
 
-// OpenDir makes the directory if it does not exist.
+// OpenDir opens a directory that exists. It does not make one, since one that is missing may belong to a file system
+// that is not mounted, and the files would then be on the disk below.
 func OpenDir(dir string) (*Dir, error) {
 	for _, sub := range []string{dirUploads, dirTmp} {
-		if err := os.MkdirAll(filepath.Join(dir, sub), 0o700); err != nil {
-			return nil, fmt.Errorf("making the directory of objects: %w", err)
+		err := os.Mkdir(filepath.Join(dir, sub), 0o700)
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			return nil, fmt.Errorf("mount the file system of the directory %s, or create the directory: %w", dir, err)
+		case err != nil && !errors.Is(err, fs.ErrExist):
+			return nil, fmt.Errorf("opening the directory of objects: %w", err)
 		}
 	}
 	d := &Dir{dir}
