@@ -74,7 +74,7 @@ func TestMemory(t *testing.T) {
 	})
 	t.Run("several processes", func(t *testing.T) {
 		r := s.exec(id, `for i in 1 2 3 4 5 6 7 8; do python3 -c 'l = []
-while True: l.append(bytearray(3 << 20))' & done; wait; echo all gone`, object{"timeout": "10m"})
+while True: l.append(bytearray(3 << 20))' & done; wait; echo all gone`, object{"timeout": "5m"})
 		if !r.OOMKilled || !strings.Contains(r.Stdout, "all gone") {
 			t.Errorf("got %+v", r)
 		}
@@ -86,7 +86,7 @@ while True: l.append(bytearray(3 << 20))' & done; wait; echo all gone`, object{"
 for _ in range(7):
     if os.fork() == 0: break
 l = []
-while True: l.append(bytearray(3 << 20))'`, object{"timeout": "10m"})
+while True: l.append(bytearray(3 << 20))'`, object{"timeout": "5m"})
 			if r.ExitCode != 137 || !r.OOMKilled {
 				t.Errorf("got %+v", r)
 			}
@@ -97,7 +97,7 @@ while True: l.append(bytearray(3 << 20))'`, object{"timeout": "10m"})
 		var wg sync.WaitGroup
 		for range 4 {
 			wg.Go(func() {
-				r := s.exec(id, "exec python3 -c 'l = []\nwhile True: l.append(bytearray(5 << 20))'", object{"timeout": "10m"})
+				r := s.exec(id, "exec python3 -c 'l = []\nwhile True: l.append(bytearray(5 << 20))'", object{"timeout": "5m"})
 				if !r.OOMKilled || r.ExitCode != 137 {
 					t.Errorf("got %+v", r)
 				}
@@ -132,7 +132,7 @@ while True: l.append(bytearray(3 << 20))'`, object{"timeout": "10m"})
 	})
 	t.Run("/tmp is on the disk", func(t *testing.T) {
 		r := s.exec(id, "dd if=/dev/zero of=/tmp/fill bs=1M count=1200 && stat -c %a /tmp && "+
-			"df --output=target /tmp | tail -1; rm -f /tmp/fill", object{"timeout": "10m"})
+			"df --output=target /tmp | tail -1; rm -f /tmp/fill", object{"timeout": "5m"})
 		if r.ExitCode != 0 || r.OOMKilled || r.Stdout != "1777\n/\n" {
 			t.Errorf("got %+v", r)
 		}
@@ -144,7 +144,7 @@ b = bytearray(300 << 20)
 f = open("/var/tmp/big", "wb")
 for i in range(1024): f.write(b[:1 << 20])
 f.close()
-print("written")' && ls -l /var/tmp/big && rm /var/tmp/big`, object{"timeout": "10m"})
+print("written")' && ls -l /var/tmp/big && rm /var/tmp/big`, object{"timeout": "5m"})
 		if r.ExitCode != 0 || r.OOMKilled || !strings.Contains(r.Stdout, "written") {
 			t.Errorf("got %+v", r)
 		}
@@ -184,7 +184,7 @@ except OSError as e:
     print(n, e.strerror, flush=True)
 time.sleep(600)'`
 	const refused = "Resource temporarily unavailable"
-	for _, timeout := range []string{"10s", "1m", "5m"} { // a busy machine takes longer to get to the limit
+	for _, timeout := range []string{"20s", "2m", "5m"} { // a busy machine takes longer to get to the limit
 		if r = s.exec(id, fill, object{"timeout": timeout}); strings.Contains(r.Stdout, refused) {
 			break
 		}
@@ -217,7 +217,7 @@ func TestOutputFlood(t *testing.T) {
 	s := shared(t)
 	id := s.create(nil)
 	defer s.destroy(id)
-	r := s.exec(id, "yes | head -c 100000000; yes error | head -c 20000000 >&2; echo end", object{"timeout": "10m"})
+	r := s.exec(id, "yes | head -c 100000000; yes error | head -c 20000000 >&2; echo end", object{"timeout": "5m"})
 	const most = 8 << 20
 	if r.ExitCode != 0 || len(r.Stdout) != most || len(r.Stderr) != most || !r.StdoutTruncated || !r.StderrTruncated {
 		t.Errorf("exit code %d, %d and %d bytes, truncated %v %v", r.ExitCode, len(r.Stdout), len(r.Stderr),
@@ -258,9 +258,9 @@ func TestZombiesAndKilledChildren(t *testing.T) {
 	s := shared(t)
 	id := s.create(object{"timeout": "1h"})
 	defer s.destroy(id)
-	// A thousand orphans that end must be reaped by the first process.
-	s.want(id, `for i in $(seq 10); do (for j in $(seq 100); do (true &) ; done) ; done; sleep 0.5`,
-		object{"timeout": "10m"})
+	// Hundreds of orphans that end must be reaped by the first process.
+	s.want(id, `for i in $(seq 3); do (for j in $(seq 100); do (true &) ; done) ; done; sleep 0.5`,
+		object{"timeout": "5m"})
 	if n := s.want(id, `grep -l '^State:.Z' /proc/[0-9]*/status 2>/dev/null | wc -l`); n != "0" {
 		t.Errorf("%s zombies are left", n)
 	}
