@@ -330,7 +330,7 @@ func TestProcesses(t *testing.T) {
 	defer cancel()
 	c := s.api()
 	p, err := c.StartProcess(ctx, id, cay.StartProcessRequest{Args: []string{"sh", "-c",
-		"echo $A $PWD $(id -un); cat; trap 'exit 9' INT; echo eof; sleep 3600 & wait"}, Tag: new("job"),
+		"echo $A $PWD $(id -un); cat; trap 'exit 9' INT; sleep 3600 & echo eof; wait"}, Tag: new("job"),
 		Env: cay.Env{"A": "b"}, Workdir: new("/tmp"), User: new("user"), Stdin: new(true)})
 	if err != nil {
 		t.Fatal(err)
