@@ -51,7 +51,7 @@ NO_RECORDS = ^(TestAllOutput|TestCodeInterpreter|TestE2B|TestE2BTemplates|TestFo
 test: build ## run every test, the real ones included
 	@scripts/needs.sh test
 	@FUZZTIME=$(FUZZTIME) scripts/fuzz.sh
-	@cd cmd/cay-buildkit && $(GO) test ./... # a module of its own
+	@cd cmd/cay-buildkit && CAY_TEST_REQUIRE=1 $(GO) test ./... # a module of its own
 	@cd sdk/go && $(GO) test ./... # a module of its own
 	@$(GO) test $(PATCHED) -run '^$$' ./... >/dev/null # builds all before the first runs
 	CAY_TEST_REQUIRE=1 $(GO) test $(PATCHED) -p 2 -timeout 60m ./...

@@ -9,14 +9,13 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cayhq/cay/internal/buildkit/wire"
+	"github.com/cayhq/cay/internal/caytest"
 )
 
 // TestDiskGivesRunningBuildsNothing has a build write all that it may, while the end of another one and a trim settle
 // the disk: the first may not write on.
 func TestDiskGivesRunningBuildsNothing(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("mounting a file system needs root")
-	}
+	caytest.RequireRoot(t)
 	dir := t.TempDir()
 	if err := unix.Mount("disk", dir, "tmpfs", 0, "size=512m"); err != nil {
 		t.Fatal(err)

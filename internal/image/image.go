@@ -269,8 +269,3 @@ func (s *Store) Close() {
 	s.mu.Unlock()
 	s.verifying.Wait()
 }
-
-// Build makes the image of a source, or finds it where the same inputs were
-// built before. progress is called with lines for people, from one goroutine at a
-// time. Builds run one at a time; waiting for the turn ends with ctx. A failed
-// step is a *[StepError].

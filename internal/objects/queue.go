@@ -65,11 +65,12 @@ func NewQueue(prefix string, closed func() bool, log *slog.Logger, now func() ti
 func (q *Queue) Add(name string, size int64) {
 	closed := q.closed()
 	q.mu.Lock()
-	if w := q.waiting[name]; closed {
+	switch w := q.waiting[name]; {
+	case closed:
 		q.dropped = true
-	} else if w != nil {
+	case w != nil:
 		w.again, w.size = w.busy, max(w.size, size)
-	} else {
+	default:
 		q.waiting[name] = &waiting{name: name, since: q.now(), size: size}
 	}
 	q.mu.Unlock()

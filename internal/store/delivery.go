@@ -27,8 +27,8 @@ const deliveryColumns = `webhook_id, seq, lane, type, queued_at, made_at, attemp
 
 func deliveryFields(d *webhook.Delivery) []any {
 	return []any{&d.WebhookID, &d.Seq, &d.Lane, &d.Type, timeColumn{&d.QueuedAt}, timeColumn{&d.MadeAt}, &d.Attempts,
-		timeColumn{&d.FailedAt}, timeColumn{&d.NextAt}, timeColumn{&d.Last.At}, durationColumn{&d.Last.Took}, &d.Last.Status, &d.Last.Error,
-		&d.Last.Answer, &d.Body}
+		timeColumn{&d.FailedAt}, timeColumn{&d.NextAt}, timeColumn{&d.Last.At}, durationColumn{&d.Last.Took},
+		&d.Last.Status, &d.Last.Error, &d.Last.Answer, &d.Body}
 }
 
 // Enqueue implements [webhook.Store].
@@ -67,7 +67,8 @@ func (db *DB) Requeue(ctx context.Context, id string, all []webhook.Delivery, mo
 func (db *DB) requeue(ctx context.Context, id string, all []webhook.Delivery, most webhook.Bounds,
 	now time.Time) (int, error) {
 	return db.enqueue(ctx, id, all, now, ` ON CONFLICT (webhook_id, seq) DO UPDATE SET made_at = NULL,
-		body = excluded.body, queued_at = excluded.queued_at, attempts = 0, failed_at = NULL, tried_at = NULL, took = 0, status_code = 0, error = '', answer = ''
+		body = excluded.body, queued_at = excluded.queued_at, attempts = 0, failed_at = NULL, tried_at = NULL, took = 0,
+		status_code = 0, error = '', answer = ''
 		WHERE webhook_deliveries.made_at IS NOT NULL`,
 		func(w *webhook.Webhook, err error) (bool, error) {
 			size := w.Bytes

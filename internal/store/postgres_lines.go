@@ -22,7 +22,8 @@ type lines struct {
 	mu sync.Mutex
 	// +checklocks:mu
 	all map[*line]bool
-	// away is set while new connections are refused. +checklocks:mu
+	// away is set while new connections are refused.
+	// +checklocks:mu
 	away bool
 }
 

@@ -27,15 +27,16 @@ type seen struct {
 type mark struct {
 	path string
 
-	saving sync.Mutex // held while the file is written
-
 	mu sync.Mutex
-	// now is the mark. +checklocks:mu
+	// now is the mark.
+	// +checklocks:mu
 	now seen
-	// saved is the mark that the file has. +checklocks:mu
+	// saved is the mark that the file has.
+	// +checklocks:mu
 	saved seen
 	// accepting is true until a server has started with records whose restore is accepted. The file keeps the mark
-	// until then, since the start may fail. +checklocks:mu
+	// until then, since the start may fail.
+	// +checklocks:mu
 	accepting bool
 }
 
@@ -106,10 +107,9 @@ func (m *mark) value() seen {
 	return m.now
 }
 
-// save writes the mark to its file if it has risen. After a loss of power the file has this mark or one before.
+// save writes the mark to its file if it has risen. After a loss of power the file has this mark or one before. It is
+// not called concurrently: the goroutine that numbers events saves until it has ended, and then close does.
 func (m *mark) save() error {
-	m.saving.Lock()
-	defer m.saving.Unlock()
 	m.mu.Lock()
 	now, saved, accepting := m.now, m.saved, m.accepting
 	m.mu.Unlock()

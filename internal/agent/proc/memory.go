@@ -89,7 +89,8 @@ func (m *memory) relieve(w http.ResponseWriter, r *http.Request) {
 func (m *memory) free(ctx context.Context, bytes int64) (freed int64, killed int, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	deadline := time.Now().Add(relievePatience)
+	ctx, cancel := context.WithTimeout(ctx, relievePatience)
+	defer cancel()
 	for freed < bytes && ctx.Err() == nil {
 		if err := m.scanLocked(); err != nil {
 			return freed, killed, err
@@ -106,7 +107,7 @@ func (m *memory) free(ctx context.Context, bytes int64) (freed int64, killed int
 				continue // ended by itself
 			}
 			killed++
-			if !m.waitGoneLocked(ctx, v, deadline) {
+			if !m.waitGoneLocked(ctx, v) {
 				return freed, killed, nil
 			}
 			freed += v.rss
@@ -258,12 +259,12 @@ func (m *memory) markKilledLocked(pid int) {
 	}
 }
 
-// waitGoneLocked reports whether the process has given its memory back before the deadline and before the caller left.
+// waitGoneLocked reports whether the process has given its memory back before ctx ends.
 //
 // +checklocks:m.mu
-func (m *memory) waitGoneLocked(ctx context.Context, v victim, deadline time.Time) bool {
+func (m *memory) waitGoneLocked(ctx context.Context, v victim) bool {
 	for m.rssLocked(v.pid) > 0 {
-		if ctx.Err() != nil || time.Now().After(deadline) {
+		if ctx.Err() != nil {
 			return false
 		}
 		time.Sleep(time.Millisecond)
