@@ -38,12 +38,13 @@ func TestRestartAdopts(t *testing.T) {
 	s.needTemplate("python")
 	long, short := s.create(nil), s.create(object{"timeout": "12s"})
 	s.want(long, "nohup sh -c 'while true; do date +%s%N > /tmp/next; mv /tmp/next /tmp/beat; sleep 0.05; done' "+
-		">/dev/null 2>&1 & sleep 0.2")
+		">/dev/null 2>&1 & until test -e /tmp/beat; do sleep 0.1; done")
 	for _, signal := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
 		before := s.want(long, "cat /tmp/beat; cat /proc/sys/kernel/random/boot_id")
 		s.stop(signal)
 		s.start()
-		after := s.want(long, "sleep 0.2; cat /tmp/beat; cat /proc/sys/kernel/random/boot_id")
+		after := s.want(long, "old=$(cat /tmp/beat); while [ \"$(cat /tmp/beat)\" = \"$old\" ]; do sleep 0.1; done; "+
+			"cat /tmp/beat; cat /proc/sys/kernel/random/boot_id")
 		b, a := strings.Fields(before), strings.Fields(after)
 		if len(b) != 2 || len(a) != 2 || b[1] != a[1] || b[0] == a[0] {
 			t.Errorf("after %s: before %q, after %q", signal, before, after)

@@ -63,37 +63,35 @@ func measureRecords(ctx context.Context, o options, s *server, _ *docker, r *res
 		}
 		servers, ids, kinds = append(servers, one), append(ids, id), append(kinds, c.kind)
 	}
-	for i := range o.starts + 1 {
-		into := r
-		if i == 0 { // the first round warms up, and makes the pools keep that kind of sandbox
-			into = &results{}
-		}
+	if err := measureRecordsExecute(ctx, o.starts, servers, ids, kinds, r); err != nil {
+		return err
+	}
+	for range o.starts {
 		for n, one := range servers {
-			if err := one.recordsOnce(ctx, ids[n], kinds[n], i > 0, into); err != nil {
+			var warm results
+			if err := one.warmOnce(ctx, true, &warm); err != nil {
 				return err
 			}
+			r.add(fmt.Sprintf(recordsWarm, kinds[n]), unitMS, warm.find(warmCreate).Samples[0])
 		}
 	}
 	return measureClaims(ctx, s.dir, pg, r)
 }
 
-// recordsOnce runs commands, and creates from the pool.
-func (s *server) recordsOnce(ctx context.Context, id, kind string, full bool, r *results) error {
-	for range 2 * row {
-		began := time.Now()
-		if _, err := s.execute(ctx, id, cay.ExecuteRequest{Args: []string{"true"}}); err != nil {
-			return err
+// measureRecordsExecute runs commands on the servers in turn, before any of them has a pool to keep: making a pooled
+// sandbox takes the processors from the commands.
+func measureRecordsExecute(ctx context.Context, rounds int, servers []*server, ids, kinds []string, r *results) error {
+	for i := range (rounds + 1) * 2 * row {
+		for n, one := range servers {
+			began := time.Now()
+			if _, err := one.execute(ctx, ids[n], cay.ExecuteRequest{Args: []string{"true"}}); err != nil {
+				return err
+			}
+			if i >= 2*row { // the first ones warm up
+				r.took(fmt.Sprintf(recordsExecute, kinds[n]), began)
+			}
 		}
-		r.took(fmt.Sprintf(recordsExecute, kind), began)
 	}
-	var one results
-	if !full {
-		return nil
-	}
-	if err := s.warmOnce(ctx, true, &one); err != nil {
-		return err
-	}
-	r.add(fmt.Sprintf(recordsWarm, kind), unitMS, one.find(warmCreate).Samples[0])
 	return nil
 }
 

@@ -48,9 +48,10 @@ func TestExecuteResults(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := s.in(t)
+			start := time.Now()
 			got := s.exec(c.give)
-			if got.Duration <= 0 || got.Duration > 20*time.Second {
-				t.Errorf("duration %s", got.Duration)
+			if most := time.Since(start); got.Duration <= 0 || got.Duration > most {
+				t.Errorf("duration %s, of %s that the call took", got.Duration, most)
 			}
 			ignore := cmpopts.IgnoreFields(agentapi.ExecuteResult{}, "Duration")
 			if diff := cmp.Diff(c.want, got, ignore, cmpopts.EquateEmpty()); diff != "" {
@@ -128,10 +129,9 @@ func TestCancelKills(t *testing.T) {
 // and does not delay the answer.
 func TestBackgroundJobSurvives(t *testing.T) {
 	s := startSandbox(t, options{})
-	start := time.Now()
 	res := s.exec(agentapi.ExecuteRequest{Command: "(while :; do echo tick; sleep 0.05; done) & echo $!"})
-	if took := time.Since(start); took > 5*time.Second {
-		t.Errorf("the answer took %s", took)
+	if res.TimedOut {
+		t.Error("the answer waited for the job")
 	}
 	pid := strings.Fields(string(res.Stdout))[0]
 	if pid == "tick" {
@@ -144,19 +144,14 @@ func TestBackgroundJobSurvives(t *testing.T) {
 
 func TestOutputFlood(t *testing.T) {
 	s := startSandbox(t, options{})
-	start := time.Now()
 	res := s.exec(agentapi.ExecuteRequest{Command: "yes | head -c 100000000; echo done >&2"})
-	took := time.Since(start)
 	if len(res.Stdout) != agentapi.DefaultMaxOutput || !res.StdoutTruncated {
 		t.Errorf("%d bytes, truncated %v; want %d, true", len(res.Stdout), res.StdoutTruncated, agentapi.DefaultMaxOutput)
 	}
 	if string(res.Stderr) != "done\n" || res.StderrTruncated || res.ExitCode != 0 {
 		t.Errorf("stderr %q, truncated %v, exit code %d", res.Stderr, res.StderrTruncated, res.ExitCode)
 	}
-	if took > 25*time.Second {
-		t.Errorf("took %s", took)
-	}
-	t.Logf("100 MB through both pipes, 8 MiB kept: %s", took)
+	t.Logf("100 MB through both pipes, 8 MiB kept: %s", res.Duration)
 
 	res = s.exec(agentapi.ExecuteRequest{Command: "yes", Timeout: time.Second, MaxOutput: 1000})
 	if len(res.Stdout) != 1000 || !res.StdoutTruncated || !res.TimedOut {
