@@ -43,10 +43,6 @@ programs: ## build the programs that cay embeds
 needs: ## install the Debian packages that the host lacks
 	@scripts/needs.sh run
 
-# make test runs the tests of the whole a second time, with the records in PostgreSQL, but for these: they look at the
-# inside of sandboxes, have a PostgreSQL of their own, or take minutes with calls that other tests make there.
-NO_RECORDS = ^(TestAllOutput|TestCodeInterpreter|TestE2B|TestE2BTemplates|TestForkBomb|TestIntegrations|TestMemory|TestNeverReachable|TestOutputFlood|TestPostgres|TestRest|TestSavesUnderChurn|TestSocketsHearAfterWake|TestTrees|TestZombiesAndKilledChildren)$$
-
 .PHONY: test
 test: build ## run every test, the real ones included
 	@scripts/needs.sh test
@@ -55,7 +51,7 @@ test: build ## run every test, the real ones included
 	@cd sdk/go && $(GO) test ./... # a module of its own
 	@$(GO) test $(PATCHED) -run '^$$' ./... >/dev/null # builds all before the first runs
 	CAY_TEST_REQUIRE=1 $(GO) test $(PATCHED) -p 2 -timeout 60m ./...
-	CAY_TEST_REQUIRE=1 CAY_TEST_STORE=postgres $(GO) test $(PATCHED) -timeout 60m ./e2e -skip '$(NO_RECORDS)'
+	CAY_TEST_REQUIRE=1 CAY_TEST_STORE=postgres $(GO) test $(PATCHED) -timeout 60m ./e2e # those that depend on the records
 
 # Which machines make test-hosts runs, all by default, and more of its flags: go run ./e2e/hosts -h
 HOSTS      ?=

@@ -85,6 +85,7 @@ func (s *server) dial(send string) net.Conn {
 // TestConnectionFloods opens more connections than the server may have files, of every slow kind.
 // An honest organization works on, and the server keeps files for it.
 func TestConnectionFloods(t *testing.T) {
+	onOneStore(t)
 	s := attacked(t)
 	id := s.create(nil)
 	defer s.destroy(id)
@@ -127,6 +128,7 @@ func TestConnectionFloods(t *testing.T) {
 // TestHTTP2Floods sends the known attacks on HTTP/2. The server ends the connection or answers,
 // serves other clients, and frees the memory and the goroutines afterwards.
 func TestHTTP2Floods(t *testing.T) {
+	onOneStore(t)
 	s := attacked(t)
 	id := s.create(nil)
 	defer s.destroy(id)
@@ -276,6 +278,7 @@ const terminalProtocols = "cay.terminal.v1"
 // TestHostileBodies sends bodies that are cheap to write and expensive to read. The server refuses
 // each with a reason and keeps no memory for it.
 func TestHostileBodies(t *testing.T) {
+	onOneStore(t)
 	s := attacked(t)
 	id := s.create(nil)
 	defer s.destroy(id)

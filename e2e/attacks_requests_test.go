@@ -37,6 +37,7 @@ func (s *server) talk(send string) (answers []string) {
 // TestSmuggling sends requests to a port whose end two servers could see at different places. Other
 // clients use the same port over kept connections and must get only their own answers.
 func TestSmuggling(t *testing.T) {
+	onOneStore(t)
 	s := attacked(t)
 	id := s.create(nil)
 	defer s.destroy(id)
@@ -165,6 +166,7 @@ nohup python3 /tmp/liar.py >/dev/null 2>&1 & sleep 1`)
 // TestConfusedPaths names another organization's sandbox in every way that two readers of a request
 // could understand differently.
 func TestConfusedPaths(t *testing.T) {
+	onOneStore(t)
 	s := attacked(t)
 	victim := s.create(nil)
 	defer s.destroy(victim)

@@ -418,6 +418,7 @@ func TestKeysOfOthersAreNoRepeats(t *testing.T) {
 // TestUploadsInTheWay uploads to a sandbox while it is suspended, sleeps, and is destroyed. Every
 // file is whole or absent, and every call ends.
 func TestUploadsInTheWay(t *testing.T) {
+	onOneStore(t)
 	s := attacked(t)
 	id := s.persistent(nil)
 	content := strings.Repeat("0123456789abcdef", 1<<18) // 4 MiB

@@ -11,6 +11,7 @@ import (
 // domain is localhost. The page has an origin and a site of its own, which its neighbours and the API do not
 // share.
 func TestLocalHostNames(t *testing.T) {
+	onOneStore(t)
 	s := shared(t)
 	id := s.create(nil)
 	defer s.destroy(id)

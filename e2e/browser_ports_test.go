@@ -63,6 +63,7 @@ func (b *browser) cookies(address string) []string {
 // API's origin and must gain nothing from it. By host name it has an origin of its own, and must
 // not reach its neighbours.
 func TestPagesOfStrangers(t *testing.T) {
+	onOneStore(t)
 	s := sharedPorts(t)
 	id := s.create(nil)
 	defer s.destroy(id)

@@ -166,6 +166,7 @@ func (b *browser) until(script string) {
 // TestTerminalInABrowser types into a terminal from a page of another origin, which sends the key
 // as a subprotocol.
 func TestTerminalInABrowser(t *testing.T) {
+	onOneStore(t)
 	s := shared(t)
 	id := s.create(nil)
 	defer s.destroy(id)

@@ -23,6 +23,7 @@ while True:
 
 // TestSavesUnderChurn saves a sandbox again and again while connections in it come and go.
 func TestSavesUnderChurn(t *testing.T) {
+	onOneStore(t)
 	t.Parallel() // it looks only at its own sandboxes
 	s := shared(t)
 	id := s.persistent(nil)

@@ -16,6 +16,7 @@ import (
 // TestCrowd lets more clients create, execute and destroy in a loop than the machine has room for.
 // Each is served or told to retry, other clients are answered meanwhile, and nothing is left.
 func TestCrowd(t *testing.T) {
+	onOneStore(t)
 	s := newServer(t, "CAY_POOL_ENABLED=true", "CAY_CAPACITY_MAX_SANDBOXES=6")
 	s.start()
 	s.needTemplate("python")

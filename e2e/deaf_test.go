@@ -103,6 +103,7 @@ func (s *server) heard(id string) (counts []int) {
 // while packets arrive for them. Each socket receives packets again afterwards, and so does the
 // listener.
 func TestSocketsHearAfterWake(t *testing.T) {
+	onOneStore(t)
 	t.Parallel() // it looks only at its own sandboxes
 	s := shared(t)
 	o := newOutside(t)

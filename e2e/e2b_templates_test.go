@@ -16,6 +16,7 @@ const templatesFile = "templates.test.mjs"
 // TestE2BTemplates builds templates with E2B's unmodified packages, on a server that asks no
 // registry.
 func TestE2BTemplates(t *testing.T) {
+	onOneStore(t)
 	t.Parallel() // it has its own server
 	s := newServer(t, "CAY_POOL_ENABLED=false", "CAY_TEMPLATES_PREPARE=python,base", "CAY_IMAGES_REGISTRY=false")
 	s.start()

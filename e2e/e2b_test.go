@@ -19,6 +19,7 @@ import (
 // TestE2B runs E2B's unmodified packages, in two versions, against a server, with the environment
 // that their users set. The tests are e2e/e2b/*.test.mjs.
 func TestE2B(t *testing.T) {
+	onOneStore(t)
 	t.Parallel() // it has its own server
 	s := newServer(t, "CAY_POOL_ENABLED=true", "CAY_PROXY_DOMAIN=localhost",
 		"CAY_TEMPLATES_PREPARE=base,code-interpreter")

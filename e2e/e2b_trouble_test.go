@@ -134,6 +134,7 @@ func (s *server) noLeases() {
 }
 
 func TestE2BTrouble(t *testing.T) {
+	onOneStore(t)
 	t.Parallel() // it has its own server
 	s := newServer(t, "CAY_POOL_ENABLED=true")
 	s.start()

@@ -85,6 +85,7 @@ func (s *server) awaitDenied(id, part string) {
 
 // TestEgressByRange gives one sandbox one policy after the other.
 func TestEgressByRange(t *testing.T) {
+	onOneStore(t)
 	t.Parallel() // it looks only at its own sandboxes
 	s := shared(t)
 	o := newOutside(t)
@@ -138,6 +139,7 @@ func (o *outside) echo(t *testing.T, port int) {
 
 // TestEgressCutsConnections changes the policy under an established connection.
 func TestEgressCutsConnections(t *testing.T) {
+	onOneStore(t)
 	s := shared(t)
 	o := newOutside(t)
 	o.echo(t, 7)
@@ -243,6 +245,7 @@ func (o *outside) serveWeb(t *testing.T) {
 
 // TestEgressByName allows names that share their address with other names.
 func TestEgressByName(t *testing.T) {
+	onOneStore(t)
 	t.Parallel() // it has its own server
 	o := newOutside(t)
 	o.serveWeb(t)

@@ -314,6 +314,7 @@ func (e *evilServer) settled(before spent) {
 // and the server keeps nothing of it. Under a thousand concurrent calls that make it hold as much
 // as they can, it stays under its limit.
 func TestEvilAgent(t *testing.T) {
+	onOneStore(t)
 	e := newEvilServer(t)
 	e.confined()
 	t.Run("each answer to each call", func(t *testing.T) { e.of(t).eachAnswer() })

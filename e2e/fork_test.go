@@ -495,6 +495,7 @@ func (s *server) snapshots() (ids []string) {
 // TestNoDiskToFork fills the disk of the checkpoints. Forks and snapshots are refused, the sandbox
 // runs on, and both work when there is space again.
 func TestNoDiskToFork(t *testing.T) {
+	onOneStore(t)
 	t.Parallel() // it has its own server
 	s := newServer(t, "CAY_CAPACITY_MIN_FREE_DISK_MB=1")
 	dir := filepath.Join(s.dataDir, "checkpoints")

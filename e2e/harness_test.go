@@ -75,6 +75,15 @@ type process struct {
 	name   string        // the server instance, once it is known
 }
 
+// onOneStore skips a test whose result does not depend on where the records are, if they are in PostgreSQL: `make test`
+// runs the tests on SQLite, and then those of records on PostgreSQL too. CAY_TEST_ALL=1 runs all of them there.
+func onOneStore(t *testing.T) {
+	t.Helper()
+	if os.Getenv("CAY_TEST_STORE") == "postgres" && os.Getenv("CAY_TEST_ALL") == "" {
+		t.Skip("it does not depend on where the records are")
+	}
+}
+
 // newServer returns a server that is not started. At the end of the test it is purged, and things
 // that it left on the host fail the test.
 func newServer(t testing.TB, env ...string) *server {

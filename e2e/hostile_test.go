@@ -40,6 +40,7 @@ func hostOOMKills(t *testing.T, s *server, id string) string {
 // TestMemory lets commands ask for more memory than there is, in every way a process can. The
 // process at fault is killed and flagged; the sandbox and its other commands live.
 func TestMemory(t *testing.T) {
+	onOneStore(t)
 	t.Parallel() // it looks only at its own sandboxes
 	s := shared(t)
 	id := s.create(object{"timeout": "1h"}) // a busy machine takes more than the default
@@ -154,6 +155,7 @@ print("written")' && ls -l /var/tmp/big && rm /var/tmp/big`, object{"timeout": "
 }
 
 func TestForkBomb(t *testing.T) {
+	onOneStore(t)
 	t.Parallel() // it looks only at its own sandboxes
 	s := shared(t)
 	id, other := s.create(object{"timeout": "1h"}), s.create(object{"timeout": "1h"})
@@ -212,6 +214,7 @@ time.sleep(600)'`
 }
 
 func TestOutputFlood(t *testing.T) {
+	onOneStore(t)
 	s := shared(t)
 	id := s.create(nil)
 	defer s.destroy(id)
@@ -252,6 +255,7 @@ func TestFullDisk(t *testing.T) {
 }
 
 func TestZombiesAndKilledChildren(t *testing.T) {
+	onOneStore(t)
 	t.Parallel() // it looks only at its own sandboxes
 	s := shared(t)
 	id := s.create(object{"timeout": "1h"})
@@ -275,6 +279,7 @@ func TestZombiesAndKilledChildren(t *testing.T) {
 }
 
 func TestTimeoutReachesEveryDescendant(t *testing.T) {
+	onOneStore(t)
 	s := shared(t)
 	id := s.create(nil)
 	defer s.destroy(id)

@@ -32,6 +32,7 @@ const integrationsPatience = 10 * time.Minute
 // TestIntegrations runs programs that others wrote for E2B, as they are published, against a server:
 // those that docs/integrations.md shows, and the tests beside the packages.
 func TestIntegrations(t *testing.T) {
+	onOneStore(t)
 	t.Parallel() // it has its own server, and waits for npm and for builds
 	m := newModel(t, map[string]string{
 		"exec_command": `{"cmd":"python3 -c 'a, b = open(\"numbers.txt\").read().split(); print(int(a) * int(b))'"}`,

@@ -110,6 +110,7 @@ func (s *server) interpreter() interpreter {
 
 // TestCodeInterpreter checks the answers of the template's server.
 func TestCodeInterpreter(t *testing.T) {
+	onOneStore(t)
 	t.Parallel() // it looks only at its own sandboxes
 	s := shared(t)
 	i := s.interpreter()

@@ -99,6 +99,7 @@ func TestStreamedOutput(t *testing.T) {
 // TestStreamSlowReader checks that a slow reader does not stop a command, and gets as much output
 // as from a plain call.
 func TestStreamSlowReader(t *testing.T) {
+	onOneStore(t)
 	s := shared(t)
 	id := s.create(nil)
 	defer s.destroy(id)
@@ -157,6 +158,7 @@ func TestStreamReaderLeaves(t *testing.T) {
 
 // TestManyStreams opens 200 streams at once, and checks that nothing of them is left.
 func TestManyStreams(t *testing.T) {
+	onOneStore(t)
 	s := shared(t)
 	const sandboxes, each = 4, 50
 	before := s.metric("go_goroutines")
@@ -322,6 +324,7 @@ func TestStreamsAndCrashes(t *testing.T) {
 }
 
 func TestProcesses(t *testing.T) {
+	onOneStore(t)
 	t.Parallel() // it looks only at its own sandboxes
 	s := shared(t)
 	id := s.create(nil)
@@ -392,6 +395,7 @@ func TestProcesses(t *testing.T) {
 // TestProcessesSleep checks that processes survive a suspend and a wake with their output, that
 // they do not keep a sandbox awake, and that following does.
 func TestProcessesSleep(t *testing.T) {
+	onOneStore(t)
 	t.Parallel() // it looks only at its own sandboxes
 	s := shared(t)
 	id := s.persistent(object{"idle_timeout": "10s"})
@@ -440,6 +444,7 @@ func TestProcessesSleep(t *testing.T) {
 }
 
 func TestTerminal(t *testing.T) {
+	onOneStore(t)
 	s := shared(t)
 	id := s.create(nil)
 	defer s.destroy(id)
@@ -527,6 +532,7 @@ func typing(t *testing.T, term io.ReadWriteCloser, keys string, want ...string) 
 // TestHalfWrittenFrames breaks WebSocket connections in the middle of frames, and sends malformed
 // frames.
 func TestHalfWrittenFrames(t *testing.T) {
+	onOneStore(t)
 	s := shared(t)
 	id := s.create(nil)
 	defer s.destroy(id)

@@ -180,6 +180,7 @@ u.sendto(b"ping", ("%s", 5353)); print(u.recv(10).decode())'`, o.address))
 }
 
 func TestNeverReachable(t *testing.T) {
+	onOneStore(t)
 	s := shared(t)
 	id, other := s.create(nil), s.create(nil)
 	defer s.destroy(id)
@@ -261,6 +262,7 @@ func TestAgentIsNotForTheInside(t *testing.T) {
 // TestNameResolution resolves names through the test's own name server, which the server's
 // configuration names.
 func TestNameResolution(t *testing.T) {
+	onOneStore(t)
 	t.Parallel() // it has its own server
 	o := newOutside(t)
 	queries := inNamespace(t, o.name, func() (net.PacketConn, error) { return net.ListenPacket("udp4", ":53") })

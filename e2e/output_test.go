@@ -30,6 +30,7 @@ func (s *server) started(args ...string) (*exec.Cmd, io.ReadCloser) {
 // TestAllOutput runs a command with more output than an answer keeps, into a pipe with a slow
 // reader, and into a pipe whose reader has gone.
 func TestAllOutput(t *testing.T) {
+	onOneStore(t)
 	s := shared(t)
 	id := s.create(nil)
 	defer s.destroy(id)

@@ -141,6 +141,7 @@ func (s *server) asked(method, target string, body io.Reader, edits ...func(*htt
 }
 
 func TestPorts(t *testing.T) {
+	onOneStore(t)
 	s := sharedPorts(t)
 	id := s.create(nil)
 	defer s.destroy(id)
@@ -416,6 +417,7 @@ func (s *server) manyAtOnce(id string) {
 }
 
 func TestPortAccess(t *testing.T) {
+	onOneStore(t)
 	s := sharedPorts(t)
 	id := s.create(nil)
 	defer s.destroy(id)
@@ -488,6 +490,7 @@ func TestPortAccess(t *testing.T) {
 // TestPortWakes checks that a request wakes a sandbox and keeps it running while it lasts, and that
 // a public port stays public after a restart of the server.
 func TestPortWakes(t *testing.T) {
+	onOneStore(t)
 	t.Parallel() // it looks only at its own sandboxes
 	s := sharedPorts(t)
 	id := s.persistent(object{"idle_timeout": "10s"})
@@ -661,6 +664,7 @@ func isTimeout(err error) bool {
 
 // TestPortsEndWithTheServer checks that a server that stops does not wait for upgraded connections.
 func TestPortsEndWithTheServer(t *testing.T) {
+	onOneStore(t)
 	s := sharedPorts(t)
 	id := s.create(nil)
 	defer s.destroy(id)

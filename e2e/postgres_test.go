@@ -27,6 +27,7 @@ type onPostgres struct {
 
 // TestPostgres moves the records of a server to PostgreSQL, takes PostgreSQL away, and restores it to an older state.
 func TestPostgres(t *testing.T) {
+	onOneStore(t)
 	t.Parallel() // it has its own server
 	p := &onPostgres{pg: caytest.StartPostgres(t)}
 	if _, err := p.pg.Create("present", ""); err != nil {

@@ -33,6 +33,7 @@ while True:
 // TestRest checks that a sandbox in which everything sleeps uses no CPU, also after a restore, and
 // that its clocks are right when a program wakes up.
 func TestRest(t *testing.T) {
+	onOneStore(t)
 	t.Parallel() // it looks only at its own sandboxes
 	s := shared(t)
 	id := s.create(object{"mode": "persistent", "timeout": nil})

@@ -44,6 +44,7 @@ func (o *ours) exits(t *testing.T) int {
 
 // TestShell types into cay sandbox shell like a user at a terminal.
 func TestShell(t *testing.T) {
+	onOneStore(t)
 	t.Parallel() // it has its own server
 	s := newServer(t)
 	s.start()

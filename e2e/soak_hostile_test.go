@@ -32,6 +32,7 @@ var (
 // during the attacks. It prints latencies. The resources that the server and the host have in use
 // must stay within limits, and nothing may be left behind.
 func TestSoakHostile(t *testing.T) {
+	onOneStore(t)
 	o := newOutside(t)
 	queries := inNamespace(t, o.name, func() (net.PacketConn, error) { return net.ListenPacket("udp4", ":53") })
 	t.Cleanup(func() { queries.Close() })

@@ -40,6 +40,7 @@ const (
 // of the workers' logs may be lost or doubled, and neither the server nor the host may have more of
 // anything in the end.
 func TestSoak(t *testing.T) {
+	onOneStore(t)
 	t.Parallel() // it has its own server
 	s := newServer(t)
 	s.start()

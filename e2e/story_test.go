@@ -242,6 +242,7 @@ func TestLostSandbox(t *testing.T) {
 
 // TestFiles moves large files and files with unusual names.
 func TestFiles(t *testing.T) {
+	onOneStore(t)
 	s := shared(t)
 	id := s.create(nil)
 	defer s.destroy(id)

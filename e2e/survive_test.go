@@ -137,6 +137,7 @@ func (w *worker) use(ctx context.Context) {
 // TestSentryKilled kills sandboxes' kernels, like a bug in one or a lack of memory on the host. A
 // persistent sandbox falls back to its latest recovery point; any other is lost.
 func TestSentryKilled(t *testing.T) {
+	onOneStore(t)
 	t.Parallel() // it looks only at its own sandboxes
 	s := shared(t)
 	id := s.persistent(nil)

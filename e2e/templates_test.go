@@ -251,6 +251,7 @@ func newBuilder(t *testing.T, env ...string) (s *server, tiny string) {
 // TestDockerfiles builds Dockerfiles with every instruction and checks the results from inside a
 // sandbox.
 func TestDockerfiles(t *testing.T) {
+	onOneStore(t)
 	t.Parallel() // it has its own server
 	s, tiny := newBuilder(t)
 	for name, tt := range map[string]struct {
@@ -527,6 +528,7 @@ func zeroArchive(t *testing.T, size int64) string {
 
 // TestBuildReaches connects from RUN to addresses that a sandbox may not reach.
 func TestBuildReaches(t *testing.T) {
+	onOneStore(t)
 	t.Parallel() // it has its own server
 	s, tiny := newBuilder(t)
 	o := newOutside(t)

@@ -91,6 +91,7 @@ func TestFileCalls(t *testing.T) {
 }
 
 func TestTrees(t *testing.T) {
+	onOneStore(t)
 	s := shared(t)
 	id := s.create(nil)
 	defer s.destroy(id)
@@ -352,6 +353,7 @@ func listing(t *testing.T, dir string) string {
 
 // TestCopy copies in both directions with the rules of cp.
 func TestCopy(t *testing.T) {
+	onOneStore(t)
 	s := shared(t)
 	id := s.create(nil)
 	defer s.destroy(id)

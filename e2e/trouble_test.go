@@ -60,6 +60,7 @@ func flip(t testing.TB, path string) {
 // TestDamagedCheckpoint damages each file of a checkpoint. The sandbox stays suspended with an
 // error that says why, and wakes with its old state when the file is repaired.
 func TestDamagedCheckpoint(t *testing.T) {
+	onOneStore(t)
 	t.Parallel() // it looks only at its own sandboxes
 	s := shared(t)
 	id := s.persistent(nil)
@@ -163,6 +164,7 @@ func fillsUp(t *testing.T, dir, id string) <-chan string {
 // TestNoDiskToSleep fills the disk of the checkpoints before and while one is written. The sandbox
 // runs on, and is suspended when there is space.
 func TestNoDiskToSleep(t *testing.T) {
+	onOneStore(t)
 	t.Parallel() // it waits a minute
 	s := newServer(t, "CAY_CAPACITY_MIN_FREE_DISK_MB=1")
 	dir := filepath.Join(s.dataDir, "checkpoints")

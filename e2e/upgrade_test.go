@@ -215,6 +215,7 @@ func TestUpgrade(t *testing.T) {
 // TestUpgradeOfThePool starts another build of cay on the data of an older one that has a pool, an ephemeral sandbox
 // and a template of a user.
 func TestUpgradeOfThePool(t *testing.T) {
+	onOneStore(t)
 	t.Parallel() // it has its own server
 	s := newServer(t, "CAY_POOL_ENABLED=true")
 	current := s.binary
