@@ -17,7 +17,7 @@ LDFLAGS  = -s -w
 PROGRAMS = internal/embedded/programs
 # How long each fuzz test runs in `make test`, as -fuzztime. It is a number of tries that takes some
 # seconds, since a run that the clock ends can fail on a busy machine for that reason alone.
-FUZZTIME ?= 15000x
+FUZZTIME ?= 3000x
 
 .PHONY: help
 help: ## list the targets

@@ -5,7 +5,7 @@ grep -rlE '^func Fuzz' --include='*_test.go' . | xargs -r -n1 dirname | sort -u 
 	binary=$(mktemp)
 	(cd "$dir" && go test -c -o "$binary" .) # some are in a module of their own
 	grep -hoE '^func Fuzz[A-Za-z0-9_]*' "$dir"/*_test.go | sed 's/func //' | while read -r name; do
-		echo "fuzzing $dir $name for ${FUZZTIME:=15000x}"
+		echo "fuzzing $dir $name for ${FUZZTIME:=3000x}"
 		(cd "$dir" && "$binary" -test.run='^$' -test.fuzz="^$name\$" -test.fuzztime="$FUZZTIME" \
 			-test.fuzzcachedir="$(dirname "$binary")/cay-fuzz" >"$binary.log" 2>&1) || { cat "$binary.log"; exit 1; }
 	done
