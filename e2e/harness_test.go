@@ -313,17 +313,23 @@ func (s *server) call(method, path string, body any) (int, []byte) {
 }
 
 func (s *server) try(ctx context.Context, method, path string, body any) (int, []byte, error) {
+	_, status, answer, err := s.tryHeader(ctx, method, path, body)
+	return status, answer, err
+}
+
+// tryHeader is try, and returns the header of the answer too.
+func (s *server) tryHeader(ctx context.Context, method, path string, body any) (http.Header, int, []byte, error) {
 	switch b := body.(type) {
 	case nil:
-		return s.request(ctx, method, path, "", nil)
+		return s.ask(ctx, method, path, "", nil)
 	case io.Reader:
-		return s.request(ctx, method, path, "application/octet-stream", b)
+		return s.ask(ctx, method, path, "application/octet-stream", b)
 	default:
 		data, err := json.Marshal(b)
 		if err != nil {
-			return 0, nil, err
+			return nil, 0, nil, err
 		}
-		return s.request(ctx, method, path, "application/json", bytes.NewReader(data))
+		return s.ask(ctx, method, path, "application/json", bytes.NewReader(data))
 	}
 }
 
@@ -338,9 +344,16 @@ func (s *server) send(method, path, contentType string, body io.Reader) (int, []
 }
 
 func (s *server) request(ctx context.Context, method, path, contentType string, body io.Reader) (int, []byte, error) {
+	_, status, answer, err := s.ask(ctx, method, path, contentType, body)
+	return status, answer, err
+}
+
+// ask makes one request with the server's first key.
+func (s *server) ask(ctx context.Context, method, path, contentType string, body io.Reader) (http.Header, int, []byte,
+	error) {
 	req, err := http.NewRequestWithContext(ctx, method, s.url+path, body)
 	if err != nil {
-		return 0, nil, err
+		return nil, 0, nil, err
 	}
 	req.Header.Set("Authorization", "Bearer "+s.key)
 	if contentType != "" {
@@ -348,11 +361,11 @@ func (s *server) request(ctx context.Context, method, path, contentType string, 
 	}
 	resp, err := http.DefaultClient.Do(req)
 	if err != nil {
-		return 0, nil, err
+		return nil, 0, nil, err
 	}
 	defer resp.Body.Close()
 	answer, err := io.ReadAll(resp.Body)
-	return resp.StatusCode, answer, err
+	return resp.Header, resp.StatusCode, answer, err
 }
 
 // create makes a sandbox of the template python.

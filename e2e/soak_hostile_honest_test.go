@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"slices"
@@ -38,6 +39,8 @@ type measurements struct {
 	Took  map[string][]time.Duration
 	Fails map[string]int
 	Why   map[string]string // the last failure of each operation
+	// Slowest has the Server-Timing of the slowest answer of each operation.
+	Slowest map[string]string
 }
 
 // honestVariable names the environment variable that makes this test's program an honestClient,
@@ -70,25 +73,21 @@ func beHonestClient() (was bool) {
 	return true
 }
 
-// operation is one measured operation and its rate.
+// operation is one measured operation and its rate. do also returns the answer's Server-Timing.
 type operation struct {
 	name  string
 	every time.Duration
-	do    func(ctx context.Context) (took time.Duration, err error)
+	do    func(ctx context.Context) (took time.Duration, parts string, err error)
 }
 
 // errUncounted reports that an operation succeeded in a way that is not measured.
 var errUncounted = errors.New("not counted")
 
 func (c honestClient) operations(s *server) []operation {
-	timed := func(want int, method, path string, body any) func(context.Context) (time.Duration, error) {
-		return func(ctx context.Context) (time.Duration, error) {
-			began := time.Now()
-			status, answer, err := s.try(ctx, method, path, body)
-			if err == nil && status != want {
-				err = fmt.Errorf("%d %.200s", status, answer)
-			}
-			return time.Since(began), err
+	timed := func(want int, method, path string, body any) func(context.Context) (time.Duration, string, error) {
+		return func(ctx context.Context) (time.Duration, string, error) {
+			took, parts, _, err := s.timed(ctx, want, method, path, body)
+			return took, parts, err
 		}
 	}
 	base := "/v1/sandboxes/" + c.ID
@@ -96,39 +95,52 @@ func (c honestClient) operations(s *server) []operation {
 		{"lookup", 250 * time.Millisecond, timed(200, "GET", base, nil)},
 		{"execute true", 250 * time.Millisecond, timed(200, "POST", base+"/execute", object{"args": []string{"true"}})},
 		{"PUT egress", 500 * time.Millisecond, timed(200, "PUT", base+"/egress", object{"mode": "deny_all", "allow_cidrs": []string{"203.0.113.0/24"}})},
-		{"create, cold", 3 * time.Second, func(ctx context.Context) (time.Duration, error) {
+		{"create, cold", 3 * time.Second, func(ctx context.Context) (time.Duration, string, error) {
 			return startAndDestroy(ctx, s, "cold", object{"disk_size_mb": 1000})
 		}},
-		{"create, warm", 3 * time.Second, func(ctx context.Context) (time.Duration, error) { return startAndDestroy(ctx, s, "warm", nil) }},
+		{"create, warm", 3 * time.Second, func(ctx context.Context) (time.Duration, string, error) {
+			return startAndDestroy(ctx, s, "warm", nil)
+		}},
 	}
+}
+
+// timed makes a call, whose status must be want, and measures it.
+func (s *server) timed(ctx context.Context, want int, method, path string, body any) (took time.Duration, parts string,
+	answer []byte, err error) {
+	began := time.Now()
+	header, status, answer, err := s.tryHeader(ctx, method, path, body)
+	if err == nil && status != want {
+		err = fmt.Errorf("%d %.200s", status, answer)
+	}
+	return time.Since(began), header.Get("Server-Timing"), answer, err
 }
 
 // startAndDestroy creates a sandbox and destroys it. A sandbox of another source than wanted is not
 // counted.
-func startAndDestroy(ctx context.Context, s *server, source string, more object) (took time.Duration, err error) {
+func startAndDestroy(ctx context.Context, s *server, source string, more object) (took time.Duration, parts string,
+	err error) {
 	request := object{"template": "python", "timeout": "5m"}
 	for k, v := range more {
 		request[k] = v
 	}
-	began := time.Now()
-	status, body, err := s.try(ctx, "POST", "/v1/sandboxes", request)
-	took = time.Since(began)
-	if err != nil || status != 201 {
-		return took, errors.Join(err, fmt.Errorf("%d %.200s", status, body))
+	took, parts, body, err := s.timed(ctx, 201, "POST", "/v1/sandboxes", request)
+	if err != nil {
+		return took, parts, err
 	}
 	if status, body, err := s.try(context.WithoutCancel(ctx), "DELETE", "/v1/sandboxes/"+text(body, "id"),
 		nil); err != nil || status != 204 {
-		return took, errors.Join(err, fmt.Errorf("destroy: %d %.200s", status, body))
+		return took, parts, errors.Join(err, fmt.Errorf("destroy: %d %.200s", status, body))
 	}
 	if text(body, "source") != source {
-		return took, errUncounted
+		return took, parts, errUncounted
 	}
-	return took, nil
+	return took, parts, nil
 }
 
 // measure does all operations at their rates.
 func (c honestClient) measure() measurements {
-	m := measurements{Took: map[string][]time.Duration{}, Fails: map[string]int{}, Why: map[string]string{}}
+	m := measurements{Took: map[string][]time.Duration{}, Fails: map[string]int{}, Why: map[string]string{},
+		Slowest: map[string]string{}}
 	ctx, cancel := context.WithTimeout(context.Background(), c.For)
 	defer cancel()
 	var mu sync.Mutex
@@ -140,11 +152,14 @@ func (c honestClient) measure() measurements {
 			for ctx.Err() == nil {
 				// Operations that have begun are waited for: a 99th percentile is about the slowest.
 				own, stop := context.WithTimeout(context.WithoutCancel(ctx), patience)
-				took, err := op.do(own)
+				took, parts, err := op.do(own)
 				stop()
 				mu.Lock()
 				switch {
 				case err == nil:
+					if all := m.Took[op.name]; len(all) == 0 || took > slices.Max(all) {
+						m.Slowest[op.name] = parts
+					}
 					m.Took[op.name] = append(m.Took[op.name], took)
 				case !errors.Is(err, errUncounted):
 					m.Fails[op.name]++
@@ -221,6 +236,17 @@ func latencies(phases []phase) string {
 		}
 	}
 	_ = w.Flush() // a builder does not fail
+	return out.String()
+}
+
+// slowest returns the Server-Timing of the slowest answer of each operation and phase.
+func slowest(phases []phase) string {
+	var out strings.Builder
+	for _, p := range phases {
+		for _, name := range slices.Sorted(maps.Keys(p.Slowest)) {
+			fmt.Fprintf(&out, "slowest, %s, %s: %s: %s\n", p.name, name, slices.Max(p.Took[name]), p.Slowest[name])
+		}
+	}
 	return out.String()
 }
 

@@ -59,7 +59,7 @@ func TestSoakHostile(t *testing.T) {
 	}
 	phases = append(phases, honest.phase("hostile", *hostileTime, func(ctx context.Context) { attackAll(ctx, tenants) }))
 	peak := w.stop()
-	t.Logf("\n%s\n%s\n%s\n%s", latencies(phases), processors(phases), rounds(tenants), peak)
+	t.Logf("\n%s\n%s\n%s\n%s\n%s", latencies(phases), slowest(phases), processors(phases), rounds(tenants), peak)
 	peak.check(t, before)
 
 	for _, tenant := range append(tenants, honest.hostile) {
