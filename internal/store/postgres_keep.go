@@ -109,12 +109,14 @@ func tryLock(ctx context.Context, conn *pgx.Conn, class int, name string) (held 
 	return held, err
 }
 
-// closeSoon closes a connection, and with it ends its locks, also after ctx has ended. It cuts a connection that cannot
-// be closed in order within connectTimeout.
+// closeSoon ends the locks of a connection and closes it, also after ctx has ended. PostgreSQL ends them when it has
+// noticed that the connection is closed, which may be later than the next server tries to take them. closeSoon cuts a
+// connection that cannot be closed in order within connectTimeout.
 func closeSoon(ctx context.Context, conn *pgx.Conn) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), connectTimeout)
 	defer cancel()
-	_ = conn.Close(ctx) // nothing that is needed is lost
+	_, _ = conn.Exec(ctx, "SELECT pg_advisory_unlock_all()") // else the end of the connection does it
+	_ = conn.Close(ctx)                                      // nothing that is needed is lost
 }
 
 // end gives the lock back.

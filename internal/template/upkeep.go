@@ -37,28 +37,32 @@ func (s *Service) checkSuspects(ctx context.Context, wg *sync.WaitGroup) {
 		delete(s.suspect, image)
 		s.checking[image] = true
 		wg.Go(func() {
-			if err := s.checkImage(ctx, image); err != nil && ctx.Err() == nil {
+			gone, err := s.checkImage(ctx, image)
+			if err != nil && ctx.Err() == nil {
 				s.log.Error("cannot look after an image", "image", image, "error", err)
 			}
 			s.mu.Lock()
 			delete(s.checking, image)
+			if gone {
+				delete(s.suspect, image) // another check could queue the same builds when these are over
+			}
 			s.mu.Unlock()
 			s.stir()
 		})
 	}
 }
 
-// checkImage rebuilds the templates of an image that is gone.
-func (s *Service) checkImage(ctx context.Context, image string) error {
+// checkImage queues builds of the templates of an image that is gone. It reports whether it queued all of them.
+func (s *Service) checkImage(ctx context.Context, image string) (gone bool, err error) {
 	if err := s.builder.Check(ctx, image); !errors.Is(err, ErrImageGone) {
-		return err
+		return false, err
 	}
 	if err := s.store.MarkTags(ctx, image, true); err != nil {
-		return fmt.Errorf("marking tags: %w", err)
+		return false, fmt.Errorf("marking tags: %w", err)
 	}
 	templates, err := s.store.TemplatesWithImage(ctx, image)
 	if err != nil {
-		return fmt.Errorf("listing templates: %w", err)
+		return false, fmt.Errorf("listing templates: %w", err)
 	}
 	var errs []error
 	for _, t := range templates {
@@ -69,7 +73,8 @@ func (s *Service) checkImage(ctx context.Context, image string) error {
 			s.enqueue(ctx, builtinOrder(t)) // its build checks the image itself
 		}
 	}
-	return errors.Join(errs...)
+	err = errors.Join(errs...)
+	return err == nil, err
 }
 
 // rebuildGone queues a build of a template whose image is gone. Until it is ready, creates from
