@@ -50,6 +50,7 @@ var mayImport = map[string]struct {
 	"internal/buildkit/wire": {nil, "the protocol between the server and cay-buildkit: both link it"},
 	"internal/checkpoint":    {[]string{"fault", "hostfile"}, "a technology room: it keeps files whole and does not look into them"},
 	"internal/blob":          {[]string{"fault", "hostfile"}, "a technology room: it keeps files by their hash and does not look into them"},
+	"internal/link":          {[]string{"fault"}, "a technology room: it knows TLS connections and HTTP, and neither who the nodes are nor what is sent to them"},
 	"internal/objects":       {[]string{"hostfile"}, "a technology room: it knows S3 and files named by their hash, and nothing of the product"},
 	"internal/node": {[]string{"agentapi", "cgroup", "checkpoint", "embedded", "fault", "hostfile", "network", "runsc",
 		"sandbox", "trace"}, "it builds sandboxes with the technology rooms, and implements the core's interface"},

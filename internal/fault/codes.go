@@ -136,12 +136,13 @@ const (
 
 // Codes of errors between rooms, which no API answers.
 const (
-	CodeBlobTooLarge  = "blob_too_large"
-	CodeInstanceInUse = "instance_in_use"
-	CodeNoPooled      = "no_member" // an older word for a pooled sandbox
-	CodeRangeInUse    = "range_in_use"
-	CodeSlotNotFound  = "slot_not_found"
-	CodeSnapshotState = "snapshot_state"
+	CodeBlobTooLarge    = "blob_too_large"
+	CodeInstanceInUse   = "instance_in_use"
+	CodeNoPooled        = "no_member" // an older word for a pooled sandbox
+	CodeNodeUnreachable = "node_unreachable"
+	CodeRangeInUse      = "range_in_use"
+	CodeSlotNotFound    = "slot_not_found"
+	CodeSnapshotState   = "snapshot_state"
 )
 
 // InvalidCode returns the code of an Invalid in a field: "invalid_" and the first element of the
