@@ -65,7 +65,7 @@ var mayImport = map[string]struct {
 	"internal/agent/answer":        {[]string{"agentapi", "fault"}, "all calls of the agent answer with it"},
 
 	"internal/store":      {[]string{"auth", "event", "fault", "hostfile", "sandbox", "template", "webhook"}, "it implements the core's interfaces; all SQL is here"},
-	"internal/httpserver": {[]string{"auth", "budget", "fault"}, "all fronts answer with it; it knows callers and errors, and no operation"},
+	"internal/httpserver": {[]string{"auth", "budget", "fault", "portproxy"}, "all fronts answer with it; it knows callers and errors, and no operation; portproxy tells it what a key looks like, since none may be forwarded"},
 	"internal/api":        {[]string{"agentapi", "auth", "budget", "event", "fault", "httpserver", "portproxy", "sandbox", "template", "terminal", "trace", "webhook"}, "a front: it calls the core and the agent, and has portproxy carry traffic to ports"},
 	"internal/sampler":    {[]string{"agentapi", "fault", "sandbox"}, "it asks agents what sandboxes use; fronts show it"},
 	"internal/terminal":   {[]string{"agentapi", "budget", "fault"}, "a session of a terminal: fronts drive it, with the protocols of their clients"},

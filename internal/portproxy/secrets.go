@@ -38,21 +38,32 @@ const (
 
 // HasSecret reports whether a text holds a key, a signature or a token of cay's: plain, in
 // percent-encoding, or in base64.
-func HasSecret(text string) bool { return hasSecret(text, maxLayers) }
+func HasSecret(text string) bool {
+	return within(text, maxLayers, func(text string) bool {
+		return hasMark(text, marks) || hasSum(text) || hasParam(text)
+	})
+}
 
-func hasSecret(text string, layers int) bool {
-	if hasMark(text) || hasSum(text) || hasParam(text) {
+// HasKey reports whether a text holds an API key, in the forms that [HasSecret] knows. A key opens all that its
+// organization has; signatures and tokens open one sandbox.
+func HasKey(text string) bool {
+	return within(text, maxLayers, func(text string) bool { return hasMark(text, marks[:2]) })
+}
+
+// within reports whether a text, or one that is encoded in it, satisfies is.
+func within(text string, layers int, is func(text string) bool) bool {
+	if is(text) {
 		return true
 	}
 	if layers == 0 {
 		return false
 	}
-	if plain := unescape(text); plain != text && hasSecret(plain, layers-1) {
+	if plain := unescape(text); plain != text && within(plain, layers-1, is) {
 		return true
 	}
 	for run := range encoded(text) {
 		for skip := range 4 { // the secret may begin within a group of four characters
-			if plain := decode(run[skip:]); hasSecret(plain, layers-1) {
+			if plain := decode(run[skip:]); within(plain, layers-1, is) {
 				return true
 			}
 		}
@@ -60,9 +71,9 @@ func hasSecret(text string, layers int) bool {
 	return false
 }
 
-// hasMark reports whether a text holds a mark followed by enough letters and digits. It ignores case,
+// hasMark reports whether a text holds one of the marks, followed by enough letters and digits. It ignores case,
 // since some proxies change the case of headers.
-func hasMark(text string) bool {
+func hasMark(text string, marks []string) bool {
 	for i := 0; i < len(text)-minSecret; i++ {
 		if text[i] != '_' {
 			continue

@@ -253,3 +253,25 @@ func BenchmarkHasSecret(b *testing.B) {
 		})
 	}
 }
+
+// TestHasKey tells API keys from what opens one sandbox.
+func TestHasKey(t *testing.T) {
+	const digits = "0123456789abcdef0123456789abcdef01234567"
+	for text, want := range map[string]bool{
+		"cay_" + digits:                  true,
+		"x=e2b_" + digits + "&y":         true,
+		"CAY_" + digits:                  true,
+		"%63ay%5f" + digits:              true,
+		"cays_" + digits + "89abcdef":    false,
+		"cayt_" + digits:                 false,
+		"cay_token=cays_" + digits:       false,
+		"cay_theme":                      false,
+		"v1_" + strings.Repeat("aB", 30): false,
+		base64.StdEncoding.EncodeToString([]byte("user:cay_" + digits)):  true,
+		base64.StdEncoding.EncodeToString([]byte("user:cayt_" + digits)): false,
+	} {
+		if got := HasKey(text); got != want {
+			t.Errorf("%q: %v", text, got)
+		}
+	}
+}
