@@ -238,11 +238,9 @@ func (n *Network) removeUnused(doing string, inForce, unused *entry) {
 	if err == nil {
 		return
 	}
-	// They only take memory. The changed number makes the next check find them.
+	// They only take memory. The next check finds them.
 	n.log.Warn("removing unused rules", "error", err)
-	n.rulesMu.Lock()
-	defer n.rulesMu.Unlock()
-	n.foreign--
+	n.compareSoon()
 }
 
 // makeOwn makes the chains and sets that next has and old has not. A small policy takes one

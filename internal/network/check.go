@@ -157,6 +157,9 @@ func (n *Network) layoutDiffers() ([]*slotRules, string, error) {
 	all, want := sortedRules(n.ruled), maps.Clone(n.shape)
 	n.rulesMu.Unlock()
 	named, keys := map[string]bool{}, map[*nftables.Set][][]byte{}
+	if aside := n.rules.asideNever.Load(); aside != nil {
+		named[setName(aside.set.Name)] = true
+	}
 	for _, r := range all {
 		e := r.now.Load()
 		if aside := r.aside.Load(); aside != nil {
@@ -325,11 +328,12 @@ func (t *table) shapeBy(c *nftables.Conn, named map[string]bool) (shape, error) 
 	for _, s := range sets {
 		out[setName(s.Name)] = ""
 	}
-	never, err := t.keysBy(c, t.never)
+	never := t.never.Load().set
+	keys, err := t.keysBy(c, never)
 	if err != nil {
 		return nil, err
 	}
-	out[setName(t.never.Name)] = fmt.Sprintf("%x", never)
+	out[setName(never.Name)] = fmt.Sprintf("%x", keys)
 	return out, nil
 }
 
@@ -350,7 +354,7 @@ func (t *table) shapeOf(e *entry) (shape, error) {
 	return out, err
 }
 
-// rulesOf describes a chain by line and the handles of its rules.
+// rulesOf describes a chain by line and the handles of its rules, separated by spaces.
 func (t *table) rulesOf(c *nftables.Conn, name string, line ...any) (string, error) {
 	rules, err := c.GetRules(t.table, t.regular(name))
 	if err != nil {
@@ -359,7 +363,7 @@ func (t *table) rulesOf(c *nftables.Conn, name string, line ...any) (string, err
 	for _, r := range rules {
 		line = append(line, r.Handle)
 	}
-	return fmt.Sprintln(line...), nil
+	return strings.Join(strings.Fields(fmt.Sprintln(line...)), " "), nil
 }
 
 // generation returns the number of the current state of all rules in the host's network

@@ -54,7 +54,7 @@ func TestRepair(t *testing.T) {
 		"delete element inet " + n.rules.table.Name + " named { \"" + names.Link + "\" . " + names.Addr.String() + " }",
 		"flush map inet " + n.rules.table.Name + " policies",
 		"flush chain inet " + n.rules.table.Name + " raw",
-		"flush set inet " + n.rules.table.Name + " never",
+		"flush set inet " + n.rules.table.Name + " " + n.rules.never.Load().set.Name,
 		"delete element inet " + n.rules.table.Name + " slots { \"" + s.Link + "\" . " + s.Addr.String() + " }",
 		"insert rule inet " + n.rules.table.Name + " input accept",
 		"add chain inet " + n.rules.table.Name + " input { policy drop; }",

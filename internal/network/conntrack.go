@@ -69,11 +69,14 @@ func forgetAll(s *sockets, a netip.Addr, tuple uint16) error {
 	return err
 }
 
-// cutConnections forgets the connections of a slot that its policy does not allow. Packets of the
-// other side then find no way in, and the rules check the sandbox's packets as those of new
-// connections.
-func cutConnections(ctx context.Context, by *sockets, s *Slot, r *compiled) error {
+// cutConnections forgets the connections of a slot that its policy does not allow, and those to
+// destinations that no slot may reach. Packets of the other side then find no way in, and the rules
+// check the sandbox's packets as those of new connections.
+func cutConnections(ctx context.Context, by *sockets, s *Slot, r *compiled, never *forbidden) error {
 	err := forget(ctx, by, s.Addr, attrTupleOrig, func(c connection) bool {
+		if never.covers(s, c) {
+			return true
+		}
 		// Only a redirected connection has the gateway at its other end.
 		if c.end.Addr() == s.Gateway {
 			direct := c.to == netip.AddrPortFrom(metadataAddr, metadataPort)

@@ -60,8 +60,12 @@ func checkRange(p netip.Prefix) error {
 	return nil
 }
 
-// checkDeny refuses prefixes that would silently have no effect.
+// checkDeny refuses too many prefixes, and those that would silently have no effect.
 func checkDeny(prefixes []netip.Prefix) error {
+	if len(prefixes) > MaxDeny {
+		return fault.InField(fault.CodeInvalidRange, "network.always_deny",
+			"there are %d ranges that no sandbox may reach, and may be %d", len(prefixes), MaxDeny)
+	}
 	for _, p := range prefixes {
 		if !p.IsValid() || p.Addr().Is4In6() {
 			return fault.InField(fault.CodeInvalidRange, "network.always_deny", "%v is not a range of IPv4 or IPv6 addresses", p)

@@ -11,7 +11,7 @@
 //   - reaches no address of the host, even one that the host gets later. The host accepts only
 //     packets from the agent's port on connections that the host opened;
 //   - reaches no other slot, nothing in 169.254.0.0/16, no multicast or broadcast address and
-//     nothing in [Config.AlwaysDeny];
+//     nothing in [Config.AlwaysDeny], or in the list by which [Network.Deny] has replaced it;
 //   - has no IPv6, and no ARP towards the host (both ends know each other by permanent entries);
 //   - can be reached from the host on the agent's port alone, and from other machines not at all.
 //     Only answers to what it sent come in.
@@ -78,8 +78,8 @@ type Config struct {
 	// Range holds the addresses, two per slot: IPv4, /15 to /30. The zero value takes the first
 	// free block of Candidates.
 	Range netip.Prefix
-	// AlwaysDeny are destinations that no sandbox may reach. IPv6 prefixes are accepted and have
-	// no effect, since there is no IPv6.
+	// AlwaysDeny are destinations that no sandbox may reach, at most MaxDeny, until [Network.Deny]
+	// replaces them. IPv6 prefixes are accepted and have no effect, since there is no IPv6.
 	AlwaysDeny []netip.Prefix
 	// Ready is the number of slots that the pool keeps ready; 0 makes each on demand.
 	Ready int
@@ -123,8 +123,10 @@ type Network struct {
 	fill chan struct{}      // wakes the pool, capacity 1
 
 	rules *table
-	// Locks are taken in this order: slotRules.mu, long, installing, rulesMu. None of them is
-	// taken with mu held.
+	// Locks are taken in this order: denying, slotRules.mu, long, installing, rulesMu. None of them
+	// is taken with mu held.
+
+	denying forbidding // held for a whole Deny
 
 	// installing is held for writing while the table is installed or compared as a whole, and for
 	// reading while one transaction of a slot is sent or a decision rests on the table as it is.
@@ -477,6 +479,8 @@ func (n *Network) Close() error {
 	n.mu.Lock()
 	busy := len(n.used)+len(n.left) > 0
 	n.mu.Unlock()
+	n.denying.mu.Lock() // a Deny that has begun would install the table anew
+	defer n.denying.mu.Unlock()
 	if !busy {
 		n.installing.Lock()
 		errs = append(errs, n.rules.remove())

@@ -317,7 +317,7 @@ func (n *Network) SetPolicy(ctx context.Context, s *Slot, p Policy) error {
 	if old.policy == nil && old.fresh || n.openedNone(s) {
 		return nil
 	}
-	return cutConnections(ctx, &n.rules.sockets, s, next.policy)
+	return cutConnections(ctx, &n.rules.sockets, s, next.policy, n.rules.never.Load())
 }
 
 // SlotOf returns the slot with the sandbox's address, if it is handed out or adopted.

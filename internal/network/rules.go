@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"sync/atomic"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
@@ -47,23 +48,27 @@ const (
 // table builds the rules of one instance for the kernel. It builds the same structure for every
 // installation, so that the rules in the kernel can be compared with it.
 //
-// The sets: "never" has the forbidden destinations; "slots" pairs each link with its only
-// address; "allowed" and "denied" have the same pairs and count their packets; "policies" gives
-// the verdict on a slot's traffic to the outside, and "named" the chain that redirects the
-// traffic of slots whose policy has names to the services. A packet costs the same however many
+// The sets: "never-" and a number has the forbidden destinations (forbidden.go); "slots" pairs each
+// link with its only address; "allowed" and "denied" have the same pairs and count their packets;
+// "policies" gives the verdict on a slot's traffic to the outside, and "named" the chain that
+// redirects the traffic of slots whose policy has names to the services. A packet costs the same however many
 // slots there are. Each policy has a chain and sets of its own (policy.go). A link that is in no
 // set is dropped, so removing a slot closes it, and so does a slot without an element in
 // "policies".
 type table struct {
 	layout   layout
-	deny     []netip.Prefix
 	agent    uint16
 	services Services
 	log      uint16 // the group of the netfilter log; 0: nothing is logged
 
-	sockets  sockets
-	table    *nftables.Table
-	never    *nftables.Set
+	sockets sockets
+	table   *nftables.Table
+	// never has the forbidden destinations in force. It is replaced with Network.denying held, and Network.installing
+	// held for reading.
+	never atomic.Pointer[forbidden]
+	// asideNever has those that are being made or removed, so that any part of their set may be in the table.
+	asideNever atomic.Pointer[forbidden]
+
 	slots    *nftables.Set
 	allowed  *nftables.Set
 	denied   *nftables.Set
@@ -80,11 +85,11 @@ func newTable(l layout, c Config) *table {
 			KeyType: nftables.MustConcatSetType(nftables.TypeIFName, nftables.TypeIPAddr), Concatenation: true}
 	}
 	out := &table{
-		layout: l, deny: c.AlwaysDeny, agent: c.AgentPort, services: c.Services, table: t,
-		never: &nftables.Set{Table: t, Name: "never", KeyType: nftables.TypeIPAddr, Interval: true},
+		layout: l, agent: c.AgentPort, services: c.Services, table: t,
 		slots: set("slots"), allowed: set("allowed"), denied: set("denied"),
 		policies: set("policies"), named: set("named"), rates: set("rates"), flows: newFlows(t, l, c.Flows),
 	}
+	out.never.Store(out.forbid(1, c.AlwaysDeny))
 	out.allowed.Counter, out.denied.Counter = true, true
 	for _, m := range []*nftables.Set{out.policies, out.named} {
 		m.IsMap, m.DataType = true, nftables.TypeVerdict
@@ -166,13 +171,8 @@ func (t *table) addSets(c *nftables.Conn) error {
 			return fmt.Errorf("encoding set %s: %w", set.Name, err)
 		}
 	}
-	return addSet(c, t.never, intervalElements(t.forbidden()))
-}
-
-// forbidden returns the destinations that no slot may reach, beside the host's addresses.
-func (t *table) forbidden() []interval {
-	denied := append([]netip.Prefix{t.layout.block}, neverRanges...)
-	return merge(append(denied, t.deny...))
+	never := t.never.Load()
+	return addSet(c, never.set, never.elements())
 }
 
 // addSet adds a set with any number of elements.
@@ -284,7 +284,7 @@ func (t *table) rules() []*nftables.Rule {
 	// rewritten.
 	add(chainOut, notIPv4(), drop())
 	add(chainOut, linkIs(outgoing, t.layout.links()), drop())
-	add(chainOut, isIPv4(), load(destination), inSet(t.never), gotoChain(chainRefuse))
+	add(chainOut, t.neverRule(chainOut, t.never.Load()))
 	add(chainOut, addressTypeIsNot(unix.RTN_UNICAST), drop())
 	add(chainOut, state(expr.CtStateBitINVALID|expr.CtStateBitUNTRACKED), drop())
 	add(chainOut, isIPv4(), linkAnd(incoming, source), verdictOf(t.policies))
@@ -316,7 +316,7 @@ func (t *table) bases() []base {
 			// Destinations of the host are decided by guard, since answers to the host go there.
 			join(fromUs, addressTypeIs(unix.RTN_LOCAL), accept()),
 			join(fromUs, addressTypeIsNot(unix.RTN_UNICAST), gotoChain(chainRefuse)),
-			join(fromUs, isIPv4(), load(destination), inSet(t.never), gotoChain(chainForbid)),
+			t.neverRule(chainRaw, t.never.Load()),
 		}},
 		// This comes before another firewall's port forwarding can rewrite the host's address.
 		{chain(chainGuard, filter, nftables.ChainHookPrerouting, guardPriority), [][]expr.Any{

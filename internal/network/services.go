@@ -86,7 +86,7 @@ func (n *Network) Permitted(a netip.Addr) error {
 	if !a.Is4() {
 		return fmt.Errorf("%s is not an IPv4 address: %w", a, errForbidden)
 	}
-	if contains(n.rules.forbidden(), a) {
+	if contains(n.rules.never.Load().intervals, a) {
 		return fmt.Errorf("%s is in a range that is always denied: %w", a, errForbidden)
 	}
 	routes, err := netlink.RouteGet(a.AsSlice())
