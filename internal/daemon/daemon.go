@@ -70,6 +70,7 @@ type server struct {
 
 	db          *store.DB
 	slots       *network.Network
+	denied      *denied // what no sandbox may reach; used by openNetwork, and then by followDenied alone
 	images      *image.Store
 	contexts    *blob.Store // of builds
 	files       *files      // nil without files.url
@@ -262,6 +263,7 @@ func (s *server) openCore(ctx context.Context) error {
 	s.samples = sampler.New(s.sandboxes, s.node.Agents(), s.log)
 	s.onClose(s.ports.Close)
 	s.serveEgress(s.egressOn)
+	s.followDenied()
 	return s.sandboxes.Reconcile(ctx)
 }
 

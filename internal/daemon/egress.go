@@ -14,7 +14,6 @@ import (
 	"github.com/cayhq/cay/internal/network"
 	"github.com/cayhq/cay/internal/node"
 	"github.com/cayhq/cay/internal/sandbox"
-	"github.com/cayhq/cay/internal/store"
 )
 
 // openNetwork opens the network on the configured range, else on the range that it chose the last time, in which
@@ -24,16 +23,12 @@ func (s *server) openNetwork(ctx context.Context) (*network.Network, error) {
 	if err != nil {
 		return nil, err
 	}
-	deny, err := s.cfg.Network.AlwaysDenyPrefixes()
-	if err != nil {
+	if s.denied, err = newDenied(s.cfg, s.log); err != nil {
 		return nil, err
 	}
-	records, err := store.PostgresAddresses(ctx, string(s.cfg.Store.URL))
+	deny, err := s.denied.open(ctx, string(s.cfg.Store.URL))
 	if err != nil {
 		return nil, err
-	}
-	for _, a := range records { // no sandbox may reach the database
-		deny = append(deny, netip.PrefixFrom(a, a.BitLen()))
 	}
 	c := network.Config{Instance: s.instance, Range: configured, AlwaysDeny: deny,
 		Ready: s.cfg.Network.Ready, MTU: s.cfg.Network.MTU, AgentPort: node.AgentPort, MaxRanges: s.cfg.Network.MaxRanges,
