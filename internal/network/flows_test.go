@@ -25,8 +25,8 @@ func scatter(t *testing.T, s *Slot, to netip.Addr, count int) {
 	}
 }
 
-// tracked returns how many connections of slots are tracked, once there are at least so many: the kernel may take packets
-// later than they were sent.
+// tracked returns how many connections of slots are tracked, once there are at least so many: the kernel may take
+// packets later than they were sent.
 func tracked(t *testing.T, least int, slots ...*Slot) (got int) {
 	t.Helper()
 	eventually(t, func() error {
