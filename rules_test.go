@@ -31,6 +31,7 @@ var mayImport = map[string]struct {
 	"internal/gctune":   {nil, "it knows only Go's collector"},
 	"internal/trace":    {nil, "every room may measure its part of a call"},
 	"internal/hostfile": {nil, "it knows only paths and bytes"},
+	"internal/pki":      {nil, "a technology room: it knows keys, certificates and TLS, and nothing of the product"},
 	"internal/sandbox":  {[]string{"fault", "trace"}, "the core does no I/O: rows and machines are given to it"},
 	"internal/auth":     {[]string{"fault"}, "the core does no I/O"},
 	"internal/event":    {[]string{"fault"}, "the core does no I/O; others write the events that it names"},
