@@ -78,6 +78,7 @@ type pool struct {
 	// on it can begin.
 	handedOver func(context.Context, Sandbox)
 	work       chan struct{} // holds a token when there may be work
+	cordon     *cordon
 
 	mu sync.Mutex
 	// +checklocks:mu
@@ -107,7 +108,8 @@ type ready struct {
 func newPool(cfg Config, store PooledStore, node poolNode, templates Templates, log *slog.Logger,
 	handedOver func(context.Context, Sandbox)) *pool {
 	p := &pool{cfg: cfg, store: store, node: node, templates: templates, log: log,
-		handedOver: handedOver, work: make(chan struct{}, 1), ready: map[ID]ready{}, demands: map[demandKey]*demand{}}
+		handedOver: handedOver, work: make(chan struct{}, 1), cordon: &cordon{changed: make(chan struct{}, 1)},
+		ready: map[ID]ready{}, demands: map[demandKey]*demand{}}
 	p.ops = newOperations(p.nudge)
 	return p
 }

@@ -34,6 +34,9 @@ func (p *pool) claim(ctx context.Context, c Caller, sbx Sandbox, v TemplateVersi
 			p.count(key, false)
 		}
 	}()
+	if p.cordon.on.Load() {
+		return Sandbox{}, false, errCordoned
+	}
 	if !p.want(c.OrgID, v, key, kind) {
 		return Sandbox{}, false, errNotWarm
 	}

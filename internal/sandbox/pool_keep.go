@@ -62,6 +62,11 @@ func (p *pool) run(ctx context.Context) {
 		case <-check.C:
 			p.checkPooled(ctx)
 		}
+		if p.cordon.on.Load() {
+			for p.evict(ctx, func(ready) bool { return true }) {
+			}
+			continue
+		}
 		p.drain(ctx)
 		d, lacks := p.lacking()
 		switch {

@@ -13,9 +13,12 @@ import (
 // creates that could have room.
 const roomPatience = 2 * time.Second
 
-// room makes sure that the machine can take one more sandbox. It evicts pooled sandboxes,
-// cancels preparations, and waits for sandboxes that are being removed.
+// room makes sure that the machine can take one more sandbox, and is not cordoned. It evicts pooled
+// sandboxes, cancels preparations, and waits for sandboxes that are being removed.
 func (p *pool) room(ctx context.Context, size Size) error {
+	if p.cordon.on.Load() {
+		return errCordoned
+	}
 	defer trace.Start(ctx, "room")()
 	patience, cancel := context.WithTimeout(ctx, roomPatience)
 	defer cancel()

@@ -18,13 +18,15 @@ const (
 )
 
 // Run does the periodic work until ctx ends. It handles sandboxes whose processes ended, records
-// what policies denied, reconciles, saves last activities, maintains the pool and drops old rows.
+// what policies denied, reconciles, saves last activities, maintains the pool, drains the machine if
+// it is told to, and drops old rows.
 // Call [Service.Reconcile] once before Run, so that timers are set when the first request comes.
 func (s *Service) Run(ctx context.Context) {
 	var background sync.WaitGroup
 	defer background.Wait()
 	background.Go(func() { s.flushing(ctx) })
 	background.Go(func() { s.pool.run(ctx) })
+	background.Go(func() { s.draining(ctx) })
 	reconcile, purge := time.NewTicker(reconcileEvery), time.NewTicker(purgeEvery)
 	defer reconcile.Stop()
 	defer purge.Stop()
