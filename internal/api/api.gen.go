@@ -300,6 +300,30 @@ func (e HealthStatus) Valid() bool {
 	}
 }
 
+// Defines values for NodeStatus.
+const (
+	NodeStatusCordoned NodeStatus = "cordoned"
+	NodeStatusDrained  NodeStatus = "drained"
+	NodeStatusDraining NodeStatus = "draining"
+	NodeStatusReady    NodeStatus = "ready"
+)
+
+// Valid indicates whether the value is a known member of the NodeStatus enum.
+func (e NodeStatus) Valid() bool {
+	switch e {
+	case NodeStatusCordoned:
+		return true
+	case NodeStatusDrained:
+		return true
+	case NodeStatusDraining:
+		return true
+	case NodeStatusReady:
+		return true
+	default:
+		return false
+	}
+}
+
 // Defines values for OutputPieceEncoding.
 const (
 	OutputPieceEncodingBase64 OutputPieceEncoding = "base64"
@@ -865,6 +889,14 @@ type DeliveryStatus string
 // too much is pending.
 type DisabledReason string
 
+// DrainNodeRequest The settings of a drain. Without a body it has the defaults.
+type DrainNodeRequest struct {
+	// Timeout How long to suspend persistent sandboxes and to wait for the others: `1s` to `168h`.
+	//
+	// Example: 10m
+	Timeout *string `json:"timeout,omitempty"`
+}
+
 // Durable Where the saved state is: only on the machine (`node`), so it is lost if the machine is, or also in the
 // server's bucket (`cluster`). The server uploads it in the background and then changes `node` to `cluster`;
 // without a bucket it stays `node`. Absent while a sandbox runs.
@@ -1332,6 +1364,65 @@ type NewOrg struct {
 	// Quota What an organization may have at once. 0 means no limit.
 	Quota Quota `json:"quota"`
 }
+
+// Node A machine that has sandboxes.
+type Node struct {
+	// Active Sandboxes of these that are not suspended.
+	Active int `json:"active"`
+
+	// CordonedAt Beginning of the cordon. Absent without one.
+	CordonedAt *time.Time `json:"cordoned_at,omitempty"`
+
+	// DrainBy End of the drain, which may be over. Absent without one.
+	DrainBy *time.Time `json:"drain_by,omitempty"`
+
+	// ID Id of the node.
+	//
+	// Example: k3x7qa
+	ID string `json:"id"`
+
+	// Labels The operator's labels of the node.
+	Labels map[string]string `json:"labels"`
+
+	// MaxSandboxes Sandboxes that may run there at once.
+	MaxSandboxes int `json:"max_sandboxes"`
+
+	// MemoryMB Memory of the machine, in MiB.
+	MemoryMB int `json:"memory_mb"`
+
+	// Name Name of the node. The operator sets it; the default is the host's name.
+	//
+	// Example: host-1
+	Name string `json:"name"`
+
+	// Sandboxes Sandboxes of the node, of all organizations, that are not destroyed.
+	Sandboxes int `json:"sandboxes"`
+
+	// StartedAt Start of the server there.
+	StartedAt time.Time `json:"started_at"`
+
+	// Status The status of a node: `ready`; `cordoned`, which takes no sandboxes; `draining`, which also suspends its
+	// persistent sandboxes and waits for the others; `drained`, on which every sandbox is suspended. A node whose
+	// drain has ended with sandboxes left is `cordoned`.
+	Status NodeStatus `json:"status"`
+
+	// VCPUs CPUs of the machine.
+	VCPUs int `json:"vcpus"`
+
+	// Version Version of cay that runs there.
+	Version string `json:"version"`
+}
+
+// NodeList The nodes.
+type NodeList struct {
+	// Nodes The nodes, by name.
+	Nodes []Node `json:"nodes"`
+}
+
+// NodeStatus The status of a node: `ready`; `cordoned`, which takes no sandboxes; `draining`, which also suspends its
+// persistent sandboxes and waits for the others; `drained`, on which every sandbox is suspended. A node whose
+// drain has ended with sandboxes left is `cordoned`.
+type NodeStatus string
 
 // Org An organization, the owner of sandboxes, templates and keys.
 type Org struct {
@@ -2275,6 +2366,9 @@ type FilePath = string
 // Limit defines model for Limit.
 type Limit = int
 
+// NodeRef Example: host-1
+type NodeRef = string
+
 // PortNumber Example: 8080
 type PortNumber = int
 
@@ -2310,6 +2404,9 @@ type Forbidden = Problem
 
 // InternalError An error, as in RFC 9457.
 type InternalError = Problem
+
+// NodeAnswer A machine that has sandboxes.
+type NodeAnswer = Node
 
 // NotFound An error, as in RFC 9457.
 type NotFound = Problem
@@ -2623,6 +2720,9 @@ type ListWebhookDeliveriesParams struct {
 // CreateAPIKeyJSONRequestBody defines body for CreateAPIKey for application/json ContentType.
 type CreateAPIKeyJSONRequestBody = CreateAPIKeyRequest
 
+// DrainNodeJSONRequestBody defines body for DrainNode for application/json ContentType.
+type DrainNodeJSONRequestBody = DrainNodeRequest
+
 // CreateOrgJSONRequestBody defines body for CreateOrg for application/json ContentType.
 type CreateOrgJSONRequestBody = CreateOrgRequest
 
@@ -2718,6 +2818,21 @@ type ServerInterface interface {
 	// GetMe Get the caller
 	// (GET /v1/me)
 	GetMe(w http.ResponseWriter, r *http.Request)
+	// ListNodes List nodes
+	// (GET /v1/nodes)
+	ListNodes(w http.ResponseWriter, r *http.Request)
+	// GetNode Get a node
+	// (GET /v1/nodes/{node})
+	GetNode(w http.ResponseWriter, r *http.Request, node NodeRef)
+	// CordonNode Cordon a node
+	// (POST /v1/nodes/{node}/cordon)
+	CordonNode(w http.ResponseWriter, r *http.Request, node NodeRef)
+	// DrainNode Empty a node
+	// (POST /v1/nodes/{node}/drain)
+	DrainNode(w http.ResponseWriter, r *http.Request, node NodeRef)
+	// UncordonNode End a cordon
+	// (POST /v1/nodes/{node}/uncordon)
+	UncordonNode(w http.ResponseWriter, r *http.Request, node NodeRef)
 	// ListOrgs List organizations
 	// (GET /v1/orgs)
 	ListOrgs(w http.ResponseWriter, r *http.Request, params ListOrgsParams)
@@ -3162,6 +3277,124 @@ func (siw *ServerInterfaceWrapper) GetMe(w http.ResponseWriter, r *http.Request)
 
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		siw.Handler.GetMe(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// ListNodes operation middleware
+func (siw *ServerInterfaceWrapper) ListNodes(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ListNodes(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// GetNode operation middleware
+func (siw *ServerInterfaceWrapper) GetNode(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "node" -------------
+	var node NodeRef
+
+	err = runtime.BindStyledParameterWithOptions("simple", "node", r.PathValue("node"), &node, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "node", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.GetNode(w, r, node)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// CordonNode operation middleware
+func (siw *ServerInterfaceWrapper) CordonNode(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "node" -------------
+	var node NodeRef
+
+	err = runtime.BindStyledParameterWithOptions("simple", "node", r.PathValue("node"), &node, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "node", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.CordonNode(w, r, node)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// DrainNode operation middleware
+func (siw *ServerInterfaceWrapper) DrainNode(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "node" -------------
+	var node NodeRef
+
+	err = runtime.BindStyledParameterWithOptions("simple", "node", r.PathValue("node"), &node, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "node", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.DrainNode(w, r, node)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// UncordonNode operation middleware
+func (siw *ServerInterfaceWrapper) UncordonNode(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "node" -------------
+	var node NodeRef
+
+	err = runtime.BindStyledParameterWithOptions("simple", "node", r.PathValue("node"), &node, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "node", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.UncordonNode(w, r, node)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -5650,6 +5883,11 @@ func HandlerWithOptions(si ServerInterface, options StdHTTPServerOptions) http.H
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/webhooks/{webhook}/replay", wrapper.ReplayWebhook)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sizes", wrapper.ListSizes)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/pool", wrapper.GetPool)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/nodes", wrapper.ListNodes)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/nodes/{node}", wrapper.GetNode)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/nodes/{node}/cordon", wrapper.CordonNode)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/nodes/{node}/uncordon", wrapper.UncordonNode)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/nodes/{node}/drain", wrapper.DrainNode)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/me", wrapper.GetMe)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/api-keys", wrapper.ListAPIKeys)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/api-keys", wrapper.CreateAPIKey)

@@ -28,6 +28,7 @@ import (
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/budget"
 	"github.com/cayhq/cay/internal/event"
+	"github.com/cayhq/cay/internal/fleet"
 	"github.com/cayhq/cay/internal/httpserver"
 	"github.com/cayhq/cay/internal/portproxy"
 	"github.com/cayhq/cay/internal/sandbox"
@@ -89,6 +90,15 @@ type Webhooks interface {
 	Replay(ctx context.Context, orgID, id string, after event.Seq) (webhook.Replayed, error)
 }
 
+// Nodes has the methods of the fleet room that this package calls; [*fleet.Service] implements it.
+type Nodes interface {
+	Get(ctx context.Context, idOrName string) (fleet.Node, error)
+	List(ctx context.Context) ([]fleet.Node, error)
+	Cordon(ctx context.Context, idOrName string) (fleet.Node, error)
+	Uncordon(ctx context.Context, idOrName string) (fleet.Node, error)
+	Drain(ctx context.Context, idOrName string, wait time.Duration) (fleet.Node, error)
+}
+
 // Auth has the methods of the auth room that this package calls; [*auth.Service] implements it.
 type Auth interface {
 	Authenticate(ctx context.Context, secret string) (auth.Principal, error)
@@ -128,6 +138,7 @@ type Config struct {
 	Auth      Auth
 	Events    Events
 	Webhooks  Webhooks
+	Nodes     Nodes
 	Agent     Agent
 	Ports     Ports
 	Names     portproxy.Names // host names of ports; the zero value has none

@@ -93,6 +93,11 @@ var samples = map[string]sample{
 
 	"listWebhookDeliveries": {others: 404, othersCode: "webhook_not_found"},
 	"getPool":               {others: 403, othersCode: "not_the_operator"},
+	"listNodes":             {others: 403, othersCode: "not_the_operator"},
+	"getNode":               {others: 403, othersCode: "not_the_operator"},
+	"cordonNode":            {others: 403, othersCode: "not_the_operator"},
+	"uncordonNode":          {others: 403, othersCode: "not_the_operator"},
+	"drainNode":             {body: `{"timeout":"1m"}`, others: 403, othersCode: "not_the_operator"},
 	"getMe":                 {others: 200},
 	"createAPIKey":          {body: `{"name":"k","scopes":["exec"]}`, others: 201},
 	"listAPIKeys":           {others: 200},
@@ -151,7 +156,7 @@ func TestAuthorizationMatrix(t *testing.T) {
 	snap := as[Snapshot](t, 201, h.send(t, "POST", "/v1/sandboxes/"+sbx.ID+"/snapshots", h.key, ""))
 	hook := as[Webhook](t, 201, h.send(t, "POST", "/v1/webhooks", h.key, samples["createWebhook"].body))
 	replace := strings.NewReplacer("{id}", sbx.ID, "{port}", "80", "{snapshot}", snap.ID, "{template}", "mine",
-		"{process}", "7", "{key}", victim.ID, "{webhook}", hook.ID)
+		"{process}", "7", "{key}", victim.ID, "{webhook}", hook.ID, "{node}", nodeName)
 	operations(h.spec, func(pattern, path string, op *openapi3.Operation, _ openapi3.Parameters) {
 		s, known := samples[op.OperationID]
 		if !known {
@@ -187,6 +192,9 @@ func TestAuthorizationMatrix(t *testing.T) {
 	h.isUnchanged(t, sbx)
 	as[Snapshot](t, 200, h.send(t, "GET", "/v1/snapshots/"+snap.ID, h.key, ""))
 	as[Webhook](t, 200, h.send(t, "GET", "/v1/webhooks/"+hook.ID, h.key, ""))
+	if n := as[Node](t, 200, h.send(t, "GET", "/v1/nodes/"+nodeName, h.key, "")); n.Status != NodeStatusReady {
+		t.Errorf("the node is %s", n.Status)
+	}
 	orgs := as[OrgList](t, 200, h.send(t, "GET", "/v1/orgs", h.key, ""))
 	if len(orgs.Orgs) != 2 {
 		t.Errorf("%d organizations, want 2", len(orgs.Orgs))

@@ -444,6 +444,29 @@ func clientTrees(t *testing.T, ctx context.Context, c *cay.Client, h *testServer
 	}
 }
 
+func clientNodes(t *testing.T, ctx context.Context, c *cay.Client, fatal func(error)) {
+	nodes, err := c.ListNodes(ctx)
+	fatal(err)
+	if len(nodes) != 1 || nodes[0].Name != nodeName || nodes[0].Status != cay.NodeStatusReady {
+		t.Errorf("the nodes are %+v", nodes)
+	}
+	n, err := c.CordonNode(ctx, nodeName)
+	fatal(err)
+	got, err := c.GetNode(ctx, n.ID)
+	fatal(err)
+	if n.Status != cay.NodeStatusCordoned || got.CordonedAt == nil || !got.CordonedAt.Equal(*n.CordonedAt) {
+		t.Errorf("cordoned %+v, read %+v", n, got)
+	}
+	n, err = c.DrainNode(ctx, nodeName, 2*time.Hour)
+	fatal(err)
+	if n.DrainBy == nil || time.Until(*n.DrainBy) < time.Hour || n.Active != 0 != (n.Status == cay.NodeStatusDraining) {
+		t.Errorf("drained: %+v", n)
+	}
+	if n, err = c.UncordonNode(ctx, nodeName); err != nil || n.Status != cay.NodeStatusReady || n.DrainBy != nil {
+		t.Errorf("uncordoned: %+v, %v", n, err)
+	}
+}
+
 func clientAccount(t *testing.T, ctx context.Context, c *cay.Client, fatal func(error)) {
 	n := 0
 	for _, err := range c.Templates(ctx, cay.ListOptions{Limit: 2}) {
@@ -464,6 +487,7 @@ func clientAccount(t *testing.T, ctx context.Context, c *cay.Client, fatal func(
 	if n != 5 || python.Status != cay.TemplateStatusReady || len(lines) != 2 || len(sizes) != 2 {
 		t.Errorf("%d templates, %+v, %v, %v", n, python, lines, sizes)
 	}
+	clientNodes(t, ctx, c, fatal)
 	key, err := c.CreateAPIKey(ctx, cay.CreateAPIKeyRequest{Name: "k", Scopes: []string{string(cay.ScopeExec)},
 		ExpiresIn: new("1h")})
 	fatal(err)

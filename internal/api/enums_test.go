@@ -7,6 +7,7 @@ import (
 
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/event"
+	"github.com/cayhq/cay/internal/fleet"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/webhook"
 )
@@ -31,6 +32,7 @@ func TestEnumsAreTheCores(t *testing.T) {
 		"SandboxState":   texts(sandbox.States()),
 		"SandboxStatus":  texts(statuses),
 		"FeedEventType":  texts(event.Types()),
+		"NodeStatus":     texts([]fleet.Status{fleet.Ready, fleet.Cordoned, fleet.Draining, fleet.Drained}),
 		"Scope":          texts(auth.Scopes()),
 		"WebhookFormat":  texts([]webhook.Format{webhook.Standard, webhook.E2B}),
 		"DisabledReason": texts([]webhook.Reason{webhook.Requested, webhook.Failing, webhook.Gone, webhook.Backlog}),

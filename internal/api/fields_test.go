@@ -13,6 +13,7 @@ import (
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/caytest"
 	"github.com/cayhq/cay/internal/event"
+	"github.com/cayhq/cay/internal/fleet"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/template"
 	"github.com/cayhq/cay/internal/webhook"
@@ -68,6 +69,7 @@ func TestRequestsAreRead(t *testing.T) {
 		"template": ignored(t, filled(func(in *CreateTemplateRequest) {
 			in.Ready.Timeout, in.Egress = new("1m"), validEgress()
 		}), templateRequestOf),
+		"drain":   ignored(t, filled(func(in *DrainNodeRequest) { in.Timeout = new("2h") }), drainOf),
 		"webhook": ignored(t, filled[CreateWebhookRequest](nil), newWebhookOf),
 		"change of a webhook": ignored(t, filled(func(in *UpdateWebhookRequest) { in.RotateSecret = new(false) }),
 			func(in UpdateWebhookRequest) (webhook.Change, error) {
@@ -111,6 +113,7 @@ func TestAnswersHaveEveryField(t *testing.T) {
 			[]string{"Exit.DurationMs", "Exit.StderrTruncated", "Exit.StdoutTruncated"}},
 		{"size", []any{sizeOf(filled[sandbox.Size](nil)())}, nil},
 		{"organization", []any{orgOf(filled[auth.Org](nil)())}, nil},
+		{"node", []any{nodeOf(filled[fleet.Node](nil)())}, nil},
 		{"webhook", []any{withSecret(filled[webhook.Webhook](nil)())}, nil},
 		{"attempt", []any{attemptOf(webhook.Attempt{At: time.Unix(1, 0), Took: time.Second}),
 			attemptOf(filled(func(a *webhook.Attempt) { a.Took = time.Second })())}, nil},

@@ -87,7 +87,7 @@ func newTestServer(t testing.TB, options ...option) *testServer {
 	}
 	h.db = db
 	authConfig := auth.Config{Quota: auth.Quota{Sandboxes: 50}, Log: log}
-	boxConfig := sandbox.Config{
+	boxConfig := sandbox.Config{Node: nodeID,
 		Sizes:       []sandbox.Size{{Name: "shared-cpu-1x", VCPUs: 1, MemoryMB: 512}, {Name: "performance-1x", VCPUs: 1, MemoryMB: 2048, Dedicated: true}},
 		DefaultSize: "shared-cpu-1x", DefaultDisk: 2048, MaxDisk: 8192, KeepDestroyed: time.Hour,
 	}
@@ -122,6 +122,7 @@ func newTestServer(t testing.TB, options ...option) *testServer {
 	cfg.Events = h.feed
 	stopHooks := h.openHooks(t, log)
 	cfg.Webhooks = h.hooks
+	cfg.Nodes = h.openNodes(t, log)
 	if _, err := h.auth.Bootstrap(ctx, func(secret string) error { h.key = secret; return nil }); err != nil {
 		t.Fatal(err)
 	}

@@ -88,11 +88,17 @@ var routes = map[string]access{
 	"GET /v1/sizes":             {},
 	"GET /v1/me":                {},
 	"GET /v1/pool":              {scope: auth.Admin},
+	"GET /v1/nodes":             {scope: auth.Admin},
+	"GET /v1/nodes/{node}":      {scope: auth.Admin},
 	"POST /v1/api-keys":         {scope: auth.Admin},
 	"GET /v1/api-keys":          {scope: auth.Admin, query: []string{"limit", "cursor"}},
 	"DELETE /v1/api-keys/{key}": {}, // a key may revoke itself; auth requires admin for other keys
 	"POST /v1/orgs":             {scope: auth.Admin},
 	"GET /v1/orgs":              {scope: auth.Admin, query: []string{"limit", "cursor"}},
+
+	"POST /v1/nodes/{node}/cordon":   {scope: auth.Admin},
+	"POST /v1/nodes/{node}/uncordon": {scope: auth.Admin},
+	"POST /v1/nodes/{node}/drain":    {scope: auth.Admin},
 
 	"GET /healthz":      {open: true},
 	"GET /readyz":       {open: true},

@@ -168,7 +168,8 @@ On the server's own machine they need none of these.`,
 		return fmt.Errorf("%w; %s", err, hint)
 	})
 	root.AddCommand(a.serverCommand(), a.runCommand(), a.sandboxCommand(), a.templatesCommand(), a.snapshotsCommand(),
-		a.feedCommand(), a.webhooksCommand(), a.keysCommand(), a.orgsCommand(), a.versionCommand(), a.doctorCommand())
+		a.feedCommand(), a.webhooksCommand(), a.keysCommand(), a.orgsCommand(), a.nodesCommand(), a.versionCommand(),
+		a.doctorCommand())
 	return root
 }
 

@@ -118,6 +118,9 @@ func newFakeAPI() *fakeAPI {
 	for pattern, h := range webhookRoutes() {
 		mux.HandleFunc(pattern, f.recorded(h))
 	}
+	for pattern, h := range nodeRoutes() {
+		mux.HandleFunc(pattern, f.recorded(h))
+	}
 	for pattern, h := range f.liveRoutes() {
 		mux.HandleFunc(pattern, f.recorded(h))
 	}

@@ -52,6 +52,9 @@ func (c *Config) Check() error {
 	if err := c.Store.check(); err != nil {
 		return err
 	}
+	if err := c.Node.check(); err != nil {
+		return err
+	}
 	if err := c.Memory.check(); err != nil {
 		return err
 	}

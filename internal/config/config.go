@@ -14,6 +14,7 @@ import (
 
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/egressproxy"
+	"github.com/cayhq/cay/internal/fleet"
 	"github.com/cayhq/cay/internal/network"
 	"github.com/cayhq/cay/internal/node"
 	"github.com/cayhq/cay/internal/sandbox"
@@ -29,6 +30,7 @@ type Config struct {
 	ShutdownTimeout Duration `toml:"shutdown_timeout"`
 
 	Store     Store     `toml:"store"`
+	Node      Node      `toml:"node"`
 	Network   Network   `toml:"network"`
 	Sandbox   Sandbox   `toml:"sandbox"`
 	Capacity  Capacity  `toml:"capacity"`
@@ -52,6 +54,25 @@ type Store struct {
 	Password     Secret `toml:"password"`
 	PasswordFile string `toml:"password_file"`
 	MaxConns     int    `toml:"max_conns"`
+}
+
+// Node says what this machine is called, and what its operator says about it.
+type Node struct {
+	Name   string   `toml:"name"` // "" is the host's name
+	Labels []string `toml:"labels"`
+}
+
+// check refuses a name and labels that no node may have.
+func (n Node) check() error {
+	if n.Name != "" {
+		if err := fleet.CheckName(n.Name); err != nil {
+			return fmt.Errorf("node.name: %w", err)
+		}
+	}
+	if _, err := fleet.ParseLabels(n.Labels); err != nil {
+		return fmt.Errorf("node.labels: %w", err)
+	}
+	return nil
 }
 
 // Events limits the events that are kept and the streams that follow them.

@@ -103,6 +103,8 @@ func TestConfigRefusals(t *testing.T) {
 		"two credentials": {file: "[files]\nurl = \"s3://cay\"\naccess_key = \"a\"\ncredentials_file = \"/c\"\n",
 			want: "files.credentials_file"},
 		"two passwords":   {file: "[store]\nurl = \"postgres:///cay\"\npassword = \"a\"\npassword_file = \"b\"\n", want: "store.password_file"},
+		"name of a node":  {env: "CAY_NODE_NAME=Host_1", want: "node.name"},
+		"label of a node": {env: "CAY_NODE_LABELS=zone=a,zone=b", want: "node.labels"},
 		"no database":     {env: "CAY_STORE_PASSWORD=a", want: "store.url"},
 		"few connections": {env: "CAY_STORE_MAX_CONNS=3", want: "store.max_conns"},
 		"pool target":     {env: "CAY_POOL_TARGET=-1", want: "pool.target"},

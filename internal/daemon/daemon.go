@@ -28,6 +28,7 @@ import (
 	"github.com/cayhq/cay/internal/egressproxy"
 	"github.com/cayhq/cay/internal/embedded"
 	"github.com/cayhq/cay/internal/event"
+	"github.com/cayhq/cay/internal/fleet"
 	"github.com/cayhq/cay/internal/hostfile"
 	"github.com/cayhq/cay/internal/image"
 	"github.com/cayhq/cay/internal/imagebuild"
@@ -81,6 +82,7 @@ type server struct {
 	templates   *template.Service
 	auth        *auth.Service
 	sandboxes   *sandbox.Service
+	nodes       *fleet.Service
 	events      *event.Feed
 	webhooks    *webhook.Service
 	ports       *portproxy.Proxy
@@ -264,6 +266,9 @@ func (s *server) openCore(ctx context.Context) error {
 	s.onClose(s.ports.Close)
 	s.serveEgress(s.egressOn)
 	s.followDenied()
+	if err := s.openNodes(ctx); err != nil {
+		return err
+	}
 	return s.sandboxes.Reconcile(ctx)
 }
 

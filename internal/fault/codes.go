@@ -55,6 +55,7 @@ const (
 	CodeNoEgressCapacity     = "no_egress_capacity"
 	CodeNoSuchRoute          = "no_such_route"
 	CodeNoTerminal           = "no_terminal"
+	CodeNodeNotFound         = "node_not_found"
 	CodeNotAWebsocket        = "not_a_websocket"
 	CodeNotReady             = "not_ready"
 	CodeNotTheOperator       = "not_the_operator"
@@ -139,6 +140,7 @@ const (
 	CodeBlobTooLarge    = "blob_too_large"
 	CodeInstanceInUse   = "instance_in_use"
 	CodeNoPooled        = "no_member" // an older word for a pooled sandbox
+	CodeNodeExists      = "node_exists"
 	CodeNodeUnreachable = "node_unreachable"
 	CodeRangeInUse      = "range_in_use"
 	CodeSlotNotFound    = "slot_not_found"

@@ -1,8 +1,8 @@
 // Package store keeps cay's records: sandboxes, templates and their build logs,
 // organizations and their keys, the events of all of these, webhooks and their
-// deliveries, and the server's own settings. All SQL of cay is here.
+// deliveries, nodes, and the server's own settings. All SQL of cay is here.
 //
-// It implements the Store interfaces of the rooms sandbox, template, auth, event and webhook. It
+// It implements the Store interfaces of the rooms sandbox, template, auth, event, webhook and fleet. It
 // enforces only those of their rules that concurrent writers could break: which of
 // several transitions wins, whether a quota still has room, whether a name is taken. It
 // reports conditions that callers act on as faults, and wraps all other errors of the
@@ -40,6 +40,7 @@ import (
 
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/event"
+	"github.com/cayhq/cay/internal/fleet"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/template"
 	"github.com/cayhq/cay/internal/webhook"
@@ -127,6 +128,7 @@ var (
 	_ template.Store          = (*DB)(nil)
 	_ auth.Store              = (*DB)(nil)
 	_ event.Store             = (*DB)(nil)
+	_ fleet.Store             = (*DB)(nil)
 	_ webhook.Store           = (*DB)(nil)
 )
 

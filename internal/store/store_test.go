@@ -11,6 +11,7 @@ import (
 	"github.com/cayhq/cay/internal/caytest"
 	"github.com/cayhq/cay/internal/event"
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/fleet"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/template"
 	"github.com/cayhq/cay/internal/webhook"
@@ -46,6 +47,7 @@ func testStores(t *testing.T, openOne func(t *testing.T) *DB) {
 	t.Run("auth", func(t *testing.T) { testAuthStore(t, func(t *testing.T) auth.Store { return open(t) }) })
 	t.Run("event", func(t *testing.T) { testEventStore(t, open) })
 	t.Run("webhook", func(t *testing.T) { testWebhookStore(t, open) })
+	t.Run("node", func(t *testing.T) { testNodeStore(t, open(t)) })
 	t.Run("checkpoints", func(t *testing.T) { testCheckpointStore(t, open(t)) })
 	t.Run("template in use", func(t *testing.T) { templateInUse(t, open(t)) })
 }
@@ -60,6 +62,7 @@ func TestContractsCallEveryMethod(t *testing.T) {
 		{reflect.TypeFor[sandbox.Store](), "st",
 			[]string{"sandbox_test.go", "pool_test.go", "ports_test.go", "snapshot_test.go"}},
 		{reflect.TypeFor[sandbox.CheckpointStore](), "st", []string{"checkpoint_test.go"}},
+		{reflect.TypeFor[fleet.Store](), "st", []string{"node_test.go"}},
 		{reflect.TypeFor[template.Store](), "st", []string{"template_test.go"}},
 		{reflect.TypeFor[auth.Store](), "st", []string{"auth_test.go"}},
 		{reflect.TypeFor[event.Store](), "db", []string{"feed_test.go"}},

@@ -82,6 +82,14 @@ const (
 	FileEntryTypeSymlink   FileEntryType = "symlink"
 )
 
+// Values of NodeStatus.
+const (
+	NodeStatusCordoned NodeStatus = "cordoned"
+	NodeStatusDrained  NodeStatus = "drained"
+	NodeStatusDraining NodeStatus = "draining"
+	NodeStatusReady    NodeStatus = "ready"
+)
+
 // Values of ProcessStatus.
 const (
 	ProcessStatusExited  ProcessStatus = "exited"
@@ -462,6 +470,14 @@ type DeliveryStatus string
 // DisabledReason describes why a webhook is disabled: by a call, after a delivery that failed for 3 days, after an answer 410, or because
 // too much is pending.
 type DisabledReason string
+
+// drainNodeRequest describes the settings of a drain. Without a body it has the defaults.
+type drainNodeRequest struct {
+	// How long to suspend persistent sandboxes and to wait for the others: `1s` to `168h`.
+	//
+	// Example: 10m
+	Timeout *string `json:"timeout,omitempty"`
+}
 
 // Durable describes where the saved state is: only on the machine (`node`), so it is lost if the machine is, or also in the
 // server's bucket (`cluster`). The server uploads it in the background and then changes `node` to `cluster`;
@@ -918,6 +934,65 @@ type NewOrg struct {
 	// What an organization may have at once. 0 means no limit.
 	Quota Quota `json:"quota"`
 }
+
+// Node describes a machine that has sandboxes.
+type Node struct {
+	// Sandboxes of these that are not suspended.
+	Active int `json:"active"`
+
+	// Beginning of the cordon. Absent without one.
+	CordonedAt *time.Time `json:"cordoned_at,omitempty"`
+
+	// End of the drain, which may be over. Absent without one.
+	DrainBy *time.Time `json:"drain_by,omitempty"`
+
+	// Id of the node.
+	//
+	// Example: k3x7qa
+	ID string `json:"id"`
+
+	// The operator's labels of the node.
+	Labels map[string]string `json:"labels"`
+
+	// Sandboxes that may run there at once.
+	MaxSandboxes int `json:"max_sandboxes"`
+
+	// Memory of the machine, in MiB.
+	MemoryMB int `json:"memory_mb"`
+
+	// Name of the node. The operator sets it; the default is the host's name.
+	//
+	// Example: host-1
+	Name string `json:"name"`
+
+	// Sandboxes of the node, of all organizations, that are not destroyed.
+	Sandboxes int `json:"sandboxes"`
+
+	// Start of the server there.
+	StartedAt time.Time `json:"started_at"`
+
+	// The status of a node: `ready`; `cordoned`, which takes no sandboxes; `draining`, which also suspends its
+	// persistent sandboxes and waits for the others; `drained`, on which every sandbox is suspended. A node whose
+	// drain has ended with sandboxes left is `cordoned`.
+	Status NodeStatus `json:"status"`
+
+	// CPUs of the machine.
+	VCPUs int `json:"vcpus"`
+
+	// Version of cay that runs there.
+	Version string `json:"version"`
+}
+
+// nodeList describes the nodes.
+type nodeList struct {
+	// The nodes, by name.
+	Nodes []Node `json:"nodes"`
+}
+
+// NodeStatus describes the status of a node: `ready`; `cordoned`, which takes no sandboxes; `draining`, which also suspends its
+// persistent sandboxes and waits for the others; `drained`, on which every sandbox is suspended. A node whose
+// drain has ended with sandboxes left is `cordoned`.
+type NodeStatus string
 
 // Org describes an organization, the owner of sandboxes, templates and keys.
 type Org struct {
@@ -1852,6 +1927,9 @@ type filePath = string
 // limit defines model for Limit.
 type limit = int
 
+// nodeRef describes example: host-1
+type nodeRef = string
+
 // portNumber describes example: 8080
 type portNumber = int
 
@@ -1887,6 +1965,9 @@ type forbidden = problem
 
 // internalError describes an error, as in RFC 9457.
 type internalError = problem
+
+// nodeAnswer describes a machine that has sandboxes.
+type nodeAnswer = Node
 
 // notFound describes an error, as in RFC 9457.
 type notFound = problem
@@ -2199,6 +2280,9 @@ type listWebhookDeliveriesParams struct {
 
 // createAPIKeyJSONRequestBody defines body for CreateAPIKey for application/json ContentType.
 type createAPIKeyJSONRequestBody = CreateAPIKeyRequest
+
+// drainNodeJSONRequestBody defines body for DrainNode for application/json ContentType.
+type drainNodeJSONRequestBody = drainNodeRequest
 
 // createOrgJSONRequestBody defines body for CreateOrg for application/json ContentType.
 type createOrgJSONRequestBody = CreateOrgRequest

@@ -188,6 +188,62 @@ type clientInterface interface {
 	// Corresponds with GET /v1/me (the `GetMe` operationId).
 	GetMe(ctx context.Context, reqEditors ...requestEditorFn) (*http.Response, error)
 
+	// List nodes
+	//
+	// Lists the machines that have sandboxes, by name and without pages. Only keys of the organization `default` may
+	// call it.
+	//
+	// Corresponds with GET /v1/nodes (the `ListNodes` operationId).
+	ListNodes(ctx context.Context, reqEditors ...requestEditorFn) (*http.Response, error)
+
+	// Get a node
+	//
+	// Returns a node. Only keys of the organization `default` may call it.
+	//
+	// Corresponds with GET /v1/nodes/{node} (the `GetNode` operationId).
+	GetNode(ctx context.Context, node nodeRef, reqEditors ...requestEditorFn) (*http.Response, error)
+
+	// Cordon a node
+	//
+	// Makes a node take no more sandboxes: creates, forks and wakes there are answered with 503 and code
+	// `no_capacity`. Sandboxes on it run on. The cordon holds until you end it, also over restarts of the server. You
+	// can repeat the call. Only keys of the organization `default` may call it.
+	//
+	// Corresponds with POST /v1/nodes/{node}/cordon (the `CordonNode` operationId).
+	CordonNode(ctx context.Context, node nodeRef, reqEditors ...requestEditorFn) (*http.Response, error)
+
+	// Empty a node
+	//
+	// Cordons a node, suspends its persistent sandboxes with their complete state, each when no call uses it, and
+	// waits for ephemeral ones to end. The answer comes at once; `status` of the node becomes `drained` when no
+	// sandbox is left that is not suspended. Sandboxes that are left at the end of `timeout` run on, and the node
+	// stays cordoned. A second call sets another end. Only keys of the organization `default` may call it.
+	//
+	// Takes any type of body and a specified content type.
+	//
+	// Corresponds with POST /v1/nodes/{node}/drain (the `DrainNode` operationId).
+	DrainNodeWithBody(ctx context.Context, node nodeRef, contentType string, body io.Reader, reqEditors ...requestEditorFn) (*http.Response, error)
+
+	// Empty a node
+	//
+	// Cordons a node, suspends its persistent sandboxes with their complete state, each when no call uses it, and
+	// waits for ephemeral ones to end. The answer comes at once; `status` of the node becomes `drained` when no
+	// sandbox is left that is not suspended. Sandboxes that are left at the end of `timeout` run on, and the node
+	// stays cordoned. A second call sets another end. Only keys of the organization `default` may call it.
+	//
+	// Takes a body of the `application/json` content type.
+	//
+	// Corresponds with POST /v1/nodes/{node}/drain (the `DrainNode` operationId).
+	DrainNode(ctx context.Context, node nodeRef, body drainNodeJSONRequestBody, reqEditors ...requestEditorFn) (*http.Response, error)
+
+	// End a cordon
+	//
+	// Makes a node take sandboxes again, and ends its drain. Sandboxes that the drain has suspended wake when they are
+	// used. You can repeat the call. Only keys of the organization `default` may call it.
+	//
+	// Corresponds with POST /v1/nodes/{node}/uncordon (the `UncordonNode` operationId).
+	UncordonNode(ctx context.Context, node nodeRef, reqEditors ...requestEditorFn) (*http.Response, error)
+
 	// List organizations
 	//
 	// Lists all organizations of this server, newest first.
@@ -1397,6 +1453,122 @@ func (c *wire) ReadFeed(ctx context.Context, params *readFeedParams, reqEditors 
 // Corresponds with GET /v1/me (the `GetMe` operationId).
 func (c *wire) GetMe(ctx context.Context, reqEditors ...requestEditorFn) (*http.Response, error) {
 	req, err := newGetMeRequest(c.Server)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// ListNodes describes list nodes
+//
+// Lists the machines that have sandboxes, by name and without pages. Only keys of the organization `default` may
+// call it.
+//
+// Corresponds with GET /v1/nodes (the `ListNodes` operationId).
+func (c *wire) ListNodes(ctx context.Context, reqEditors ...requestEditorFn) (*http.Response, error) {
+	req, err := newListNodesRequest(c.Server)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// GetNode describes get a node
+//
+// Returns a node. Only keys of the organization `default` may call it.
+//
+// Corresponds with GET /v1/nodes/{node} (the `GetNode` operationId).
+func (c *wire) GetNode(ctx context.Context, node nodeRef, reqEditors ...requestEditorFn) (*http.Response, error) {
+	req, err := newGetNodeRequest(c.Server, node)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// CordonNode describes cordon a node
+//
+// Makes a node take no more sandboxes: creates, forks and wakes there are answered with 503 and code
+// `no_capacity`. Sandboxes on it run on. The cordon holds until you end it, also over restarts of the server. You
+// can repeat the call. Only keys of the organization `default` may call it.
+//
+// Corresponds with POST /v1/nodes/{node}/cordon (the `CordonNode` operationId).
+func (c *wire) CordonNode(ctx context.Context, node nodeRef, reqEditors ...requestEditorFn) (*http.Response, error) {
+	req, err := newCordonNodeRequest(c.Server, node)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// DrainNodeWithBody describes empty a node
+//
+// Cordons a node, suspends its persistent sandboxes with their complete state, each when no call uses it, and
+// waits for ephemeral ones to end. The answer comes at once; `status` of the node becomes `drained` when no
+// sandbox is left that is not suspended. Sandboxes that are left at the end of `timeout` run on, and the node
+// stays cordoned. A second call sets another end. Only keys of the organization `default` may call it.
+//
+// Takes any type of body and a specified content type.
+//
+// Corresponds with POST /v1/nodes/{node}/drain (the `DrainNode` operationId).
+func (c *wire) DrainNodeWithBody(ctx context.Context, node nodeRef, contentType string, body io.Reader, reqEditors ...requestEditorFn) (*http.Response, error) {
+	req, err := newDrainNodeRequestWithBody(c.Server, node, contentType, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// DrainNode describes empty a node
+//
+// Cordons a node, suspends its persistent sandboxes with their complete state, each when no call uses it, and
+// waits for ephemeral ones to end. The answer comes at once; `status` of the node becomes `drained` when no
+// sandbox is left that is not suspended. Sandboxes that are left at the end of `timeout` run on, and the node
+// stays cordoned. A second call sets another end. Only keys of the organization `default` may call it.
+//
+// Takes a body of the `application/json` content type.
+//
+// Corresponds with POST /v1/nodes/{node}/drain (the `DrainNode` operationId).
+func (c *wire) DrainNode(ctx context.Context, node nodeRef, body drainNodeJSONRequestBody, reqEditors ...requestEditorFn) (*http.Response, error) {
+	req, err := newDrainNodeRequest(c.Server, node, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// UncordonNode describes end a cordon
+//
+// Makes a node take sandboxes again, and ends its drain. Sandboxes that the drain has suspended wake when they are
+// used. You can repeat the call. Only keys of the organization `default` may call it.
+//
+// Corresponds with POST /v1/nodes/{node}/uncordon (the `UncordonNode` operationId).
+func (c *wire) UncordonNode(ctx context.Context, node nodeRef, reqEditors ...requestEditorFn) (*http.Response, error) {
+	req, err := newUncordonNodeRequest(c.Server, node)
 	if err != nil {
 		return nil, err
 	}
@@ -3611,6 +3783,182 @@ func newGetMeRequest(server string) (*http.Request, error) {
 	}
 
 	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
+// newListNodesRequest constructs an http.Request for the ListNodes method
+func newListNodesRequest(server string) (*http.Request, error) {
+	var err error
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/nodes")
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
+// newGetNodeRequest constructs an http.Request for the GetNode method
+func newGetNodeRequest(server string, node nodeRef) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "node", node, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/nodes/%s", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
+// newCordonNodeRequest constructs an http.Request for the CordonNode method
+func newCordonNodeRequest(server string, node nodeRef) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "node", node, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/nodes/%s/cordon", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodPost, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
+// newDrainNodeRequest calls the generic DrainNode builder with application/json body
+func newDrainNodeRequest(server string, node nodeRef, body drainNodeJSONRequestBody) (*http.Request, error) {
+	var bodyReader io.Reader
+	buf, err := json.Marshal(body)
+	if err != nil {
+		return nil, err
+	}
+	bodyReader = bytes.NewReader(buf)
+	return newDrainNodeRequestWithBody(server, node, "application/json", bodyReader)
+}
+
+// newDrainNodeRequestWithBody constructs an http.Request for the DrainNode method, with any body, and a specified content type
+func newDrainNodeRequestWithBody(server string, node nodeRef, contentType string, body io.Reader) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "node", node, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/nodes/%s/drain", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodPost, queryURL.String(), body)
+	if err != nil {
+		return nil, err
+	}
+
+	req.Header.Add("Content-Type", contentType)
+
+	return req, nil
+}
+
+// newUncordonNodeRequest constructs an http.Request for the UncordonNode method
+func newUncordonNodeRequest(server string, node nodeRef) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "node", node, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/nodes/%s/uncordon", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodPost, queryURL.String(), nil)
 	if err != nil {
 		return nil, err
 	}
@@ -6850,4 +7198,4 @@ func (c *wire) applyEditors(ctx context.Context, req *http.Request, additionalEd
 }
 
 // client.go decodes the answers.
-// 69 operations.
+// 74 operations.

@@ -1,0 +1,76 @@
+package e2e
+
+import (
+	"net/http"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	cay "github.com/cayhq/cay/sdk/go"
+)
+
+// TestNodes empties a machine as an operator does before a reboot, with kill -9 of the server at each step: what was
+// ordered holds, and what was suspended goes on afterwards.
+func TestNodes(t *testing.T) {
+	t.Parallel() // it has its own server
+	s := newServer(t, "CAY_NODE_NAME=host-1", "CAY_NODE_LABELS=zone=a,disk=ssd")
+	s.start()
+	s.needTemplate("python")
+	persistent := s.create(object{"mode": "persistent", "timeout": nil, "recovery_interval": "0"})
+	ephemeral := s.create(object{"timeout": "1h"})
+	s.want(persistent, "nohup sh -c 'while true; do date +%s%N > /tmp/next; mv /tmp/next /tmp/beat; sleep 0.05; done' "+
+		">/dev/null 2>&1 & until test -e /tmp/beat; do sleep 0.1; done")
+	const look = "cat /proc/sys/kernel/random/boot_id; pgrep -f 'while true' | head -1"
+	before := s.want(persistent, look)
+
+	if out, _, code := s.cli("", "nodes", "show", "host-1"); code != 0 || !strings.Contains(out, "disk=ssd") ||
+		!strings.Contains(out, "2, 2 of them not suspended") || !strings.Contains(out, s.instance()) {
+		t.Errorf("cay nodes show: %d\n%s", code, out)
+	}
+	restart := func() {
+		t.Helper()
+		s.stop(syscall.SIGKILL)
+		s.start()
+	}
+	refused := func(method, path string, body object) {
+		t.Helper()
+		if status, answer := s.call(method, path, body); status != http.StatusServiceUnavailable ||
+			!strings.Contains(string(answer), "no_capacity") || !strings.Contains(string(answer), "this machine is cordoned") {
+			t.Errorf("%s %s on a cordoned machine: %d %s", method, path, status, answer)
+		}
+	}
+	if out, _, code := s.cli("", "nodes", "cordon", "host-1"); code != 0 || !strings.Contains(out, "cordoned") {
+		t.Errorf("cay nodes cordon: %d\n%s", code, out)
+	}
+	restart()
+	refused("POST", "/v1/sandboxes", object{"template": "python"})
+	s.want(ephemeral, "true")
+	s.want(persistent, "true")
+
+	if _, err := s.api().DrainNode(t.Context(), "host-1", time.Hour); err != nil {
+		t.Fatal(err)
+	}
+	restart() // while the sandbox is being suspended, or after that
+	s.waitState(persistent, "suspended")
+	refused("POST", "/v1/sandboxes/"+persistent+"/wake", object{})
+	s.want(ephemeral, "true")
+	_, errors, code := s.cli("", "nodes", "drain", s.instance(), "--timeout", "1s")
+	if code != 1 || !strings.Contains(errors, "1 sandboxes are left on host-1, which stays cordoned") {
+		t.Errorf("cay nodes drain with a sandbox that stays: %d\n%s", code, errors)
+	}
+	s.destroy(ephemeral)
+	if out, errors, code := s.cli("", "nodes", "drain", "host-1"); code != 0 || !strings.Contains(out, "drained") {
+		t.Errorf("cay nodes drain: %d\n%s%s", code, out, errors)
+	}
+	restart()
+	refused("POST", "/v1/sandboxes", object{"template": "python"})
+	if n, err := s.api().UncordonNode(t.Context(), "host-1"); err != nil || n.Status != cay.NodeStatusReady {
+		t.Errorf("uncordoned: %s, %v", jsonOf(n), err)
+	}
+	restart()
+	if after := s.want(persistent, look); after != before {
+		t.Errorf("the sandbox was %q before the drain and is %q", before, after)
+	}
+	s.want(s.create(nil), "true")
+}

@@ -1,0 +1,35 @@
+package daemon
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"os"
+	"runtime"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cayhq/cay/internal/fleet"
+)
+
+// openNodes opens the room of nodes and registers this machine, which obeys the orders that it was given before. The
+// sandboxes must be open.
+func (s *server) openNodes(ctx context.Context) error {
+	s.nodes = fleet.New(fleet.Config{Self: s.instance, Now: s.db.Now, Log: s.log,
+		Obey: func(o fleet.Orders) { s.sandboxes.SetCordon(o.Cordoned, o.Drain) }}, s.db)
+	host, err := os.Hostname()
+	if err != nil {
+		return fmt.Errorf("reading the host's name: %w", err)
+	}
+	labels, err := fleet.ParseLabels(s.cfg.Node.Labels)
+	if err != nil {
+		return fmt.Errorf("node.labels: %w", err)
+	}
+	about := fleet.About{Version: s.version, VCPUs: runtime.NumCPU(), MaxSandboxes: s.cfg.Capacity.MaxSandboxes}
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err != nil {
+		return fmt.Errorf("reading the machine's memory: %w", err)
+	}
+	about.MemoryMB = int(info.Totalram * uint64(info.Unit) >> 20)
+	return s.nodes.Register(ctx, cmp.Or(s.cfg.Node.Name, fleet.NameOf(host)), labels, about)
+}
