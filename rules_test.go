@@ -82,10 +82,12 @@ var mayImport = map[string]struct {
 		"it knows the settings of a server, whose defaults are the rooms' own, and opens no room"},
 	"internal/imagebuild": {[]string{"buildkit", "fault", "image", "template"},
 		"an adapter: it implements template's interface with the technology rooms that make images, which know neither it nor each other"},
+	"internal/noderpc": {[]string{"fault", "fleet", "hostfile", "pki"},
+		"the wire between nodes and replicas: it joins the core's room of nodes with the one of certificates"},
 	"internal/archive": {[]string{"fault", "objects", "sandbox"},
 		"an adapter: it copies checkpoints to a bucket, and keeps the core's rows of the copies"},
 	"internal/daemon": {[]string{"api", "archive", "auth", "blob", "budget", "buildkit", "cgroup", "config", "e2b",
-		"egressproxy", "embedded", "event", "fault", "fleet", "hostfile", "httpserver", "image", "imagebuild", "network", "node", "objects", "portproxy", "sampler", "sandbox", "store",
+		"egressproxy", "embedded", "event", "fault", "fleet", "hostfile", "httpserver", "image", "imagebuild", "network", "node", "noderpc", "objects", "pki", "portproxy", "sampler", "sandbox", "store",
 		"template", "webhook", "webhook/*"}, "all wiring is here, and the adapters between rooms that do not know each other"},
 	"internal/cli": {[]string{"config", "daemon"}, "the verbs use sdk/go; those that run a server or look at this machine use daemon"},
 

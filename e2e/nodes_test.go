@@ -1,12 +1,19 @@
 package e2e
 
 import (
+	"context"
+	"crypto/ecdsa"
 	"net/http"
+	"os"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/cayhq/cay/internal/fleet"
+	"github.com/cayhq/cay/internal/noderpc"
+	"github.com/cayhq/cay/internal/pki"
 	cay "github.com/cayhq/cay/sdk/go"
 )
 
@@ -14,8 +21,15 @@ import (
 // ordered holds, and what was suspended goes on afterwards.
 func TestNodes(t *testing.T) {
 	t.Parallel() // it has its own server
-	s := newServer(t, "CAY_NODE_NAME=host-1", "CAY_NODE_LABELS=zone=a,disk=ssd")
+	secret := filepath.Join(t.TempDir(), "secret")
+	if err := os.WriteFile(secret, []byte(strings.Repeat("0123456789abcdef", 4)+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	fleetAt := freeAddress(t)
+	s := newServer(t, "CAY_NODE_NAME=host-1", "CAY_NODE_LABELS=zone=a,disk=ssd", "CAY_FLEET_LISTEN="+fleetAt,
+		"CAY_FLEET_SECRET_FILE="+secret)
 	s.start()
+	other, leave := s.joins("https://" + fleetAt)
 	s.needTemplate("python")
 	persistent := s.create(object{"mode": "persistent", "timeout": nil, "recovery_interval": "0"})
 	ephemeral := s.create(object{"timeout": "1h"})
@@ -73,4 +87,71 @@ func TestNodes(t *testing.T) {
 		t.Errorf("the sandbox was %q before the drain and is %q", before, after)
 	}
 	s.want(s.create(nil), "true")
+	other()
+	leave()
+}
+
+// joins has another machine join by a token of the command line. It returns a function that checks that the machine may
+// speak, and one that removes it and checks that it may not any more.
+func (s *server) joins(url string) (speaks, leaves func()) {
+	s.t.Helper()
+	out, errors, code := s.cli("", "nodes", "token", "--name", "host-2")
+	if code != 0 {
+		s.t.Fatalf("cay nodes token: %d\n%s", code, errors)
+	}
+	token := strings.TrimSpace(out)
+	key, err := pki.NewKey()
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	join := func(key *ecdsa.PrivateKey) (fleet.Joined, error) {
+		return noderpc.Join(context.Background(), []string{url}, token, key, fleet.JoinRequest{Name: "unused"})
+	}
+	j, err := join(key)
+	if err != nil {
+		s.t.Fatalf("joining: %v\n%s", err, s.lastLog())
+	}
+	if another, err := pki.NewKey(); err != nil {
+		s.t.Error(err)
+	} else if _, err := join(another); err == nil {
+		s.t.Error("a second machine has joined with the token")
+	}
+	k, err := pki.NewKeeper(key, j.Certificate, j.Authorities)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	client := noderpc.NewClient(k, func() []string { return []string{url} })
+	s.t.Cleanup(client.Close)
+	const session = "sessionofthetest"
+	if _, err := client.Begin(context.Background(), session); err != nil {
+		s.t.Error(err)
+	}
+	speaks = func() {
+		s.t.Helper()
+		request, err := k.Request()
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		chain, authorities, err := client.Renew(context.Background(), request)
+		if err == nil {
+			err = k.Replace(chain, authorities)
+		}
+		if err != nil {
+			s.t.Errorf("renewing: %v", err)
+		}
+		if _, err := client.Beat(context.Background(), session); err != nil {
+			s.t.Errorf("a beat: %v", err)
+		}
+	}
+	leaves = func() {
+		s.t.Helper()
+		if out, errors, code := s.cli("", "nodes", "remove", "host-2"); code != 0 {
+			s.t.Errorf("cay nodes remove: %d\n%s%s", code, out, errors)
+		}
+		if _, err := client.Beat(context.Background(), session); err == nil {
+			s.t.Error("a machine that was removed may speak")
+		}
+	}
+	speaks()
+	return speaks, leaves
 }

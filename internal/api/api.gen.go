@@ -302,10 +302,11 @@ func (e HealthStatus) Valid() bool {
 
 // Defines values for NodeStatus.
 const (
-	NodeStatusCordoned NodeStatus = "cordoned"
-	NodeStatusDrained  NodeStatus = "drained"
-	NodeStatusDraining NodeStatus = "draining"
-	NodeStatusReady    NodeStatus = "ready"
+	NodeStatusCordoned    NodeStatus = "cordoned"
+	NodeStatusDrained     NodeStatus = "drained"
+	NodeStatusDraining    NodeStatus = "draining"
+	NodeStatusReady       NodeStatus = "ready"
+	NodeStatusUnreachable NodeStatus = "unreachable"
 )
 
 // Valid indicates whether the value is a known member of the NodeStatus enum.
@@ -318,6 +319,8 @@ func (e NodeStatus) Valid() bool {
 	case NodeStatusDraining:
 		return true
 	case NodeStatusReady:
+		return true
+	case NodeStatusUnreachable:
 		return true
 	default:
 		return false
@@ -652,6 +655,25 @@ type CreateAPIKeyRequest struct {
 	// Scopes The key's scopes; at least one. Only a key of the format `e2b` may have none: it then gets
 	// `sandboxes:write`, `exec`, `files` and `templates:write`, which E2B's clients need.
 	Scopes []string `json:"scopes,omitempty"`
+}
+
+// CreateNodeTokenRequest The settings of a token, and of the node that joins with it.
+type CreateNodeTokenRequest struct {
+	// ExpiresIn How long the token can be used: `1s` to `15m`.
+	//
+	// Example: 5m
+	ExpiresIn *string `json:"expires_in,omitempty"`
+
+	// Labels Labels of the node, at most 32.
+	Labels map[string]string `json:"labels,omitempty"`
+
+	// Name Name of the node: 1 to 63 of a-z, 0-9, `.` and `-`. The default is its host's name.
+	//
+	// Example: host-2
+	Name *string `json:"name,omitempty"`
+
+	// Rejoin Name or id of a node that is to get another key, and keeps its id, name, labels and sandboxes. Not together with `name` or `labels`.
+	Rejoin *string `json:"rejoin,omitempty"`
 }
 
 // CreateOrgRequest The organization to create.
@@ -1381,6 +1403,9 @@ type Node struct {
 	// Example: k3x7qa
 	ID string `json:"id"`
 
+	// JoinedAt Time at which the machine got its present key. Absent for the machine whose server began the cluster.
+	JoinedAt *time.Time `json:"joined_at,omitempty"`
+
 	// Labels The operator's labels of the node.
 	Labels map[string]string `json:"labels"`
 
@@ -1398,12 +1423,16 @@ type Node struct {
 	// Sandboxes Sandboxes of the node, of all organizations, that are not destroyed.
 	Sandboxes int `json:"sandboxes"`
 
+	// SeenAt Time of the last sign of life of a machine that has joined. Absent without one.
+	SeenAt *time.Time `json:"seen_at,omitempty"`
+
 	// StartedAt Start of the server there.
 	StartedAt time.Time `json:"started_at"`
 
 	// Status The status of a node: `ready`; `cordoned`, which takes no sandboxes; `draining`, which also suspends its
-	// persistent sandboxes and waits for the others; `drained`, on which every sandbox is suspended. A node whose
-	// drain has ended with sandboxes left is `cordoned`.
+	// persistent sandboxes and waits for the others; `drained`, on which every sandbox is suspended;
+	// `unreachable`, which has joined and not been heard of for 30 seconds. A node whose drain has ended with
+	// sandboxes left is `cordoned`.
 	Status NodeStatus `json:"status"`
 
 	// VCPUs CPUs of the machine.
@@ -1420,9 +1449,19 @@ type NodeList struct {
 }
 
 // NodeStatus The status of a node: `ready`; `cordoned`, which takes no sandboxes; `draining`, which also suspends its
-// persistent sandboxes and waits for the others; `drained`, on which every sandbox is suspended. A node whose
-// drain has ended with sandboxes left is `cordoned`.
+// persistent sandboxes and waits for the others; `drained`, on which every sandbox is suspended;
+// `unreachable`, which has joined and not been heard of for 30 seconds. A node whose drain has ended with
+// sandboxes left is `cordoned`.
 type NodeStatus string
+
+// NodeToken A token with which one machine can join.
+type NodeToken struct {
+	// ExpiresAt End of its time.
+	ExpiresAt time.Time `json:"expires_at"`
+
+	// Token The token. You cannot read it again later.
+	Token string `json:"token"`
+}
 
 // Org An organization, the owner of sandboxes, templates and keys.
 type Org struct {
@@ -2720,6 +2759,9 @@ type ListWebhookDeliveriesParams struct {
 // CreateAPIKeyJSONRequestBody defines body for CreateAPIKey for application/json ContentType.
 type CreateAPIKeyJSONRequestBody = CreateAPIKeyRequest
 
+// CreateNodeTokenJSONRequestBody defines body for CreateNodeToken for application/json ContentType.
+type CreateNodeTokenJSONRequestBody = CreateNodeTokenRequest
+
 // DrainNodeJSONRequestBody defines body for DrainNode for application/json ContentType.
 type DrainNodeJSONRequestBody = DrainNodeRequest
 
@@ -2821,6 +2863,12 @@ type ServerInterface interface {
 	// ListNodes List nodes
 	// (GET /v1/nodes)
 	ListNodes(w http.ResponseWriter, r *http.Request)
+	// CreateNodeToken Create a token for a machine
+	// (POST /v1/nodes/tokens)
+	CreateNodeToken(w http.ResponseWriter, r *http.Request)
+	// RemoveNode Remove a node
+	// (DELETE /v1/nodes/{node})
+	RemoveNode(w http.ResponseWriter, r *http.Request, node NodeRef)
 	// GetNode Get a node
 	// (GET /v1/nodes/{node})
 	GetNode(w http.ResponseWriter, r *http.Request, node NodeRef)
@@ -3291,6 +3339,46 @@ func (siw *ServerInterfaceWrapper) ListNodes(w http.ResponseWriter, r *http.Requ
 
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		siw.Handler.ListNodes(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// CreateNodeToken operation middleware
+func (siw *ServerInterfaceWrapper) CreateNodeToken(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.CreateNodeToken(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// RemoveNode operation middleware
+func (siw *ServerInterfaceWrapper) RemoveNode(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "node" -------------
+	var node NodeRef
+
+	err = runtime.BindStyledParameterWithOptions("simple", "node", r.PathValue("node"), &node, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "node", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.RemoveNode(w, r, node)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -5884,6 +5972,8 @@ func HandlerWithOptions(si ServerInterface, options StdHTTPServerOptions) http.H
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sizes", wrapper.ListSizes)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/pool", wrapper.GetPool)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/nodes", wrapper.ListNodes)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/nodes/tokens", wrapper.CreateNodeToken)
+	m.HandleFunc(http.MethodDelete+" "+options.BaseURL+"/v1/nodes/{node}", wrapper.RemoveNode)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/nodes/{node}", wrapper.GetNode)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/nodes/{node}/cordon", wrapper.CordonNode)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/nodes/{node}/uncordon", wrapper.UncordonNode)

@@ -97,6 +97,9 @@ type Nodes interface {
 	Cordon(ctx context.Context, idOrName string) (fleet.Node, error)
 	Uncordon(ctx context.Context, idOrName string) (fleet.Node, error)
 	Drain(ctx context.Context, idOrName string, wait time.Duration) (fleet.Node, error)
+	Remove(ctx context.Context, idOrName string) error
+	NewToken(ctx context.Context, by, rejoin string, settings fleet.TokenSettings,
+		valid time.Duration) (text string, expires time.Time, err error)
 }
 
 // Auth has the methods of the auth room that this package calls; [*auth.Service] implements it.

@@ -95,6 +95,8 @@ var samples = map[string]sample{
 	"getPool":               {others: 403, othersCode: "not_the_operator"},
 	"listNodes":             {others: 403, othersCode: "not_the_operator"},
 	"getNode":               {others: 403, othersCode: "not_the_operator"},
+	"removeNode":            {others: 403, othersCode: "not_the_operator"},
+	"createNodeToken":       {body: `{"name":"theirs"}`, others: 403, othersCode: "not_the_operator"},
 	"cordonNode":            {others: 403, othersCode: "not_the_operator"},
 	"uncordonNode":          {others: 403, othersCode: "not_the_operator"},
 	"drainNode":             {body: `{"timeout":"1m"}`, others: 403, othersCode: "not_the_operator"},

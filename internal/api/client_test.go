@@ -26,6 +26,7 @@ import (
 	contract "github.com/cayhq/cay"
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/fleet"
 	cay "github.com/cayhq/cay/sdk/go"
 )
 
@@ -449,6 +450,14 @@ func clientNodes(t *testing.T, ctx context.Context, c *cay.Client, fatal func(er
 	fatal(err)
 	if len(nodes) != 1 || nodes[0].Name != nodeName || nodes[0].Status != cay.NodeStatusReady {
 		t.Errorf("the nodes are %+v", nodes)
+	}
+	token, err := c.CreateNodeToken(ctx, cay.CreateNodeTokenRequest{ExpiresIn: new("1m")})
+	fatal(err)
+	if _, _, err := fleet.ParseToken(token.Token); err != nil {
+		t.Errorf("the token is %q, %v", token.Token, err)
+	}
+	if err := c.RemoveNode(ctx, nodeName); !cay.HasCode(err, "node_in_use") {
+		t.Errorf("a removal: %v", err)
 	}
 	n, err := c.CordonNode(ctx, nodeName)
 	fatal(err)

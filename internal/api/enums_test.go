@@ -32,7 +32,7 @@ func TestEnumsAreTheCores(t *testing.T) {
 		"SandboxState":   texts(sandbox.States()),
 		"SandboxStatus":  texts(statuses),
 		"FeedEventType":  texts(event.Types()),
-		"NodeStatus":     texts([]fleet.Status{fleet.Ready, fleet.Cordoned, fleet.Draining, fleet.Drained}),
+		"NodeStatus":     texts([]fleet.Status{fleet.Ready, fleet.Cordoned, fleet.Draining, fleet.Drained, fleet.Unreachable}),
 		"Scope":          texts(auth.Scopes()),
 		"WebhookFormat":  texts([]webhook.Format{webhook.Standard, webhook.E2B}),
 		"DisabledReason": texts([]webhook.Reason{webhook.Requested, webhook.Failing, webhook.Gone, webhook.Backlog}),

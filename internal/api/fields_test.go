@@ -1,6 +1,7 @@
 package api
 
 import (
+	"fmt"
 	"net/netip"
 	"slices"
 	"testing"
@@ -69,7 +70,12 @@ func TestRequestsAreRead(t *testing.T) {
 		"template": ignored(t, filled(func(in *CreateTemplateRequest) {
 			in.Ready.Timeout, in.Egress = new("1m"), validEgress()
 		}), templateRequestOf),
-		"drain":   ignored(t, filled(func(in *DrainNodeRequest) { in.Timeout = new("2h") }), drainOf),
+		"drain": ignored(t, filled(func(in *DrainNodeRequest) { in.Timeout = new("2h") }), drainOf),
+		"token of a machine": ignored(t, filled(func(in *CreateNodeTokenRequest) { in.ExpiresIn = new("2m") }),
+			func(in CreateNodeTokenRequest) (string, error) {
+				t, err := nodeTokenRequestOf(in)
+				return fmt.Sprintf("%+v", t), err
+			}),
 		"webhook": ignored(t, filled[CreateWebhookRequest](nil), newWebhookOf),
 		"change of a webhook": ignored(t, filled(func(in *UpdateWebhookRequest) { in.RotateSecret = new(false) }),
 			func(in UpdateWebhookRequest) (webhook.Change, error) {

@@ -31,6 +31,7 @@ import (
 	"github.com/cayhq/cay/internal/budget"
 	"github.com/cayhq/cay/internal/event"
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/fleet"
 	"github.com/cayhq/cay/internal/httpserver"
 	"github.com/cayhq/cay/internal/nodetest"
 	"github.com/cayhq/cay/internal/portproxy"
@@ -54,6 +55,7 @@ type testServer struct {
 	server    *server // must not be changed after the first request
 	sandboxes *sandbox.Service
 	auth      *auth.Service
+	nodes     *fleet.Service
 	ready     error
 	builds    *fakeBuilder
 	templates *template.Service
@@ -122,7 +124,8 @@ func newTestServer(t testing.TB, options ...option) *testServer {
 	cfg.Events = h.feed
 	stopHooks := h.openHooks(t, log)
 	cfg.Webhooks = h.hooks
-	cfg.Nodes = h.openNodes(t, log)
+	h.nodes = h.openNodes(t, log)
+	cfg.Nodes = h.nodes
 	if _, err := h.auth.Bootstrap(ctx, func(secret string) error { h.key = secret; return nil }); err != nil {
 		t.Fatal(err)
 	}

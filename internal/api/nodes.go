@@ -84,6 +84,63 @@ func (s *server) answerNode(w http.ResponseWriter, r *http.Request, ref NodeRef,
 	s.answer(w, r, http.StatusOK, nodeOf(n))
 }
 
+// RemoveNode answers DELETE /v1/nodes/{node}.
+func (s *server) RemoveNode(w http.ResponseWriter, r *http.Request, ref NodeRef) {
+	if !s.operates(w, r) {
+		return
+	}
+	if err := s.Nodes.Remove(r.Context(), ref); err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
+// CreateNodeToken answers POST /v1/nodes/tokens.
+func (s *server) CreateNodeToken(w http.ResponseWriter, r *http.Request) {
+	if !s.operates(w, r) {
+		return
+	}
+	var in CreateNodeTokenRequest
+	if _, err := read(w, r, maxBody, false, &in); err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	t, err := nodeTokenRequestOf(in)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	text, expires, err := s.Nodes.NewToken(r.Context(), callOf(r).Who.Key.ID, t.rejoin, t.settings, t.valid)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	s.answer(w, r, http.StatusCreated, NodeToken{Token: text, ExpiresAt: expires})
+}
+
+// nodeTokenRequest is a request for a token in the core's terms.
+type nodeTokenRequest struct {
+	rejoin   string
+	settings fleet.TokenSettings
+	valid    time.Duration
+}
+
+func nodeTokenRequestOf(in CreateNodeTokenRequest) (nodeTokenRequest, error) {
+	out := nodeTokenRequest{valid: fleet.MaxTokenTime, settings: fleet.TokenSettings{Labels: orEmpty(in.Labels)}}
+	if in.Name != nil {
+		out.settings.Name = *in.Name
+	}
+	if in.Rejoin != nil {
+		out.rejoin = *in.Rejoin
+	}
+	valid, err := duration("expires_in", in.ExpiresIn)
+	if valid != nil {
+		out.valid = *valid
+	}
+	return out, err
+}
+
 // drainOf returns the timeout of a drain.
 func drainOf(in DrainNodeRequest) (time.Duration, error) {
 	wait, err := duration("timeout", in.Timeout)
@@ -98,5 +155,6 @@ func nodeOf(n fleet.Node) Node {
 		ID: n.ID, Name: n.Name, Status: NodeStatus(n.Status), Labels: orEmpty(n.Labels), Version: n.Version, VCPUs: n.VCPUs,
 		MemoryMB: n.MemoryMB, MaxSandboxes: n.MaxSandboxes, Sandboxes: n.Sandboxes, Active: n.Active,
 		StartedAt: n.StartedAt, CordonedAt: at(n.CordonedAt), DrainBy: at(n.DrainBy),
+		JoinedAt: at(n.JoinedAt), SeenAt: at(n.SeenAt),
 	}
 }

@@ -2,10 +2,13 @@ package api
 
 import (
 	"log/slog"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/cayhq/cay/internal/fleet"
+	"github.com/cayhq/cay/internal/noderpc"
+	"github.com/cayhq/cay/internal/pki"
 )
 
 // The id and the name of the node of a test server.
@@ -20,7 +23,12 @@ func (h *testServer) openNodes(t testing.TB, log *slog.Logger) *fleet.Service {
 	if _, err := h.db.StartSession(t.Context(), nodeID, false); err != nil {
 		t.Fatal(err)
 	}
+	authority, err := pki.NewAuthority("ABC", time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
 	nodes := fleet.New(fleet.Config{Self: nodeID, Now: h.db.Now, Log: log,
+		CA:   noderpc.CA{Signer: authority, Trusted: authority.Certificate()},
 		Obey: func(o fleet.Orders) { h.sandboxes.SetCordon(o.Cordoned, o.Drain) }}, h.db)
 	about := fleet.About{Version: "test", VCPUs: 2, MemoryMB: 4096, MaxSandboxes: 10}
 	if err := nodes.Register(t.Context(), nodeName, map[string]string{"zone": "a"}, about); err != nil {
@@ -69,10 +77,53 @@ func TestNodes(t *testing.T) {
 	h.newSandbox(t)
 }
 
+// TestNodeTokens makes a token, joins with it, and removes the node.
+func TestNodeTokens(t *testing.T) {
+	h := newTestServer(t)
+	token := as[NodeToken](t, 201, h.send(t, "POST", "/v1/nodes/tokens", h.key,
+		`{"name":"host-2","labels":{"zone":"b"},"expires_in":"5m"}`))
+	if left := time.Until(token.ExpiresAt); left < 4*time.Minute || left > 5*time.Minute {
+		t.Errorf("the token expires in %s", left)
+	}
+	if strings.Contains(h.log.String(), strings.Split(token.Token, ".")[0]) {
+		t.Error("the token is in the log")
+	}
+	key, err := pki.NewKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	request, err := pki.NewRequest(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	join := fleet.JoinRequest{Token: token.Token, CSR: string(request), Name: "ignored"}
+	if _, err := h.nodes.Join(t.Context(), join); err != nil {
+		t.Fatal(err)
+	}
+	n := as[Node](t, 200, h.send(t, "GET", "/v1/nodes/host-2", h.key, ""))
+	if n.Status != NodeStatusUnreachable || n.Labels["zone"] != "b" || n.JoinedAt == nil {
+		t.Errorf("the node is %+v", n)
+	}
+	if r := h.send(t, "POST", "/v1/nodes/tokens", h.key, `{"rejoin":"host-2"}`); r.status != 201 {
+		t.Errorf("a token to join again: status %d %s", r.status, r.body)
+	}
+	if r := h.send(t, "DELETE", "/v1/nodes/"+n.ID, h.key, ""); r.status != 204 {
+		t.Errorf("a removal: status %d %s", r.status, r.body)
+	}
+	if all := as[NodeList](t, 200, h.send(t, "GET", "/v1/nodes", h.key, "")).Nodes; len(all) != 1 {
+		t.Errorf("the nodes are %+v", all)
+	}
+}
+
 func TestNodeCallsRefused(t *testing.T) {
 	h := newTestServer(t)
 	const node = "/v1/nodes/" + nodeName
 	h.check(t, []refusal{
+		{"a removal of none", "DELETE", "/v1/nodes/none", "", nil, 404, "node_not_found", ""},
+		{"a removal of the server's own", "DELETE", node, "", nil, 409, "node_in_use", ""},
+		{"a long token", "POST", "/v1/nodes/tokens", `{"expires_in":"16m"}`, nil, 400, "invalid_expires_in", "expires_in"},
+		{"a token for a name", "POST", "/v1/nodes/tokens", `{"name":"A"}`, nil, 400, "invalid_name", "name"},
+		{"a token for none", "POST", "/v1/nodes/tokens", `{"rejoin":"none"}`, nil, 404, "node_not_found", ""},
 		{"an unknown node", "GET", "/v1/nodes/none", "", nil, 404, "node_not_found", ""},
 		{"a strange name", "GET", "/v1/nodes/%00%ff", "", nil, 404, "node_not_found", ""},
 		{"a cordon of none", "POST", "/v1/nodes/none/cordon", "", nil, 404, "node_not_found", ""},

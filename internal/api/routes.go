@@ -96,6 +96,8 @@ var routes = map[string]access{
 	"POST /v1/orgs":             {scope: auth.Admin},
 	"GET /v1/orgs":              {scope: auth.Admin, query: []string{"limit", "cursor"}},
 
+	"POST /v1/nodes/tokens":          {scope: auth.Admin},
+	"DELETE /v1/nodes/{node}":        {scope: auth.Admin},
 	"POST /v1/nodes/{node}/cordon":   {scope: auth.Admin},
 	"POST /v1/nodes/{node}/uncordon": {scope: auth.Admin},
 	"POST /v1/nodes/{node}/drain":    {scope: auth.Admin},

@@ -60,6 +60,16 @@ func nodeRoutes() map[string]fakeHandler {
 				f.status = cay.NodeStatusCordoned
 			}
 		}),
+		"POST /v1/nodes/tokens": func(w http.ResponseWriter, _ *http.Request, _ []byte) {
+			answer(w, 201, cay.NodeToken{Token: "cayn_secret.sum", ExpiresAt: time.Now().Add(10 * time.Minute)})
+		},
+		"DELETE /v1/nodes/{node}": func(w http.ResponseWriter, r *http.Request, _ []byte) {
+			if r.PathValue("node") == "host-1" {
+				refuse(w, 409, "node_in_use", "", "node host-1 has 7 sandboxes")
+				return
+			}
+			w.WriteHeader(204)
+		},
 		"POST /v1/nodes/{node}/cordon":   to(func([]byte) { f.status = cay.NodeStatusCordoned }),
 		"POST /v1/nodes/{node}/uncordon": to(func([]byte) { f.status = cay.NodeStatusReady }),
 		"POST /v1/nodes/{node}/drain": to(func(body []byte) {

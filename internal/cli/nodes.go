@@ -17,6 +17,7 @@ func (a *app) nodesCommand() *cobra.Command {
 	cmd.Long = cmd.Short + ".\n\nThese commands need a key of the server's first organization with the scope admin."
 	cmd.Aliases = []string{"node"}
 	cmd.AddCommand(a.nodesListCommand(), a.nodesShowCommand(), a.nodesDrainCommand(),
+		a.nodesTokenCommand(), a.nodesRemoveCommand(),
 		a.nodeVerb("cordon", "Let a machine take no more sandboxes", cordonText, (*cay.Client).CordonNode),
 		a.nodeVerb("uncordon", "Let a machine take sandboxes again",
 			"Let a machine take sandboxes again, and end its drain. Suspended sandboxes wake at their next use.",
@@ -93,6 +94,7 @@ func (a *app) showNode(n *cay.Node) error {
 			"sandboxes", fmt.Sprintf("%d, %d of them not suspended", n.Sandboxes, n.Active), "labels", labelsText(n.Labels),
 			"machine", fmt.Sprintf("%d CPUs, %d MiB", n.VCPUs, n.MemoryMB),
 			"limit", fmt.Sprintf("%d sandboxes", n.MaxSandboxes), "version", n.Version, "started", moment(&n.StartedAt),
+			"joined", moment(n.JoinedAt), "seen", moment(n.SeenAt),
 			"cordoned", moment(n.CordonedAt), "drain ends", moment(n.DrainBy))
 	})
 }
@@ -158,4 +160,61 @@ func (a *app) awaitDrain(ctx context.Context, c *cay.Client, n *cay.Node) (*cay.
 		return nil, fmt.Errorf("the cordon of %s was ended before it was drained", first(n.Name, n.ID))
 	}
 	return nil, fmt.Errorf("%d sandboxes are left on %s, which stays cordoned", n.Active, first(n.Name, n.ID))
+}
+
+// nodesTokenCommand returns the verb that makes a token for a machine.
+func (a *app) nodesTokenCommand() *cobra.Command {
+	var r cay.CreateNodeTokenRequest
+	var name, rejoin string
+	var labels []string
+	var expiresIn time.Duration
+	cmd := &cobra.Command{
+		Use:   "token",
+		Short: "Create a token with which one machine can join",
+		Long: `Create a token with which one machine can join the cluster, once, and print it. It is
+not stored and cannot be shown again. The server must have fleet.listen.`,
+		Example: "  cay nodes token --name host-2 --label zone=a",
+		Args:    noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			var err error
+			if r.Labels, err = pairs("--label", labels, nil); err != nil {
+				return err
+			}
+			r.Name, r.Rejoin = given(name), given(rejoin)
+			if expiresIn != 0 {
+				r.ExpiresIn = new(expiresIn.String())
+			}
+			c, err := a.client(cmd.Context())
+			if err != nil {
+				return err
+			}
+			t, err := c.CreateNodeToken(cmd.Context(), r)
+			if err != nil {
+				return err
+			}
+			return a.show(t, func() error { return a.showSecret(t.Token, "token for one machine, "+until(&t.ExpiresAt)) })
+		},
+	}
+	cmd.Flags().StringVar(&name, "name", "", "name of the node (default its host's name)")
+	cmd.Flags().StringArrayVar(&labels, "label", nil, "label of the node, KEY=VALUE (repeatable)")
+	cmd.Flags().StringVar(&rejoin, "rejoin", "", "let this node join again with another key")
+	cmd.Flags().DurationVar(&expiresIn, "expires-in", 0, "how long the token can be used, at most 15m (default 15m)")
+	return cmd
+}
+
+// nodesRemoveCommand returns the verb that removes a node.
+func (a *app) nodesRemoveCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:     "remove NAME",
+		Short:   "Remove a machine without sandboxes and snapshots from the cluster",
+		Example: "  cay nodes remove host-2",
+		Args:    theArgs("NAME"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := a.client(cmd.Context())
+			if err != nil {
+				return err
+			}
+			return c.RemoveNode(cmd.Context(), args[0])
+		},
+	}
 }

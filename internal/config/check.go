@@ -55,6 +55,9 @@ func (c *Config) Check() error {
 	if err := c.Node.check(); err != nil {
 		return err
 	}
+	if err := c.Fleet.check(); err != nil {
+		return err
+	}
 	if err := c.Memory.check(); err != nil {
 		return err
 	}

@@ -8,7 +8,9 @@
 package config
 
 import (
+	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"time"
 
@@ -31,6 +33,7 @@ type Config struct {
 
 	Store     Store     `toml:"store"`
 	Node      Node      `toml:"node"`
+	Fleet     Fleet     `toml:"fleet"`
 	Network   Network   `toml:"network"`
 	Sandbox   Sandbox   `toml:"sandbox"`
 	Capacity  Capacity  `toml:"capacity"`
@@ -71,6 +74,26 @@ func (n Node) check() error {
 	}
 	if _, err := fleet.ParseLabels(n.Labels); err != nil {
 		return fmt.Errorf("node.labels: %w", err)
+	}
+	return nil
+}
+
+// Fleet lets other machines join. An empty Listen lets none, and makes nothing for it.
+type Fleet struct {
+	Listen     string `toml:"listen"`
+	SecretFile string `toml:"secret_file"`
+}
+
+// check refuses a listener without the secret that seals the authority of its certificates.
+func (f Fleet) check() error {
+	if f.Listen == "" {
+		return nil
+	}
+	if _, _, err := net.SplitHostPort(f.Listen); err != nil {
+		return fmt.Errorf("fleet.listen: must be host:port, not %q", f.Listen)
+	}
+	if f.SecretFile == "" {
+		return errors.New("fleet.listen: needs fleet.secret_file, a file of openssl rand -hex 32 that only root can read")
 	}
 	return nil
 }

@@ -103,6 +103,8 @@ func TestConfigRefusals(t *testing.T) {
 		"two credentials": {file: "[files]\nurl = \"s3://cay\"\naccess_key = \"a\"\ncredentials_file = \"/c\"\n",
 			want: "files.credentials_file"},
 		"two passwords":   {file: "[store]\nurl = \"postgres:///cay\"\npassword = \"a\"\npassword_file = \"b\"\n", want: "store.password_file"},
+		"fleet's address": {env: "CAY_FLEET_LISTEN=here", want: "fleet.listen"},
+		"fleet's secret":  {env: "CAY_FLEET_LISTEN=127.0.0.1:1", want: "fleet.secret_file"},
 		"name of a node":  {env: "CAY_NODE_NAME=Host_1", want: "node.name"},
 		"label of a node": {env: "CAY_NODE_LABELS=zone=a,zone=b", want: "node.labels"},
 		"no database":     {env: "CAY_STORE_PASSWORD=a", want: "store.url"},

@@ -83,6 +83,7 @@ type server struct {
 	auth        *auth.Service
 	sandboxes   *sandbox.Service
 	nodes       *fleet.Service
+	fleet       *fleetRooms // nil without fleet.listen
 	events      *event.Feed
 	webhooks    *webhook.Service
 	ports       *portproxy.Proxy

@@ -67,17 +67,15 @@ func (s *server) listen(ctx context.Context) error {
 	if e2bHandler != nil {
 		servers[0].RegisterOnShutdown(e2bHandler.Hangup)
 	}
-	failed := make(chan error, 2)
+	failed := make(chan error, 3)
 	go func() { failed <- servers[0].Serve(listener) }()
-	if s.cfg.MetricsListen != "" {
-		l, err := net.Listen("tcp", s.cfg.MetricsListen)
-		if err != nil {
-			return errors.Join(fmt.Errorf("listening for metrics: %w", err), servers[0].Close())
+	more, err := s.serveMore(work, &wg, metrics, failed)
+	servers = append(servers, more...)
+	if err != nil {
+		for _, srv := range servers {
+			err = errors.Join(err, srv.Close())
 		}
-		mux := http.NewServeMux()
-		mux.Handle("GET /metrics", metrics)
-		servers = append(servers, httpserver.Server(s.cfg.MetricsListen, mux, s.log))
-		go func() { failed <- servers[1].Serve(l) }()
+		return err
 	}
 	s.log.InfoContext(ctx, "cay is ready", "url", "http://"+listener.Addr().String(), "data_dir", s.cfg.DataDir,
 		"instance", s.instance, "network", s.slots.Range(), "version", s.version)
@@ -97,6 +95,40 @@ func (s *server) listen(ctx context.Context) error {
 	}
 	waitFor(closing, &hijacked)
 	return nil
+}
+
+// serveMore serves the metrics and the calls of nodes on addresses of their own, if the settings name these. It returns
+// the servers that it has begun, also with an error. failed gets the errors with which their serving ends.
+func (s *server) serveMore(ctx context.Context, wg *sync.WaitGroup, metrics http.Handler,
+	failed chan<- error) (all []*http.Server, err error) {
+	if s.cfg.MetricsListen != "" {
+		srv, err := s.serveMetrics(metrics, failed)
+		if err != nil {
+			return all, err
+		}
+		all = append(all, srv)
+	}
+	if s.fleet != nil {
+		srv, err := s.serveFleet(ctx, wg, failed)
+		if err != nil {
+			return all, err
+		}
+		all = append(all, srv)
+	}
+	return all, nil
+}
+
+// serveMetrics serves the metrics alone. failed gets the error with which that ends.
+func (s *server) serveMetrics(metrics http.Handler, failed chan<- error) (*http.Server, error) {
+	l, err := net.Listen("tcp", s.cfg.MetricsListen)
+	if err != nil {
+		return nil, fmt.Errorf("listening for metrics: %w", err)
+	}
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", metrics)
+	srv := httpserver.Server(s.cfg.MetricsListen, mux, s.log)
+	go func() { failed <- srv.Serve(l) }()
+	return srv, nil
 }
 
 // runCore runs the work of the core rooms in goroutines of wg until ctx ends.

@@ -15,8 +15,15 @@ import (
 // openNodes opens the room of nodes and registers this machine, which obeys the orders that it was given before. The
 // sandboxes must be open.
 func (s *server) openNodes(ctx context.Context) error {
-	s.nodes = fleet.New(fleet.Config{Self: s.instance, Now: s.db.Now, Log: s.log,
-		Obey: func(o fleet.Orders) { s.sandboxes.SetCordon(o.Cordoned, o.Drain) }}, s.db)
+	if err := s.openFleet(ctx); err != nil {
+		return err
+	}
+	cfg := fleet.Config{Self: s.instance, Now: s.db.Now, Log: s.log,
+		Obey: func(o fleet.Orders) { s.sandboxes.SetCordon(o.Cordoned, o.Drain) }}
+	if s.fleet != nil {
+		cfg.CA = s.fleet.ca
+	}
+	s.nodes = fleet.New(cfg, s.db)
 	host, err := os.Hostname()
 	if err != nil {
 		return fmt.Errorf("reading the host's name: %w", err)

@@ -34,6 +34,11 @@ type Node struct {
 	// DrainBy is the time until which the node is drained, or was; zero if it is not drained.
 	DrainBy time.Time
 
+	// JoinedAt is the time at which the machine got its present key; zero for a server that never joined.
+	JoinedAt time.Time
+	// SeenAt and LeaseUntil are those of the node's session; zero without one.
+	SeenAt, LeaseUntil time.Time
+
 	Sandboxes int // that are not over
 	Active    int // of these, not suspended
 
@@ -57,11 +62,15 @@ const (
 	Cordoned Status = "cordoned" // takes no sandboxes; the last drain, if there was one, ended with some left
 	Draining Status = "draining" // suspends persistent sandboxes, and waits for the others
 	Drained  Status = "drained"  // has no sandbox that is not suspended
+	// Unreachable is the status of a machine that has joined and has no session whose lease holds.
+	Unreachable Status = "unreachable"
 )
 
 // statusAt returns the status of the node at a time.
 func (n Node) statusAt(now time.Time) Status {
 	switch {
+	case !n.JoinedAt.IsZero() && !now.Before(n.LeaseUntil):
+		return Unreachable
 	case n.CordonedAt.IsZero():
 		return Ready
 	case n.DrainBy.IsZero():
@@ -89,9 +98,15 @@ type Orders struct {
 	Drain    time.Duration // for how long to suspend persistent sandboxes; 0 means that none are
 }
 
-// Store keeps the nodes. Each method is one transaction; all times are of the records' clock. The contract suite of
-// package store tests every implementation.
+// Store keeps nodes, and how machines join. Each method is one transaction; all times are of the records' clock. The
+// contract suite of package store tests every implementation.
 type Store interface {
+	NodeStore
+	JoinStore
+}
+
+// NodeStore keeps the nodes. It finds and lists none that was removed.
+type NodeStore interface {
 	// RegisterNode writes the name, the labels and what is known about a node that has a row, and returns the row. It
 	// returns a Conflict, code "node_exists", if another node has the name.
 	RegisterNode(ctx context.Context, n Node) (Node, error)
@@ -118,7 +133,9 @@ type Config struct {
 	Now func() time.Time
 	// Obey carries out orders to the node of this process. It must not block.
 	Obey func(Orders)
-	Log  *slog.Logger
+	// CA signs the certificates of machines that join; nil lets none join.
+	CA  CA
+	Log *slog.Logger
 }
 
 // Service implements the operations on nodes.
@@ -253,19 +270,31 @@ func ParseLabels(list []string) (map[string]string, error) {
 		switch _, taken := labels[key]; {
 		case !ok:
 			return nil, fmt.Errorf("must be KEY=VALUE, not %.100q", text)
-		case !labelForm.MatchString(key):
-			return nil, fmt.Errorf("the key of %.100q must be 1 to 63 of a-z, 0-9, '.', '/' and '-', "+
-				"with a letter or digit at each end", text)
-		case !valueForm.MatchString(value):
-			return nil, fmt.Errorf("the value of %.100q must be at most 63 letters, digits, '.', '_' and '-', "+
-				"with a letter or digit at each end", text)
 		case taken:
 			return nil, fmt.Errorf("names %q twice", key)
 		}
 		labels[key] = value
 	}
-	if len(labels) > MaxLabels {
-		return nil, fmt.Errorf("has %d labels, more than %d", len(labels), MaxLabels)
+	if err := checkLabels(labels); err != nil {
+		return nil, err
 	}
 	return labels, nil
+}
+
+// checkLabels returns an error if a node cannot have labels.
+func checkLabels(labels map[string]string) error {
+	if len(labels) > MaxLabels {
+		return fmt.Errorf("has %d labels, more than %d", len(labels), MaxLabels)
+	}
+	for key, value := range labels {
+		switch {
+		case !labelForm.MatchString(key):
+			return fmt.Errorf("the key %.100q must be 1 to 63 of a-z, 0-9, '.', '/' and '-', "+
+				"with a letter or digit at each end", key)
+		case !valueForm.MatchString(value):
+			return fmt.Errorf("the value of %.100q must be at most 63 letters, digits, '.', '_' and '-', "+
+				"with a letter or digit at each end", key)
+		}
+	}
+	return nil
 }

@@ -15,6 +15,9 @@ func TestStatus(t *testing.T) {
 	}{
 		"a new one":             {Node{}, Ready, Orders{}},
 		"with sandboxes":        {Node{Sandboxes: 3, Active: 2}, Ready, Orders{}},
+		"joined":                {Node{JoinedAt: before}, Unreachable, Orders{}},
+		"with a lease":          {Node{JoinedAt: before, LeaseUntil: after}, Ready, Orders{}},
+		"whose lease is over":   {Node{JoinedAt: before, LeaseUntil: now}, Unreachable, Orders{}},
 		"cordoned":              {Node{CordonedAt: before, Active: 2}, Cordoned, Orders{Cordoned: true}},
 		"cordoned and empty":    {Node{CordonedAt: before}, Cordoned, Orders{Cordoned: true}},
 		"draining":              {Node{CordonedAt: before, DrainBy: after, Active: 1}, Draining, Orders{true, time.Minute}},

@@ -1,12 +1,14 @@
 package store
 
 import (
+	"errors"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/cayhq/cay/internal/event"
+	"github.com/cayhq/cay/internal/fleet"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/template"
 )
@@ -44,6 +46,7 @@ func fillAll(t *testing.T, db *DB) (s sandbox.Sandbox) {
 		db.SetConsumed(ctx, "usage", 1<<60),
 		db.AddWebhook(ctx, aWebhook(1), 0),
 		db.SetSetting(ctx, "instance", "abcdef"),
+		fillFleet(t, db),
 	} {
 		if err != nil {
 			t.Fatal(err)
@@ -58,6 +61,17 @@ func fillAll(t *testing.T, db *DB) (s sandbox.Sandbox) {
 	return s
 }
 
+// fillFleet writes rows of the tables of nodes.
+func fillFleet(t *testing.T, db *DB) error {
+	t.Helper()
+	ctx := t.Context()
+	_, tokenErr := db.AddToken(ctx, fleet.Token{Hash: "h"}, time.Hour)
+	_, joinErr := db.Join(ctx, "h", fleet.Node{ID: "joined", Name: "joined"}, "key")
+	_, leaseErr := db.BeginLease(ctx, "joined", "key", "session", time.Hour)
+	_, authorityErr := db.FirstAuthority(ctx, Authority{ID: "a", Certificate: "c", Sealed: "s"})
+	return errors.Join(tokenErr, joinErr, leaseErr, authorityErr)
+}
+
 // TestCopyToPostgres copies all records, twice, and checks that a server can work with the copy.
 func TestCopyToPostgres(t *testing.T) {
 	from, to := open(t), openPostgres(t)
@@ -68,7 +82,7 @@ func TestCopyToPostgres(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if len(copied) != 21 {
+		if len(copied) != 24 {
 			t.Errorf("%d tables were copied", len(copied))
 		}
 		for _, c := range copied {

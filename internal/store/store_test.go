@@ -48,6 +48,7 @@ func testStores(t *testing.T, openOne func(t *testing.T) *DB) {
 	t.Run("event", func(t *testing.T) { testEventStore(t, open) })
 	t.Run("webhook", func(t *testing.T) { testWebhookStore(t, open) })
 	t.Run("node", func(t *testing.T) { testNodeStore(t, open(t)) })
+	t.Run("join", func(t *testing.T) { testJoinStore(t, open) })
 	t.Run("checkpoints", func(t *testing.T) { testCheckpointStore(t, open(t)) })
 	t.Run("template in use", func(t *testing.T) { templateInUse(t, open(t)) })
 }
@@ -62,7 +63,7 @@ func TestContractsCallEveryMethod(t *testing.T) {
 		{reflect.TypeFor[sandbox.Store](), "st",
 			[]string{"sandbox_test.go", "pool_test.go", "ports_test.go", "snapshot_test.go"}},
 		{reflect.TypeFor[sandbox.CheckpointStore](), "st", []string{"checkpoint_test.go"}},
-		{reflect.TypeFor[fleet.Store](), "st", []string{"node_test.go"}},
+		{reflect.TypeFor[fleet.Store](), "st", []string{"node_test.go", "join_test.go"}},
 		{reflect.TypeFor[template.Store](), "st", []string{"template_test.go"}},
 		{reflect.TypeFor[auth.Store](), "st", []string{"auth_test.go"}},
 		{reflect.TypeFor[event.Store](), "db", []string{"feed_test.go"}},

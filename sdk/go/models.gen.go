@@ -84,10 +84,11 @@ const (
 
 // Values of NodeStatus.
 const (
-	NodeStatusCordoned NodeStatus = "cordoned"
-	NodeStatusDrained  NodeStatus = "drained"
-	NodeStatusDraining NodeStatus = "draining"
-	NodeStatusReady    NodeStatus = "ready"
+	NodeStatusCordoned    NodeStatus = "cordoned"
+	NodeStatusDrained     NodeStatus = "drained"
+	NodeStatusDraining    NodeStatus = "draining"
+	NodeStatusReady       NodeStatus = "ready"
+	NodeStatusUnreachable NodeStatus = "unreachable"
 )
 
 // Values of ProcessStatus.
@@ -234,6 +235,25 @@ type CreateAPIKeyRequest struct {
 	// The key's scopes; at least one. Only a key of the format `e2b` may have none: it then gets
 	// `sandboxes:write`, `exec`, `files` and `templates:write`, which E2B's clients need.
 	Scopes []string `json:"scopes,omitempty"`
+}
+
+// CreateNodeTokenRequest describes the settings of a token, and of the node that joins with it.
+type CreateNodeTokenRequest struct {
+	// How long the token can be used: `1s` to `15m`.
+	//
+	// Example: 5m
+	ExpiresIn *string `json:"expires_in,omitempty"`
+
+	// Labels of the node, at most 32.
+	Labels map[string]string `json:"labels,omitempty"`
+
+	// Name of the node: 1 to 63 of a-z, 0-9, `.` and `-`. The default is its host's name.
+	//
+	// Example: host-2
+	Name *string `json:"name,omitempty"`
+
+	// Name or id of a node that is to get another key, and keeps its id, name, labels and sandboxes. Not together with `name` or `labels`.
+	Rejoin *string `json:"rejoin,omitempty"`
 }
 
 // CreateOrgRequest describes the organization to create.
@@ -951,6 +971,9 @@ type Node struct {
 	// Example: k3x7qa
 	ID string `json:"id"`
 
+	// Time at which the machine got its present key. Absent for the machine whose server began the cluster.
+	JoinedAt *time.Time `json:"joined_at,omitempty"`
+
 	// The operator's labels of the node.
 	Labels map[string]string `json:"labels"`
 
@@ -968,12 +991,16 @@ type Node struct {
 	// Sandboxes of the node, of all organizations, that are not destroyed.
 	Sandboxes int `json:"sandboxes"`
 
+	// Time of the last sign of life of a machine that has joined. Absent without one.
+	SeenAt *time.Time `json:"seen_at,omitempty"`
+
 	// Start of the server there.
 	StartedAt time.Time `json:"started_at"`
 
 	// The status of a node: `ready`; `cordoned`, which takes no sandboxes; `draining`, which also suspends its
-	// persistent sandboxes and waits for the others; `drained`, on which every sandbox is suspended. A node whose
-	// drain has ended with sandboxes left is `cordoned`.
+	// persistent sandboxes and waits for the others; `drained`, on which every sandbox is suspended;
+	// `unreachable`, which has joined and not been heard of for 30 seconds. A node whose drain has ended with
+	// sandboxes left is `cordoned`.
 	Status NodeStatus `json:"status"`
 
 	// CPUs of the machine.
@@ -990,9 +1017,19 @@ type nodeList struct {
 }
 
 // NodeStatus describes the status of a node: `ready`; `cordoned`, which takes no sandboxes; `draining`, which also suspends its
-// persistent sandboxes and waits for the others; `drained`, on which every sandbox is suspended. A node whose
-// drain has ended with sandboxes left is `cordoned`.
+// persistent sandboxes and waits for the others; `drained`, on which every sandbox is suspended;
+// `unreachable`, which has joined and not been heard of for 30 seconds. A node whose drain has ended with
+// sandboxes left is `cordoned`.
 type NodeStatus string
+
+// NodeToken describes a token with which one machine can join.
+type NodeToken struct {
+	// End of its time.
+	ExpiresAt time.Time `json:"expires_at"`
+
+	// The token. You cannot read it again later.
+	Token string `json:"token"`
+}
 
 // Org describes an organization, the owner of sandboxes, templates and keys.
 type Org struct {
@@ -2280,6 +2317,9 @@ type listWebhookDeliveriesParams struct {
 
 // createAPIKeyJSONRequestBody defines body for CreateAPIKey for application/json ContentType.
 type createAPIKeyJSONRequestBody = CreateAPIKeyRequest
+
+// createNodeTokenJSONRequestBody defines body for CreateNodeToken for application/json ContentType.
+type createNodeTokenJSONRequestBody = CreateNodeTokenRequest
 
 // drainNodeJSONRequestBody defines body for DrainNode for application/json ContentType.
 type drainNodeJSONRequestBody = drainNodeRequest

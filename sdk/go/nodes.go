@@ -40,3 +40,13 @@ func (c *Client) DrainNode(ctx context.Context, node string, timeout time.Durati
 	}
 	return decode[Node](c.wire.DrainNode(ctx, node, r))
 }
+
+// CreateNodeToken makes a token with which one machine can join the cluster, once.
+func (c *Client) CreateNodeToken(ctx context.Context, r CreateNodeTokenRequest) (*NodeToken, error) {
+	return decode[NodeToken](c.wire.CreateNodeToken(ctx, r))
+}
+
+// RemoveNode removes a machine from the cluster, which must have no sandboxes and no snapshots.
+func (c *Client) RemoveNode(ctx context.Context, node string) error {
+	return done(c.wire.RemoveNode(ctx, node))
+}

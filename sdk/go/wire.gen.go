@@ -196,6 +196,35 @@ type clientInterface interface {
 	// Corresponds with GET /v1/nodes (the `ListNodes` operationId).
 	ListNodes(ctx context.Context, reqEditors ...requestEditorFn) (*http.Response, error)
 
+	// Create a token for a machine
+	//
+	// Creates a token with which one machine can join the cluster, once. A server without `fleet.listen` answers 409
+	// with code `fleet_off`. Only keys of the organization `default` may call it.
+	//
+	// Takes any type of body and a specified content type.
+	//
+	// Corresponds with POST /v1/nodes/tokens (the `CreateNodeToken` operationId).
+	CreateNodeTokenWithBody(ctx context.Context, contentType string, body io.Reader, reqEditors ...requestEditorFn) (*http.Response, error)
+
+	// Create a token for a machine
+	//
+	// Creates a token with which one machine can join the cluster, once. A server without `fleet.listen` answers 409
+	// with code `fleet_off`. Only keys of the organization `default` may call it.
+	//
+	// Takes a body of the `application/json` content type.
+	//
+	// Corresponds with POST /v1/nodes/tokens (the `CreateNodeToken` operationId).
+	CreateNodeToken(ctx context.Context, body createNodeTokenJSONRequestBody, reqEditors ...requestEditorFn) (*http.Response, error)
+
+	// Remove a node
+	//
+	// Removes a machine from the cluster. From then on its certificate is refused. A node with sandboxes, suspended
+	// ones too, or snapshots is answered with 409 and code `node_in_use`, as is the node that answers the call. Only
+	// keys of the organization `default` may call it.
+	//
+	// Corresponds with DELETE /v1/nodes/{node} (the `RemoveNode` operationId).
+	RemoveNode(ctx context.Context, node nodeRef, reqEditors ...requestEditorFn) (*http.Response, error)
+
 	// Get a node
 	//
 	// Returns a node. Only keys of the organization `default` may call it.
@@ -1471,6 +1500,65 @@ func (c *wire) GetMe(ctx context.Context, reqEditors ...requestEditorFn) (*http.
 // Corresponds with GET /v1/nodes (the `ListNodes` operationId).
 func (c *wire) ListNodes(ctx context.Context, reqEditors ...requestEditorFn) (*http.Response, error) {
 	req, err := newListNodesRequest(c.Server)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// CreateNodeTokenWithBody describes create a token for a machine
+//
+// Creates a token with which one machine can join the cluster, once. A server without `fleet.listen` answers 409
+// with code `fleet_off`. Only keys of the organization `default` may call it.
+//
+// Takes any type of body and a specified content type.
+//
+// Corresponds with POST /v1/nodes/tokens (the `CreateNodeToken` operationId).
+func (c *wire) CreateNodeTokenWithBody(ctx context.Context, contentType string, body io.Reader, reqEditors ...requestEditorFn) (*http.Response, error) {
+	req, err := newCreateNodeTokenRequestWithBody(c.Server, contentType, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// CreateNodeToken describes create a token for a machine
+//
+// Creates a token with which one machine can join the cluster, once. A server without `fleet.listen` answers 409
+// with code `fleet_off`. Only keys of the organization `default` may call it.
+//
+// Takes a body of the `application/json` content type.
+//
+// Corresponds with POST /v1/nodes/tokens (the `CreateNodeToken` operationId).
+func (c *wire) CreateNodeToken(ctx context.Context, body createNodeTokenJSONRequestBody, reqEditors ...requestEditorFn) (*http.Response, error) {
+	req, err := newCreateNodeTokenRequest(c.Server, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// RemoveNode describes remove a node
+//
+// Removes a machine from the cluster. From then on its certificate is refused. A node with sandboxes, suspended
+// ones too, or snapshots is answered with 409 and code `node_in_use`, as is the node that answers the call. Only
+// keys of the organization `default` may call it.
+//
+// Corresponds with DELETE /v1/nodes/{node} (the `RemoveNode` operationId).
+func (c *wire) RemoveNode(ctx context.Context, node nodeRef, reqEditors ...requestEditorFn) (*http.Response, error) {
+	req, err := newRemoveNodeRequest(c.Server, node)
 	if err != nil {
 		return nil, err
 	}
@@ -3810,6 +3898,80 @@ func newListNodesRequest(server string) (*http.Request, error) {
 	}
 
 	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
+// newCreateNodeTokenRequest calls the generic CreateNodeToken builder with application/json body
+func newCreateNodeTokenRequest(server string, body createNodeTokenJSONRequestBody) (*http.Request, error) {
+	var bodyReader io.Reader
+	buf, err := json.Marshal(body)
+	if err != nil {
+		return nil, err
+	}
+	bodyReader = bytes.NewReader(buf)
+	return newCreateNodeTokenRequestWithBody(server, "application/json", bodyReader)
+}
+
+// newCreateNodeTokenRequestWithBody constructs an http.Request for the CreateNodeToken method, with any body, and a specified content type
+func newCreateNodeTokenRequestWithBody(server string, contentType string, body io.Reader) (*http.Request, error) {
+	var err error
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/nodes/tokens")
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodPost, queryURL.String(), body)
+	if err != nil {
+		return nil, err
+	}
+
+	req.Header.Add("Content-Type", contentType)
+
+	return req, nil
+}
+
+// newRemoveNodeRequest constructs an http.Request for the RemoveNode method
+func newRemoveNodeRequest(server string, node nodeRef) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "node", node, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/nodes/%s", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodDelete, queryURL.String(), nil)
 	if err != nil {
 		return nil, err
 	}
@@ -7198,4 +7360,4 @@ func (c *wire) applyEditors(ctx context.Context, req *http.Request, additionalEd
 }
 
 // client.go decodes the answers.
-// 74 operations.
+// 76 operations.

@@ -1,0 +1,116 @@
+package fleet
+
+import (
+	"context"
+	"regexp"
+	"time"
+
+	"github.com/cayhq/cay/internal/fault"
+)
+
+// Refused returns the error for a node whose certificate is valid and who may not speak: it was removed, has another
+// key, or its session is another one.
+func Refused(why string) error {
+	return fault.New(fault.Denied, fault.CodeNodeRefused, "this node may not speak here: %s", why)
+}
+
+// Check returns an error if the node of a certificate may not speak now: it is of another cluster, was removed, or has
+// another key since it joined again.
+func (s *Service) Check(ctx context.Context, who Identity) error {
+	if err := s.ours(who); err != nil {
+		return err
+	}
+	return s.store.CheckNode(ctx, who.Node, who.KeySum)
+}
+
+// ours returns an error for an identity of another cluster.
+func (s *Service) ours(who Identity) error {
+	if s.cfg.CA == nil {
+		return errNotFleet
+	}
+	if who.Cluster != s.cfg.CA.Cluster() {
+		return Refused("its certificate is of another cluster")
+	}
+	return nil
+}
+
+// Renew returns a new certificate for the key that a node has.
+func (s *Service) Renew(ctx context.Context, who Identity, request string) (Joined, error) {
+	if err := s.Check(ctx, who); err != nil {
+		return Joined{}, err
+	}
+	keySum, err := s.cfg.CA.KeySum(request)
+	if err != nil {
+		return Joined{}, err
+	}
+	if keySum != who.KeySum {
+		return Joined{}, Refused("a certificate is renewed for the same key")
+	}
+	return s.sign(request, who.Node)
+}
+
+// sessionForm limits the names of sessions, which nodes choose at random.
+var sessionForm = regexp.MustCompile(`^[A-Za-z0-9]{16,64}$`)
+
+// checkSession returns an error for a name that no session has.
+func checkSession(session string) error {
+	if !sessionForm.MatchString(session) {
+		return fault.InvalidField("session", "must be 16 to 64 letters and digits")
+	}
+	return nil
+}
+
+// Begin begins a session of a node, which each server of it does once with a random name. While another session of the
+// node holds its lease, as when a disk was cloned, it returns a Conflict, code "node_in_use".
+func (s *Service) Begin(ctx context.Context, who Identity, session string) (Lease, error) {
+	return s.lease(ctx, who, session, s.store.BeginLease)
+}
+
+// Beat extends the lease of a node's session and returns the node's orders.
+func (s *Service) Beat(ctx context.Context, who Identity, session string) (Lease, error) {
+	return s.lease(ctx, who, session, s.store.ExtendLease)
+}
+
+func (s *Service) lease(ctx context.Context, who Identity, session string,
+	call func(ctx context.Context, id ID, keySum, session string, lease time.Duration) (Node, error)) (Lease, error) {
+	if err := s.ours(who); err != nil {
+		return Lease{}, err
+	}
+	if err := checkSession(session); err != nil {
+		return Lease{}, err
+	}
+	n, err := call(ctx, who.Node, who.KeySum, session, LeaseTime)
+	if err != nil {
+		return Lease{}, err
+	}
+	return Lease{For: LeaseTime, Orders: n.ordersAt(s.cfg.Now())}, nil
+}
+
+// Leave ends a node's session, so that another one can begin at once.
+func (s *Service) Leave(ctx context.Context, who Identity, session string) error {
+	if err := s.ours(who); err != nil {
+		return err
+	}
+	if err := checkSession(session); err != nil {
+		return err
+	}
+	return s.store.EndLease(ctx, who.Node, who.KeySum, session)
+}
+
+// Remove removes a node. Its certificate is refused from the next call on, and its id is never given again. It returns
+// a Conflict, code "node_in_use", for this process's own node and for one that has sandboxes, suspended ones too, or
+// snapshots.
+func (s *Service) Remove(ctx context.Context, idOrName string) error {
+	n, err := s.store.GetNode(ctx, idOrName)
+	if err != nil {
+		return err
+	}
+	if n.ID == s.cfg.Self {
+		return fault.New(fault.Conflict, fault.CodeNodeInUse, "the node %s is the one that answers this call", n.Name)
+	}
+	if err := s.store.RemoveNode(ctx, n.ID); err != nil {
+		return err
+	}
+	s.cfg.Log.InfoContext(ctx, "removed a node", "node", n.ID, "name", n.Name)
+	return nil
+}
