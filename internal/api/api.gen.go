@@ -2842,7 +2842,7 @@ type ServerInterface interface {
 	// GetOpenAPI Get this document
 	// (GET /openapi.yaml)
 	GetOpenAPI(w http.ResponseWriter, r *http.Request)
-	// GetReady Check that the server can create sandboxes
+	// GetReady Check that the server takes calls
 	// (GET /readyz)
 	GetReady(w http.ResponseWriter, r *http.Request)
 	// ListAPIKeys List API keys

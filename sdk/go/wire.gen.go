@@ -110,10 +110,10 @@ type clientInterface interface {
 	// Corresponds with GET /openapi.yaml (the `GetOpenAPI` operationId).
 	GetOpenAPI(ctx context.Context, reqEditors ...requestEditorFn) (*http.Response, error)
 
-	// Check that the server can create sandboxes
+	// Check that the server takes calls
 	//
-	// The answer is 200 if the server can create sandboxes, and 503 with code `not_ready` while it starts, stops, or
-	// lacks something that it needs.
+	// The answer is 200 if the server has started and its records answer, and 503 with code `not_ready` while it
+	// starts, stops, or cannot use its records. It does not say that there is room for another sandbox.
 	//
 	// Corresponds with GET /readyz (the `GetReady` operationId).
 	GetReady(ctx context.Context, reqEditors ...requestEditorFn) (*http.Response, error)
@@ -1344,10 +1344,10 @@ func (c *wire) GetOpenAPI(ctx context.Context, reqEditors ...requestEditorFn) (*
 	return c.Client.Do(req)
 }
 
-// GetReady describes check that the server can create sandboxes
+// GetReady describes check that the server takes calls
 //
-// The answer is 200 if the server can create sandboxes, and 503 with code `not_ready` while it starts, stops, or
-// lacks something that it needs.
+// The answer is 200 if the server has started and its records answer, and 503 with code `not_ready` while it
+// starts, stops, or cannot use its records. It does not say that there is room for another sandbox.
 //
 // Corresponds with GET /readyz (the `GetReady` operationId).
 func (c *wire) GetReady(ctx context.Context, reqEditors ...requestEditorFn) (*http.Response, error) {
