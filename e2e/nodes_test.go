@@ -77,8 +77,6 @@ func TestNodes(t *testing.T) {
 	if out, errors, code := s.cli("", "nodes", "drain", "host-1"); code != 0 || !strings.Contains(out, "drained") {
 		t.Errorf("cay nodes drain: %d\n%s%s", code, out, errors)
 	}
-	restart()
-	refused("POST", "/v1/sandboxes", object{"template": "python"})
 	if n, err := s.api().UncordonNode(t.Context(), "host-1"); err != nil || n.Status != cay.NodeStatusReady {
 		t.Errorf("uncordoned: %s, %v", jsonOf(n), err)
 	}

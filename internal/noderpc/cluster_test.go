@@ -31,8 +31,8 @@ import (
 type cluster struct {
 	t      *testing.T
 	db     *store.DB
-	driver string // of database/sql, to look at the tables
-	source string
+	tables *sql.DB // to look at all rows
+	driver string  // of tables
 	signer *pki.Authority
 	nodes  *fleet.Service
 	url    string
@@ -60,20 +60,24 @@ func (l *lines) String() string {
 // newCluster returns a cluster whose records are in SQLite, or in the PostgreSQL that url names.
 func newCluster(t *testing.T, url string) *cluster {
 	t.Helper()
-	c := &cluster{t: t, driver: "pgx", source: url, log: &lines{}}
+	c := &cluster{t: t, driver: "pgx", log: &lines{}}
+	source := url
 	var err error
 	if url != "" {
 		c.db, err = store.OpenPostgres(t.Context(), store.PostgresConfig{URL: url, MaxConns: 8})
 	} else {
 		path := filepath.Join(t.TempDir(), "cay.db")
-		c.driver, c.source = "sqlite", "file:"+path+"?mode=ro"
+		c.driver, source = "sqlite", "file:"+path+"?mode=ro"
 		c.db, err = store.Open(t.Context(), path)
 	}
 	if err != nil {
 		t.Fatal(err)
 	}
+	if c.tables, err = sql.Open(c.driver, source); err != nil {
+		t.Fatal(err)
+	}
 	t.Cleanup(func() {
-		if err := c.db.Close(); err != nil {
+		if err := errors.Join(c.tables.Close(), c.db.Close()); err != nil {
 			t.Error(err)
 		}
 	})
@@ -214,32 +218,27 @@ func (c *cluster) post(config *tls.Config, path, body string) (status int, code 
 // dump returns the rows of all tables, except that of transactions.
 func (c *cluster) dump() string {
 	c.t.Helper()
-	db, err := sql.Open(c.driver, c.source)
-	if err != nil {
-		c.t.Fatal(err)
-	}
-	defer db.Close()
 	list := "SELECT name FROM sqlite_schema WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"
 	if c.driver == "pgx" {
 		list = "SELECT table_name::text FROM information_schema.tables WHERE table_schema = 'public' " +
 			"AND table_name <> 'commits'"
 	}
-	tables := c.rows(db, list)
+	tables := c.rows(list)
 	if len(tables) < 20 {
 		c.t.Fatalf("found the tables %q", tables)
 	}
 	var all []string
 	for _, table := range tables {
 		table = strings.Trim(table, "[]")
-		all = append(all, table+":\n"+strings.Join(c.rows(db, "SELECT * FROM "+table), "\n"))
+		all = append(all, table+":\n"+strings.Join(c.rows("SELECT * FROM "+table), "\n"))
 	}
 	return strings.Join(all, "\n")
 }
 
 // rows returns the rows of a query as texts, sorted.
-func (c *cluster) rows(db *sql.DB, query string) (all []string) {
+func (c *cluster) rows(query string) (all []string) {
 	c.t.Helper()
-	rows, err := db.QueryContext(context.WithoutCancel(c.t.Context()), query)
+	rows, err := c.tables.QueryContext(context.WithoutCancel(c.t.Context()), query)
 	if err != nil {
 		c.t.Fatal(err)
 	}
