@@ -183,8 +183,14 @@ func (n Network) RangePrefix() (netip.Prefix, error) {
 	return p[0], nil
 }
 
+// maxAlwaysDeny limits network.always_deny. The kernel needs 350 bytes for each range, and as much again for a moment.
+const maxAlwaysDeny = 100_000
+
 // AlwaysDenyPrefixes returns network.always_deny.
 func (n Network) AlwaysDenyPrefixes() ([]netip.Prefix, error) {
+	if len(n.AlwaysDeny) > maxAlwaysDeny {
+		return nil, fmt.Errorf("network.always_deny: has %d ranges, more than %d", len(n.AlwaysDeny), maxAlwaysDeny)
+	}
 	return parsePrefixes("network.always_deny", n.AlwaysDeny)
 }
 

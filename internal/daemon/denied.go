@@ -85,10 +85,7 @@ func newDenied(cfg config.Config, log *slog.Logger) (*denied, error) {
 	if err != nil {
 		return nil, err
 	}
-	d := &denied{fixed: fixed, log: log,
-		lookup: func(ctx context.Context, host string) ([]netip.Addr, error) {
-			return net.DefaultResolver.LookupNetIP(ctx, "ip", host)
-		}}
+	d := &denied{fixed: fixed, log: log, lookup: store.LookupIPv4}
 	for _, host := range databaseHosts(string(cfg.Store.URL)) {
 		d.add("store.url", host, func(netip.Addr) bool { return true })
 	}
@@ -300,6 +297,7 @@ func (d *denied) update(ctx context.Context, apply func(context.Context, []netip
 	}
 	if err := apply(ctx, all); err != nil {
 		d.log.ErrorContext(ctx, "denying addresses to sandboxes; trying again", "error", err, "after", denyEvery)
+		d.applied = nil // a part of it may be in force
 		return
 	}
 	d.applied = all

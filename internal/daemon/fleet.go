@@ -118,6 +118,10 @@ func readSecret(path string) ([]byte, error) {
 // stranger keep it open for longer.
 const nodeTimeout = 30 * time.Second
 
+// nodeStreams limits the concurrent calls on one connection. A node makes a few; more let a stranger make the server
+// hold more bodies, of 64 KiB each.
+const nodeStreams = 8
+
 // serveFleet serves the calls of nodes, and renews this server's certificate until ctx ends. failed gets the error with
 // which the serving ends.
 func (s *server) serveFleet(ctx context.Context, wg *sync.WaitGroup, failed chan<- error) (*http.Server, error) {
@@ -131,6 +135,7 @@ func (s *server) serveFleet(ctx context.Context, wg *sync.WaitGroup, failed chan
 	srv.Protocols = new(http.Protocols)
 	srv.Protocols.SetHTTP2(true)
 	srv.ReadTimeout, srv.WriteTimeout = nodeTimeout, nodeTimeout
+	srv.HTTP2.MaxConcurrentStreams = nodeStreams
 	go func() { failed <- srv.ServeTLS(l, "", "") }()
 	wg.Go(func() { s.renewOwn(ctx) })
 	s.log.InfoContext(ctx, "machines may join", "listen", l.Addr().String(), "cluster", s.session.Cluster)
@@ -141,7 +146,32 @@ func (s *server) serveFleet(ctx context.Context, wg *sync.WaitGroup, failed chan
 func (s *server) renewOwn(ctx context.Context) {
 	renew := func(_ context.Context, request []byte) (string, string, error) { return s.signOwn(s.fleet, request) }
 	failed := func(err error) { s.log.ErrorContext(ctx, "renewing this server's certificate", "error", err) }
-	if err := s.fleet.keeper.Run(ctx, renew, failed); ctx.Err() == nil {
-		s.log.ErrorContext(ctx, "nodes cannot connect any more", "error", err)
+	for {
+		err := s.fleet.keeper.Run(ctx, renew, failed)
+		if ctx.Err() != nil {
+			return
+		}
+		failed(err) // the machine was paused, or its clock set: this server can sign another one
+		if err := s.replaceOwn(); err != nil {
+			failed(err)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(time.Second):
+		}
 	}
+}
+
+// replaceOwn signs another certificate of this server, also if its own has expired.
+func (s *server) replaceOwn() error {
+	request, err := s.fleet.keeper.Request()
+	if err != nil {
+		return err
+	}
+	chain, authorities, err := s.signOwn(s.fleet, request)
+	if err != nil {
+		return err
+	}
+	return s.fleet.keeper.Replace(chain, authorities)
 }

@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/fleet"
 )
 
@@ -38,5 +39,11 @@ func (s *server) openNodes(ctx context.Context) error {
 		return fmt.Errorf("reading the machine's memory: %w", err)
 	}
 	about.MemoryMB = int(info.Totalram * uint64(info.Unit) >> 20)
-	return s.nodes.Register(ctx, cmp.Or(s.cfg.Node.Name, fleet.NameOf(host)), labels, about)
+	name := cmp.Or(s.cfg.Node.Name, fleet.NameOf(host))
+	err = s.nodes.Register(ctx, name, labels, about)
+	if fault.Is(err, fault.Conflict) && s.cfg.Node.Name == "" {
+		// Another machine has this host name. A host must not stop for a name that nobody chose.
+		err = s.nodes.Register(ctx, fleet.NameOf(s.instance+"-"+host), labels, about)
+	}
+	return err
 }

@@ -137,6 +137,9 @@ func (s *Service) NewToken(ctx context.Context, by, rejoin string, settings Toke
 		if err != nil {
 			return "", expires, err
 		}
+		if n.JoinedAt.IsZero() {
+			return "", expires, fault.InvalidField("rejoin", "the node %s has not joined with a token", n.Name)
+		}
 		rejoin = n.ID
 	}
 	secret := tokenPrefix + strings.ToLower(rand.Text())

@@ -72,6 +72,7 @@ func TestTokens(t *testing.T) {
 		"a bad value":     {"", fleet.TokenSettings{Labels: map[string]string{"a": "b c"}}, time.Minute, "labels"},
 		"many labels":     {"", fleet.TokenSettings{Labels: many}, time.Minute, "labels"},
 		"rejoin and name": {"host", fleet.TokenSettings{Name: "n"}, time.Minute, "rejoin"},
+		"never joined":    {"host", fleet.TokenSettings{}, time.Minute, "rejoin"},
 	} {
 		if _, _, err := f.NewToken(ctx, "key_a", c.rejoin, c.settings, c.valid); !fault.Is(err, fault.Invalid) ||
 			fault.As(err).Field != c.field {

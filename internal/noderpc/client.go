@@ -138,6 +138,9 @@ func call(ctx context.Context, client *http.Client, urls []string, path string, 
 	}
 	errs := []error{errors.New("no replica answers")}
 	for _, url := range urls {
+		if !strings.HasPrefix(url, "https://") { // http.Transport would send the token without TLS
+			return fmt.Errorf("the replica %q must begin with https://", url)
+		}
 		r, err := http.NewRequestWithContext(ctx, http.MethodPost, strings.TrimSuffix(url, "/")+path, bytes.NewReader(body))
 		if err != nil {
 			return err

@@ -3,6 +3,7 @@ package noderpc
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io/fs"
 	"net/http"
 	"net/http/httptest"
@@ -25,7 +26,9 @@ func TestJoinTrustsOneCluster(t *testing.T) {
 		http.HandlerFunc(func(http.ResponseWriter, *http.Request) { asked = true }))
 	node := c.serve(c.keeper(c.signer, pki.Node, "aaaaaa", time.Now()),
 		http.HandlerFunc(func(http.ResponseWriter, *http.Request) { asked = true }))
-	for name, url := range map[string]string{"another cluster's replica": spy, "a node": node} {
+	plain := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { asked = true }))
+	defer plain.Close()
+	for name, url := range map[string]string{"another cluster's replica": spy, "a node": node, "no TLS": plain.URL} {
 		_, err := Join(t.Context(), []string{url}, c.token(""), newKey(t), fleet.JoinRequest{Name: "n"})
 		if err == nil || asked {
 			t.Errorf("joined at %s: %v, asked: %t", name, err, asked)
@@ -63,33 +66,51 @@ func TestHostileReplica(t *testing.T) {
 	}
 }
 
-// TestJoinsAreLimited asks to join again and again with tokens that there are not.
+// TestJoinsAreLimited asks to join again and again with tokens that there are not. One address does not keep machines
+// from joining, and all addresses together make no more calls than the limit.
 func TestJoinsAreLimited(t *testing.T) {
 	c := newCluster(t, "")
-	failed := 0
-	h := NewHandler(Config{Nodes: c.nodes, Log: c.logger(), Failed: func(string) error {
-		if failed++; failed > 3 {
+	calls := map[string]int{}
+	h := NewHandler(Config{Nodes: c.nodes, Log: c.logger(), Failed: func(address string) error {
+		if calls[address]++; calls[address] > 3 {
 			return fault.New(fault.Exhausted, fault.CodeTooManyAttempts, "too many").After(time.Minute)
 		}
 		return nil
 	}})
 	token := c.token("")
-	unknown := "cayn_" + strings.Repeat("a", 26) + token[strings.IndexByte(token, '.'):]
-	body := jsonOf(joinRequest{Token: unknown, CSR: string(csr(t, newKey(t))), Name: "n"})
-	codes := map[string]int{}
-	for range 400 { // far more than joinBurst, in any time that they can take
+	join := func(address, token string) (code string) {
+		t.Helper()
+		body := jsonOf(joinRequest{Token: token, CSR: string(csr(t, newKey(t))), Name: "n"})
+		r := httptest.NewRequest(http.MethodPost, pathJoin, strings.NewReader(body))
+		r.RemoteAddr = address
 		w := httptest.NewRecorder()
-		h.ServeHTTP(w, httptest.NewRequest(http.MethodPost, pathJoin, strings.NewReader(body)))
+		h.ServeHTTP(w, r)
 		var p problem
 		if err := json.Unmarshal(w.Body.Bytes(), &p); err != nil {
 			t.Fatal(err)
 		}
-		if codes[p.Code]++; w.Code == http.StatusTooManyRequests && p.RetryAfterMs == 0 {
+		if w.Code == http.StatusTooManyRequests && p.RetryAfterMs == 0 {
 			t.Errorf("%s has no time to wait", p.Code)
 		}
+		return p.Code
 	}
-	if codes["unauthenticated"] != 3 || codes["too_many_attempts"] < joinBurst-3 || codes["rate_limited"] == 0 {
-		t.Errorf("refused with %v", codes)
+	unknown := "cayn_" + strings.Repeat("a", 26) + token[strings.IndexByte(token, '.'):]
+	codes := map[string]int{}
+	for range 100 { // far more than joinBurst
+		codes[join("192.0.2.1:1", unknown)]++
+	}
+	if codes["unauthenticated"] != 3 || codes["too_many_attempts"] != 97 {
+		t.Errorf("one address was refused with %v", codes)
+	}
+	if code := join("192.0.2.2:1", token); code != "" {
+		t.Errorf("beside it a machine was refused with %s", code)
+	}
+	clear(codes)
+	for i := range 400 { // far more than the limit, in any time that they can take
+		codes[join(fmt.Sprintf("192.0.2.%d:%d", 3+i%200, i), unknown)]++
+	}
+	if codes["rate_limited"] == 0 {
+		t.Errorf("many addresses were refused with %v", codes)
 	}
 }
 

@@ -25,8 +25,8 @@ const (
 // Config holds the settings of a handler.
 type Config struct {
 	Nodes *fleet.Service
-	// Failed is told the address of a machine that has no valid token, and returns an error that is shown to it instead
-	// if the address has had too many.
+	// Failed is told the address of each machine that wants to join, since all but the first call with a token may be
+	// guesses. It returns an error if the address has made too many such calls.
 	Failed func(address string) error
 	Log    *slog.Logger
 }
@@ -42,26 +42,29 @@ type handler struct {
 func NewHandler(cfg Config) http.Handler {
 	h := &handler{Config: cfg, joins: rate.NewLimiter(joinsPerSecond, joinBurst)}
 	mux := http.NewServeMux()
-	mux.HandleFunc("POST "+pathJoin, answering(h, h.join))
-	mux.HandleFunc("POST "+pathRenew, answering(h, asNode(h.renew)))
-	mux.HandleFunc("POST "+pathSession, answering(h, asNode(h.session(cfg.Nodes.Begin))))
-	mux.HandleFunc("POST "+pathBeat, answering(h, asNode(h.session(cfg.Nodes.Beat))))
-	mux.HandleFunc("POST "+pathLeave, answering(h, asNode(h.leave)))
+	mux.HandleFunc("POST "+pathJoin, answering(h, h.mayJoin, h.join))
+	mux.HandleFunc("POST "+pathRenew, asNode(h, h.renew))
+	mux.HandleFunc("POST "+pathSession, asNode(h, h.session(cfg.Nodes.Begin)))
+	mux.HandleFunc("POST "+pathBeat, asNode(h, h.session(cfg.Nodes.Beat)))
+	mux.HandleFunc("POST "+pathLeave, asNode(h, h.leave))
 	return mux
 }
 
-func (h *handler) join(r *http.Request, in joinRequest) (joined, error) {
-	if !h.joins.Allow() {
-		return joined{}, fault.New(fault.Exhausted, fault.CodeRateLimited,
-			"too many machines join at once").After(time.Second)
+// mayJoin refuses joins that are too many, before anything of them is read. Those of one address are counted first, so
+// that it cannot keep the others out.
+func (h *handler) mayJoin(r *http.Request) error {
+	if err := h.Failed(r.RemoteAddr); err != nil {
+		return err
 	}
+	if !h.joins.Allow() {
+		return fault.New(fault.Exhausted, fault.CodeRateLimited, "too many machines join at once").After(time.Second)
+	}
+	return nil
+}
+
+func (h *handler) join(r *http.Request, in joinRequest) (joined, error) {
 	j, err := h.Nodes.Join(r.Context(), fleet.JoinRequest{Token: in.Token, CSR: in.CSR, Name: in.Name,
 		About: fleet.About{Version: in.Version, VCPUs: in.VCPUs, MemoryMB: in.MemoryMB, MaxSandboxes: in.MaxSandboxes}})
-	if fault.Is(err, fault.Unauthenticated) {
-		if tooMany := h.Failed(r.RemoteAddr); tooMany != nil {
-			err = tooMany
-		}
-	}
 	return joinedOf(j), err
 }
 
@@ -82,15 +85,20 @@ func (h *handler) leave(r *http.Request, who fleet.Identity, in sessionRequest) 
 	return struct{}{}, h.Nodes.Leave(r.Context(), who, in.Session)
 }
 
-// asNode returns f for the node of the request's certificate, and refuses requests without one.
-func asNode[In, Out any](f func(*http.Request, fleet.Identity, In) (Out, error)) func(*http.Request, In) (Out, error) {
-	return func(r *http.Request, in In) (out Out, err error) {
+// asNode returns the handler that calls f for the node of the request's certificate. It reads nothing of requests
+// without one.
+func asNode[In, Out any](h *handler, f func(*http.Request, fleet.Identity, In) (Out, error)) http.HandlerFunc {
+	may := func(r *http.Request) error {
+		_, err := identity(r)
+		return err
+	}
+	return answering(h, may, func(r *http.Request, in In) (out Out, err error) {
 		who, err := identity(r)
 		if err != nil {
 			return out, err
 		}
 		return f(r, who, in)
-	}
+	})
 }
 
 // identity returns the node whose certificate the request has. TLS has verified the certificate when the connection
@@ -112,11 +120,15 @@ func identity(r *http.Request) (fleet.Identity, error) {
 	return fleet.Identity{Cluster: id.Cluster, Node: id.ID, KeySum: id.KeySum}, nil
 }
 
-// answering returns the handler that reads a body for f and writes its answer.
-func answering[In, Out any](h *handler, f func(*http.Request, In) (Out, error)) http.HandlerFunc {
+// answering returns the handler that reads a body for f, unless may returns an error, and writes f's answer.
+func answering[In, Out any](h *handler, may func(*http.Request) error,
+	f func(*http.Request, In) (Out, error)) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		var in In
-		out, err := *new(Out), readBody(w, r, &in)
+		out, err := *new(Out), may(r)
+		if err == nil {
+			err = readBody(w, r, &in)
+		}
 		if err == nil {
 			out, err = f(r, in)
 		}
@@ -150,7 +162,11 @@ func (h *handler) fail(w http.ResponseWriter, r *http.Request, err error) {
 		h.Log.ErrorContext(r.Context(), "a call of a node failed", "path", r.URL.Path, "remote", r.RemoteAddr, "error", err)
 		f = fault.New(fault.Internal, fault.CodeInternal, "the replica failed; its log has the cause")
 	} else {
-		h.Log.InfoContext(r.Context(), "refused a call of a node", "path", r.URL.Path, "remote", r.RemoteAddr, "code", f.Code,
+		level := slog.LevelInfo
+		if (r.TLS == nil || len(r.TLS.VerifiedChains) == 0) && f.Kind != fault.Conflict {
+			level = slog.LevelDebug // strangers must not fill the log
+		}
+		h.Log.Log(r.Context(), level, "refused a call of a node", "path", r.URL.Path, "remote", r.RemoteAddr, "code", f.Code,
 			"detail", f.Detail)
 	}
 	write(w, statusOf(f.Kind), problem{Code: f.Code, Detail: f.Detail, Field: f.Field,

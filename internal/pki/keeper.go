@@ -95,6 +95,9 @@ const (
 	// would trouble a replica that is away, longer ones could miss the last hour.
 	firstRetry = 10 * time.Second
 	lastRetry  = 10 * time.Minute
+	// lookEvery is the longest time between two looks at the clock. Timers do not notice that it was set, or that the
+	// machine was paused.
+	lookEvery = time.Minute
 )
 
 // Run renews the certificate whenever half of its time is over, until ctx ends or the certificate has expired, and
@@ -106,7 +109,7 @@ func (k *Keeper) Run(ctx context.Context, renew func(ctx context.Context, reques
 	for {
 		now := k.now()
 		half := now.begin.Add(now.id.NotAfter.Sub(now.begin) / 2)
-		pause := time.Until(half)
+		pause := min(time.Until(half), lookEvery)
 		if pause <= 0 {
 			if time.Now().After(now.id.NotAfter) {
 				return errors.New("the certificate has expired and cannot be renewed any more")

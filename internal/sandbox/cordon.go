@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"context"
+	"maps"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -68,10 +69,11 @@ func (s *Service) SetCordon(on bool, drain time.Duration) {
 
 // draining suspends persistent sandboxes while the machine is drained, until ctx ends.
 func (s *Service) draining(ctx context.Context) {
+	failed := &failures{at: map[ID]time.Time{}}
 	for ctx.Err() == nil {
 		var again <-chan time.Time
 		if left := s.pool.cordon.left(); left > 0 {
-			s.drain(ctx)
+			s.drain(ctx, failed)
 			again = time.After(min(drainEvery, left))
 		}
 		select {
@@ -82,9 +84,32 @@ func (s *Service) draining(ctx context.Context) {
 	}
 }
 
+// failures remembers which sandboxes could not be suspended lately.
+type failures struct {
+	mu sync.Mutex
+	// +checklocks:mu
+	at map[ID]time.Time
+}
+
+// add remembers a sandbox.
+func (f *failures) add(id ID) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.at[id] = time.Now()
+}
+
+// recent returns whether a sandbox could not be suspended within the last retryAfter, and forgets older failures.
+func (f *failures) recent(id ID) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	maps.DeleteFunc(f.at, func(_ ID, at time.Time) bool { return time.Since(at) >= retryAfter })
+	_, ok := f.at[id]
+	return ok
+}
+
 // drain suspends the persistent sandboxes that run now. It leaves out those that calls use for longer than a suspend
-// waits, and stops when the drain is over.
-func (s *Service) drain(ctx context.Context) {
+// waits, and those that have failed lately, since each try may pause the sandbox. It stops when the drain is over.
+func (s *Service) drain(ctx context.Context, failed *failures) {
 	all, err := s.store.Unfinished(ctx)
 	if err != nil {
 		if ctx.Err() == nil {
@@ -96,7 +121,7 @@ func (s *Service) drain(ctx context.Context) {
 	defer wg.Wait()
 	slots := make(chan struct{}, drainAtOnce)
 	for _, sbx := range all {
-		if sbx.Mode != Persistent || sbx.State != Running {
+		if sbx.Mode != Persistent || sbx.State != Running || failed.recent(sbx.ID) {
 			continue
 		}
 		slots <- struct{}{}
@@ -107,6 +132,7 @@ func (s *Service) drain(ctx context.Context) {
 			defer func() { <-slots }()
 			_, err := s.Suspend(ctx, sbx.OrgID, sbx.ID, KeepAll)
 			if err != nil && ctx.Err() == nil && !fault.Is(err, fault.Conflict) { // in use, or it has ended
+				failed.add(sbx.ID)
 				s.log.WarnContext(ctx, "suspending a sandbox to drain the machine", "sandbox", sbx.ID, "error", err)
 			}
 		})

@@ -2,6 +2,7 @@ package sandbox_test
 
 import (
 	"context"
+	"errors"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -82,6 +83,58 @@ func TestCordonBeforeWarmClaim(t *testing.T) {
 	})
 }
 
+// TestCordonRepeatedCreate checks that a create whose answer was lost finds its sandbox with the same key, with and
+// without a pool, and that another key makes none.
+func TestCordonRepeatedCreate(t *testing.T) {
+	for name, policy := range map[string]sandbox.PoolConfig{"pool": fixed(2), "no pool": {}} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				h := newPoolFixture(t, policy)
+				h.settled()
+				create := func(key string) (sandbox.Sandbox, error) {
+					return h.Create(context.Background(), h.caller(), sandbox.Request{Template: "python"},
+						sandbox.Once{Key: key, Hash: "body"}, true)
+				}
+				first, err := create("a")
+				if err != nil {
+					t.Fatal(err)
+				}
+				h.SetCordon(true, 0)
+				again, err := create("a")
+				if err != nil || again.ID != first.ID {
+					t.Errorf("the repeated create gave %s, %v, not %s", again.ID, err, first.ID)
+				}
+				_, err = create("b")
+				wantCode(t, err, fault.Unavailable, fault.CodeNoCapacity)
+			})
+		})
+	}
+}
+
+// TestDrainFails checks that a drain tries a sandbox that cannot be suspended once a minute, since each try may pause
+// it, and suspends the others.
+func TestDrainFails(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newFixture(t)
+		stuck, other := h.persistent(0), h.persistent(0)
+		var tries atomic.Int64
+		h.node.OnSuspend = func(_ context.Context, id sandbox.ID) error {
+			if id != stuck {
+				return nil
+			}
+			tries.Add(1)
+			return errors.New("injected: the disk is full")
+		}
+		h.SetCordon(true, time.Hour)
+		pass(10 * time.Minute)
+		h.wantState(other, sandbox.Suspended, "")
+		h.wantState(stuck, sandbox.Running, "")
+		if n := tries.Load(); n < 5 || n > 11 {
+			t.Errorf("tried %d times in ten minutes", n)
+		}
+	})
+}
+
 // TestDrain drains a machine: persistent sandboxes are suspended, four at a time, each when no call uses it, until the
 // deadline. Ephemeral ones run to their ends.
 func TestDrain(t *testing.T) {
@@ -112,8 +165,8 @@ func TestDrain(t *testing.T) {
 				t.Errorf("sandbox %s keeps %q", id, h.get(id).Kept)
 			}
 		}
-		if most.Load() != 4 {
-			t.Errorf("suspended %d at a time, want 4", most.Load())
+		if n := most.Load(); n < 2 || n > 4 { // those in use have up to two of the four turns
+			t.Errorf("suspended %d at a time, want at most 4", n)
 		}
 		h.wantState(used, sandbox.Running, "")
 		h.wantState(busy, sandbox.Running, "")

@@ -92,7 +92,7 @@ func (s *Service) makeNew(ctx context.Context, c Caller, sbx Sandbox, m making) 
 	if err := s.pool.room(ctx, sbx.Size); err != nil {
 		m.release()
 		s.ops.finish(sbx.ID, op, nil, err)
-		return Sandbox{}, err
+		return s.repeatedWithoutRoom(ctx, c, sbx, m, err)
 	}
 	end := trace.Start(ctx, "insert")
 	prior, found, err := s.store.Insert(ctx, sbx, c.Quota, m.once)
@@ -122,6 +122,23 @@ func (s *Service) repeated(ctx context.Context, prior Sandbox, wait bool) (Sandb
 		return await[Sandbox](ctx, op)
 	}
 	return s.store.Get(ctx, prior.ID)
+}
+
+// repeatedWithoutRoom answers a create for which there is no room: with the sandbox of an earlier create with the same
+// key, or with why.
+func (s *Service) repeatedWithoutRoom(ctx context.Context, c Caller, sbx Sandbox, m making,
+	why error) (Sandbox, error) {
+	if m.once.Key == "" {
+		return Sandbox{}, why
+	}
+	prior, found, err := s.store.Admit(ctx, sbx, c.Quota, m.once)
+	switch {
+	case err != nil:
+		return Sandbox{}, err
+	case !found:
+		return Sandbox{}, why
+	}
+	return s.repeated(ctx, prior, m.wait)
 }
 
 // bootTimeout bounds one start, without the time that its start command may take to be ready. A

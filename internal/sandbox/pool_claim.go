@@ -35,7 +35,7 @@ func (p *pool) claim(ctx context.Context, c Caller, sbx Sandbox, v TemplateVersi
 		}
 	}()
 	if p.cordon.on.Load() {
-		return Sandbox{}, false, errCordoned
+		return Sandbox{}, false, errNotWarm // makeNew refuses it, unless it repeats a create
 	}
 	if !p.want(c.OrgID, v, key, kind) {
 		return Sandbox{}, false, errNotWarm

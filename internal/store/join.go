@@ -79,6 +79,13 @@ func (db *DB) Join(ctx context.Context, tokenHash string, n fleet.Node, keySum s
 			n.Name = t.Settings.Name
 		}
 		n.Labels = t.Settings.Labels
+		var ids int
+		if err := tx.QueryRowContext(ctx, "SELECT COUNT(*) FROM nodes WHERE id = $1", n.Name).Scan(&ids); err != nil {
+			return err
+		}
+		if ids > 0 { // calls find nodes by both
+			return fault.New(fault.Conflict, fault.CodeNodeExists, "another node has the id %q", n.Name)
+		}
 		if _, err := tx.ExecContext(ctx, `INSERT INTO nodes (id, fence, started_at, name, about, labels, key_sum, joined_at)
 			VALUES ($1, 0, $2, $3, $4, $5, $6, $2)`,
 			n.ID, at(now), n.Name, jsonColumn{&n.About}, jsonColumn{&n.Labels}, keySum); err != nil {

@@ -192,6 +192,8 @@ func nodesAreRemoved(j *joining, db *DB) {
 	if all, err := st.ListNodes(ctx); err != nil || len(all) != 1 {
 		j.Errorf("the nodes are %+v, %v", all, err)
 	}
+	_, err = st.Join(ctx, j.token(fleet.Token{}, time.Hour), fleet.Node{ID: "fresh0", Name: holderOfTests.Node}, "key3")
+	wantFault(j.T, err, fault.Conflict, "node_exists") // an id is not a name
 	// The name is free, and the id is not.
 	next := fleet.Node{ID: n.ID, Name: "a"}
 	_, err = st.Join(ctx, j.token(fleet.Token{}, time.Hour), next, "key3")

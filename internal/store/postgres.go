@@ -114,6 +114,26 @@ func hostsOf(c *pgx.ConnConfig) []string {
 	return hosts
 }
 
+// LookupIPv4 returns the IPv4 addresses of a host, none if it has only others. Unlike a lookup of all addresses it
+// fails if the IPv4 addresses could not be asked for while others were found.
+func LookupIPv4(ctx context.Context, host string) ([]netip.Addr, error) {
+	found, err := net.DefaultResolver.LookupNetIP(ctx, "ip4", host)
+	if err == nil || !hasNone(err) {
+		return found, err
+	}
+	if others, failed := net.DefaultResolver.LookupNetIP(ctx, "ip6", host); failed != nil || len(others) == 0 {
+		return nil, err
+	}
+	return nil, nil
+}
+
+// hasNone reports whether the error of a lookup says that the host has no such address.
+func hasNone(err error) bool {
+	var dns *net.DNSError
+	var addr *net.AddrError // of a host that is an address of the other kind
+	return errors.As(err, &dns) && dns.IsNotFound || errors.As(err, &addr)
+}
+
 // PostgresAddresses returns the IPv4 addresses of the machines that a URL names, without those of this machine's
 // loopback. Sandboxes have no IPv6. It returns none for an empty URL.
 func PostgresAddresses(ctx context.Context, text string) ([]netip.Addr, error) {
@@ -131,7 +151,7 @@ func PostgresAddresses(ctx context.Context, text string) ([]netip.Addr, error) {
 		if filepath.IsAbs(host) {
 			continue
 		}
-		found, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+		found, err := LookupIPv4(ctx, host)
 		if err != nil {
 			return nil, fmt.Errorf("looking up the database: %w", err)
 		}
