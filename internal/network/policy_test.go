@@ -156,17 +156,21 @@ func attempt(t *rapid.T, s *Slot, tries []try, hear *receivers, pings *pings, ro
 						return err
 					}
 					defer c.Close()
-					_, err = fmt.Fprintf(c, "round %d try %d", round, i)
-					return err
+					return again(ctx, func() bool { return passed(i) }, func() error {
+						_, err := fmt.Fprintf(c, "round %d try %d", round, i)
+						return err
+					})
 				}
-				return pings.send(try.to.Addr(), uint16(round), uint16(i))
+				return again(ctx, func() bool { return passed(i) }, func() error {
+					return pings.send(try.to.Addr(), uint16(round), uint16(i))
+				})
 			})
 			if err != nil {
 				t.Errorf("%s to %s: %v", try.protocol, try.to, err)
 			}
 		})
 	}
-	deadline := time.Now().Add(5 * time.Second)
+	deadline := time.Now().Add(time.Minute)
 	for i := 0; i < len(tries); i++ {
 		for expected(tries[i]) && !passed(i) && time.Now().Before(deadline) {
 			time.Sleep(time.Millisecond)
@@ -174,6 +178,21 @@ func attempt(t *rapid.T, s *Slot, tries []try, hear *receivers, pings *pings, ro
 	}
 	time.Sleep(longer)
 	return passed
+}
+
+// again sends now and each second until it arrived or ctx ends: the kernel may drop packets on a busy machine. Errors
+// of later packets may be answers to the first one.
+func again(ctx context.Context, arrived func() bool, send func() error) error {
+	err := send()
+	for err == nil && !arrived() {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(time.Second):
+			_ = send()
+		}
+	}
+	return err
 }
 
 // connect opens a TCP connection, waiting for it until ctx ends, and calls done when it is open.
