@@ -98,6 +98,7 @@ func (s *server) catch(workers []*worker, state cay.SandboxState) {
 				return
 			}
 		}
+		time.Sleep(10 * time.Millisecond) // a key may make 500 calls a second
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -21,6 +22,7 @@ type Body struct {
 	stall   atomic.Int64 // nanoseconds for each piece; 0 is no limit here
 	n       atomic.Int64
 	broken  atomic.Bool // a read failed before the end
+	reading sync.Mutex  // held by Read
 }
 
 // Piecewise gives the caller a time for each piece of the body from now on. A body that does not
@@ -39,8 +41,18 @@ func (b *Body) Broken() error {
 	return incomplete()
 }
 
+// Close waits for a Read in another goroutine, so that Broken knows of its error.
+func (b *Body) Close() error {
+	err := b.ReadCloser.Close()
+	b.reading.Lock()
+	defer b.reading.Unlock()
+	return err
+}
+
 // Read implements [io.Reader].
 func (b *Body) Read(p []byte) (int, error) {
+	b.reading.Lock()
+	defer b.reading.Unlock()
 	stall := time.Duration(b.stall.Load())
 	if stall > 0 {
 		// The writers of tests have no deadlines, so the error is ignored.

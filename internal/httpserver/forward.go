@@ -125,6 +125,9 @@ func (f *Forwarder) pass(w http.ResponseWriter, r *http.Request, node string, p 
 	case errors.As(err, &other) || fault.As(err) != nil && !errors.Is(err, context.Canceled):
 		return err
 	case r.Context().Err() != nil:
+		if broken := CallOf(r).Body.Broken(); broken != nil {
+			return broken // the server ends the context at the end of the connection, at the same moment
+		}
 		return fmt.Errorf("forwarding a request: %w", r.Context().Err())
 	}
 	return fault.New(fault.Unavailable, fault.CodeNodeUnreachable,

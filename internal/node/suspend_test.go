@@ -1,6 +1,7 @@
 package node
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -520,8 +521,10 @@ func TestServerDiesInTheMiddle(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	var stderr bytes.Buffer
+	save.Stderr = &stderr
 	if err := errors.Join(save.Start(), stdout.Close(), save.Wait()); err != nil {
-		t.Fatal(err)
+		t.Fatalf("%v: %s", err, &stderr)
 	}
 	m.close()
 	m.open()
