@@ -13,6 +13,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // listed reads a page of a list and returns the ids in it and the next cursor, from the place where
@@ -137,15 +139,13 @@ func TestCursorsOfOthers(t *testing.T) {
 // TestReplays uses URLs, tokens and connections after the access that they gave has ended.
 func TestReplays(t *testing.T) {
 	s := attacked(t)
-	status, body := s.call("POST", "/v1/sandboxes", object{"template": "python", "mode": "persistent",
-		"idle_timeout": "0"})
-	if status != 201 {
-		t.Fatalf("create: %d %s", status, body)
-	}
-	id := text(body, "id")
+	id := s.persistent(nil)
 	s.web(id)
-	_, body = s.call("POST", portPath(id, webPort)+"/url", object{"expires_in": "1h"})
-	signed, err := url.Parse(text(body, "url"))
+	link, err := s.api().PortURL(t.Context(), id, webPort, time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	signed, err := url.Parse(link.URL)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -178,8 +178,8 @@ func TestReplays(t *testing.T) {
 		t.Errorf("after a suspend the signed URL answers %d", got)
 	}
 	// A port that is private again refuses a caller with a connection from before.
-	if status, b := s.call("PUT", portPath(id, webPort), object{"public": true}); status != 200 {
-		t.Fatalf("%d %s", status, b)
+	if _, err := s.api().SetPortPublic(t.Context(), id, webPort, true); err != nil {
+		t.Fatal(err)
 	}
 	kept := &http.Client{Transport: &http.Transport{}}
 	defer kept.CloseIdleConnections()
@@ -195,17 +195,18 @@ func TestReplays(t *testing.T) {
 	if got := anybody(); got != 200 {
 		t.Errorf("the public port answers %d", got)
 	}
-	if status, b := s.call("PUT", portPath(id, webPort), object{"public": false}); status != 200 {
-		t.Fatalf("%d %s", status, b)
+	if _, err := s.api().SetPortPublic(t.Context(), id, webPort, false); err != nil {
+		t.Fatal(err)
 	}
 	if got := anybody(); got != 401 {
 		t.Errorf("the port that is private again answers %d over a kept connection", got)
 	}
-	if status, b := s.call("DELETE", "/v1/snapshots/"+snapshot, nil); status != 204 {
-		t.Errorf("%d %s", status, b)
+	if err := s.api().DeleteSnapshot(t.Context(), snapshot); err != nil {
+		t.Error(err)
 	}
-	if status, b := s.call("POST", "/v1/sandboxes", object{"snapshot": snapshot}); status != 404 {
-		t.Errorf("from a snapshot that was deleted: %d %s", status, b)
+	if _, err := s.api().CreateSandbox(t.Context(), cay.CreateSandboxRequest{Snapshot: snapshot},
+		cay.CreateOptions{}); !isRefused(err, 404, "snapshot_not_found") {
+		t.Errorf("from a snapshot that was deleted: %v", err)
 	}
 	s.destroy(id)
 	for _, got := range []int{ask(id, webPort), anybody()} {

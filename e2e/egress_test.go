@@ -48,23 +48,14 @@ func (s *server) reaches(id string, want map[string]bool) {
 	}
 }
 
-// network returns the field "network" of a sandbox.
-func (s *server) network(id string) (use struct {
-	PacketsAllowed int64 `json:"packets_allowed"`
-	BytesAllowed   int64 `json:"bytes_allowed"`
-	PacketsDenied  int64 `json:"packets_denied"`
-	BytesDenied    int64 `json:"bytes_denied"`
-}) {
+// network returns the counters of a sandbox's traffic.
+func (s *server) network(id string) cay.NetworkUse {
 	s.t.Helper()
-	status, body := s.call("GET", "/v1/sandboxes/"+id, nil)
-	var o struct{ Network json.RawMessage }
-	if err := json.Unmarshal(body, &o); err != nil || status != 200 || o.Network == nil {
-		s.t.Fatalf("reading the counters: %d %s, %v", status, body, err)
+	sandbox, err := s.api().GetSandbox(context.Background(), id)
+	if err != nil || sandbox.Network == nil {
+		s.t.Fatalf("reading the counters: %v, %v", sandbox, err)
 	}
-	if err := json.Unmarshal(o.Network, &use); err != nil {
-		s.t.Fatal(err)
-	}
-	return use
+	return *sandbox.Network
 }
 
 // awaitDenied waits for an event about denied traffic whose detail contains the text.

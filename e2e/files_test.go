@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"os"
 	"os/exec"
@@ -143,32 +144,34 @@ func TestFilesInBucket(t *testing.T) {
 // arrive, also after a restart of the server.
 func (s *server) checkpointsInBucket(s3 *caytest.S3, objects string) {
 	s.t.Helper()
-	_, body := s.call("POST", "/v1/sandboxes", object{"template": "mine", "mode": "persistent", "recovery_interval": "0"})
-	id := text(body, "id")
-	durable := func(path string) string {
+	id := s.persistent(object{"template": "mine"})
+	durable := func(id string) cay.Durable {
 		s.t.Helper()
-		code, body := s.call("GET", path, nil)
-		if code != 200 {
-			s.t.Fatalf("%s: %d %s", path, code, body)
+		var d *cay.Durable
+		var err error
+		if strings.HasPrefix(id, "snap_") {
+			var snapshot *cay.Snapshot
+			if snapshot, err = s.api().GetSnapshot(s.t.Context(), id); err == nil {
+				d = snapshot.Durable
+			}
+		} else {
+			var sandbox *cay.Sandbox
+			if sandbox, err = s.api().GetSandbox(s.t.Context(), id); err == nil {
+				d = sandbox.Durable
+			}
 		}
-		return text(body, "durable")
-	}
-	call := func(path string, body any) []byte {
-		s.t.Helper()
-		code, answer := s.call("POST", path, body)
-		if code/100 != 2 {
-			s.t.Fatalf("%s: %d %s", path, code, answer)
+		if err != nil {
+			s.t.Fatalf("%s: %v", id, err)
 		}
-		return answer
+		return *cmp.Or(d, new(cay.Durable))
 	}
-	sandbox := "/v1/sandboxes/" + id
-	if got := durable(sandbox); got != "" {
+	if got := durable(id); got != "" {
 		s.t.Errorf("a running sandbox is durable: %q", got)
 	}
-	call(sandbox+"/suspend", object{})
-	snapshot := "/v1/snapshots/" + text(call(sandbox+"/snapshots", object{}), "id")
-	for _, path := range []string{sandbox, snapshot} {
-		s.becomes(path+" is in the bucket", func() bool { return durable(path) == "cluster" })
+	s.suspend(id)
+	snapshot := s.snapshot(id, nil)
+	for _, id := range []string{id, snapshot} {
+		s.becomes(id+" is in the bucket", func() bool { return durable(id) == cay.DurableCluster })
 	}
 	for _, kind := range []string{"checkpoints/*/0/*/seal.json", "programs/*"} {
 		if got, err := filepath.Glob(filepath.Join(objects, kind)); err != nil || len(got) != 2 {
@@ -177,8 +180,9 @@ func (s *server) checkpointsInBucket(s3 *caytest.S3, objects string) {
 	}
 
 	s3.Stop()
-	call(sandbox+"/wake", object{})
-	if got := text(call(sandbox+"/suspend", object{}), "durable"); got != "node" {
+	s.wake(id)
+	s.suspend(id)
+	if got := durable(id); got != cay.DurableNode {
 		s.t.Errorf("suspended without the bucket: durable is %q", got)
 	}
 	if got := s.metric(`cay_files_waiting{kind="checkpoints"}`); got != 1 {
@@ -186,21 +190,21 @@ func (s *server) checkpointsInBucket(s3 *caytest.S3, objects string) {
 	}
 	s.stop(syscall.SIGKILL)
 	s.start()
-	s.becomes("the snapshot is known to be in the bucket", func() bool { return durable(snapshot) == "cluster" })
-	if got := durable(sandbox); got != "node" {
+	s.becomes("the snapshot is known to be in the bucket", func() bool { return durable(snapshot) == cay.DurableCluster })
+	if got := durable(id); got != cay.DurableNode {
 		s.t.Errorf("after a restart without the bucket the sandbox is durable: %q", got)
 	}
 	s3.Start(s.t)
-	for _, path := range []string{sandbox, snapshot} {
-		s.becomes(path+" is in the bucket after the restart", func() bool { return durable(path) == "cluster" })
+	for _, id := range []string{id, snapshot} {
+		s.becomes(id+" is in the bucket after the restart", func() bool { return durable(id) == cay.DurableCluster })
 	}
 	if got, err := filepath.Glob(filepath.Join(objects, "checkpoints", id, "0", "*", "seal.json")); len(got) != 2 {
 		s.t.Errorf("the copies of the sandbox are %q, %v; want two", got, err)
 	}
-	call(sandbox+"/wake", object{})
+	s.wake(id)
 	s.destroy(id)
-	if code, body := s.call("DELETE", snapshot, nil); code != 204 {
-		s.t.Errorf("deleting the snapshot: %d %s", code, body)
+	if err := s.api().DeleteSnapshot(s.t.Context(), snapshot); err != nil {
+		s.t.Errorf("deleting the snapshot: %v", err)
 	}
 }
 

@@ -7,8 +7,11 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"strconv"
 	"strings"
 	"testing"
+
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // TestOddNames lists, reads, writes and removes files whose names are not UTF-8, with the encoded
@@ -119,22 +122,19 @@ func TestWhatIsAsked(t *testing.T) {
 		if got := s.want(id, line, object{"shell": shell}); got != want {
 			t.Errorf("%s: %q", shell, got)
 		}
-		status, body := s.call("POST", "/v1/sandboxes/"+id+"/processes",
-			object{"command": line + "; echo $TERM", "shell": shell, "pty": object{"cols": 80, "rows": 24}})
-		if status != 201 {
-			t.Fatalf("%d %s", status, body)
-		}
-		var p struct{ PID int }
-		if err := json.Unmarshal(body, &p); err != nil {
+		p, err := s.api().StartProcess(t.Context(), id, requestOf[cay.StartProcessRequest](t,
+			object{"command": line + "; echo $TERM", "shell": shell, "pty": object{"cols": 80, "rows": 24}}))
+		if err != nil {
 			t.Fatal(err)
 		}
-		if _, body = s.call("GET", fmt.Sprintf("/v1/sandboxes/%s/processes/%d/wait?timeout=30s", id, p.PID),
-			nil); !strings.Contains(string(body), `"exit_code":0`) {
-			t.Errorf("the process ends with %s", body)
+		pid := strconv.Itoa(p.PID)
+		if p, err = s.api().WaitProcess(t.Context(), id, pid, patience); err != nil || p.Exit == nil ||
+			p.Exit.ExitCode != 0 {
+			t.Errorf("the process ends with %s, %v", jsonOf(p), err)
 		}
-		if _, body = s.call("GET", fmt.Sprintf("/v1/sandboxes/%s/processes/%d/output", id, p.PID),
-			nil); !strings.Contains(string(body), want) || !strings.Contains(string(body), "xterm-256color") {
-			t.Errorf("%s: %s", shell, body)
+		out, err := s.api().ProcessOutput(t.Context(), id, pid, 0)
+		if err != nil || !strings.Contains(jsonOf(out), want) || !strings.Contains(jsonOf(out), "xterm-256color") {
+			t.Errorf("%s: %s, %v", shell, jsonOf(out), err)
 		}
 	}
 	most := strings.Repeat("x", 128<<10-1)
@@ -146,9 +146,9 @@ func TestWhatIsAsked(t *testing.T) {
 	for range 18 {
 		many = append(many, most)
 	}
-	status, body := s.call("POST", "/v1/sandboxes/"+id+"/execute", object{"args": append([]string{"true"}, many...)})
-	if status != 400 || !strings.Contains(text(body, "detail"), "2097152") {
-		t.Errorf("more than all arguments may have: %d %s", status, body)
+	_, err := s.api().Execute(t.Context(), id, cay.ExecuteRequest{Args: append([]string{"true"}, many...)})
+	if e := refusal(err); e == nil || e.Status != 400 || !strings.Contains(e.Detail, "2097152") {
+		t.Errorf("more than all arguments may have: %v", err)
 	}
 	req, err := http.NewRequest("GET", s.url+"/v1/sandboxes/"+id+"/files?path=/etc/passwd", nil)
 	if err != nil {

@@ -3,7 +3,6 @@ package e2e
 import (
 	"context"
 	"crypto/ecdsa"
-	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -47,18 +46,18 @@ func TestNodes(t *testing.T) {
 		s.stop(syscall.SIGKILL)
 		s.start()
 	}
-	refused := func(method, path string, body object) {
+	refused := func(what string, err error) {
 		t.Helper()
-		if status, answer := s.call(method, path, body); status != http.StatusServiceUnavailable ||
-			!strings.Contains(string(answer), "no_capacity") || !strings.Contains(string(answer), "this machine is cordoned") {
-			t.Errorf("%s %s on a cordoned machine: %d %s", method, path, status, answer)
+		if !isRefused(err, 503, "no_capacity") || !strings.Contains(err.Error(), "this machine is cordoned") {
+			t.Errorf("%s on a cordoned machine: %v", what, err)
 		}
 	}
 	if out, _, code := s.cli("", "nodes", "cordon", "host-1"); code != 0 || !strings.Contains(out, "cordoned") {
 		t.Errorf("cay nodes cordon: %d\n%s", code, out)
 	}
 	restart()
-	refused("POST", "/v1/sandboxes", object{"template": "python"})
+	_, err := s.api().CreateSandbox(t.Context(), cay.CreateSandboxRequest{Template: "python"}, cay.CreateOptions{})
+	refused("a create", err)
 	s.want(ephemeral, "true")
 	s.want(persistent, "true")
 
@@ -67,7 +66,8 @@ func TestNodes(t *testing.T) {
 	}
 	restart() // while the sandbox is being suspended, or after that
 	s.waitState(persistent, "suspended")
-	refused("POST", "/v1/sandboxes/"+persistent+"/wake", object{})
+	_, err = s.api().Wake(t.Context(), persistent)
+	refused("a wake", err)
 	s.want(ephemeral, "true")
 	_, errors, code := s.cli("", "nodes", "drain", s.instance(), "--timeout", "1s")
 	if code != 1 || !strings.Contains(errors, "1 sandboxes are left on host-1, which stays cordoned") {
