@@ -276,18 +276,19 @@ func (a *Archive) uploadFiles(ctx context.Context, c *sandbox.StoredCheckpoint, 
 		s.Files = append(s.Files, file)
 		c.Bytes += file.Size
 	}
-	return away(a.uploadSeal(ctx, c, s))
+	return away(a.uploadSeal(ctx, c, s, files))
 }
 
-// uploadSeal uploads a seal, and sets the sum of the copy. If an earlier try has written the seal, that one is kept.
-func (a *Archive) uploadSeal(ctx context.Context, c *sandbox.StoredCheckpoint, s seal) error {
+// uploadSeal uploads the seal of files, and sets the sum of the copy. If an earlier try has written the seal, that one
+// is kept.
+func (a *Archive) uploadSeal(ctx context.Context, c *sandbox.StoredCheckpoint, s seal, files []*os.File) error {
 	data, err := s.encode(a.cfg.Key)
 	if err != nil {
 		return err
 	}
 	_, err = objects.Write(ctx, a.cfg.Bucket, home(*c)+sealName, data, objects.Condition{Absent: true})
 	if errors.Is(err, objects.ErrCondition) {
-		data, err = a.earlierSeal(ctx, *c, s)
+		data, err = a.earlierSeal(ctx, *c, s, files)
 	}
 	if err != nil {
 		return err
@@ -297,9 +298,10 @@ func (a *Archive) uploadSeal(ctx context.Context, c *sandbox.StoredCheckpoint, s
 	return nil
 }
 
-// earlierSeal returns the seal that an earlier try has written. It may be one of an earlier version, without MACs. It
-// must be authentic, since its sum gets into the row, and have the files of s.
-func (a *Archive) earlierSeal(ctx context.Context, c sandbox.StoredCheckpoint, s seal) ([]byte, error) {
+// earlierSeal returns the seal that an earlier try has written, maybe of an earlier version. It must be authentic,
+// since its sum gets into the row, and describe the files, whose seal is s.
+func (a *Archive) earlierSeal(ctx context.Context, c sandbox.StoredCheckpoint, s seal, files []*os.File) ([]byte,
+	error) {
 	key := home(c) + sealName
 	data, _, err := objects.Read(ctx, a.cfg.Bucket, key, maxSeal)
 	if err != nil {
@@ -307,8 +309,12 @@ func (a *Archive) earlierSeal(ctx context.Context, c sandbox.StoredCheckpoint, s
 	}
 	c.Sum = sumOf(data).String()
 	earlier, err := openSeal(a.cfg.Key, data, c)
-	if err == nil && !earlier.sameFiles(s) {
+	if err == nil && !earlier.sameNames(s) {
 		err = fmt.Errorf("object %s exists with other files", key)
+	}
+	for i := 0; i < len(files) && err == nil; i++ { // each try to upload a file gives its MACs another salt
+		f := earlier.Files[i]
+		err = f.Verify(ctx, home(c)+f.Name, files[i], f.Size, a.cfg.Key)
 	}
 	return data, err
 }

@@ -116,12 +116,9 @@ func (s seal) equal(o seal) bool {
 	return made && fmt.Sprint(s) == fmt.Sprint(o)
 }
 
-// sameFiles reports whether two seals have the same files. Their MACs differ, since each try to upload a file has a
-// salt of its own.
-func (s seal) sameFiles(o seal) bool {
-	return slices.EqualFunc(s.Files, o.Files, func(f, g sealedFile) bool {
-		return f.Name == g.Name && f.Size == g.Size && slices.Equal(f.Sums, g.Sums)
-	})
+// sameNames reports whether two seals have files of the same names and sizes.
+func (s seal) sameNames(o seal) bool {
+	return slices.EqualFunc(s.Files, o.Files, func(f, g sealedFile) bool { return f.Name == g.Name && f.Size == g.Size })
 }
 
 func sumOf(data []byte) objects.Sum { return sha256.Sum256(data) }

@@ -35,11 +35,21 @@ func (w *world) sealOf(t *testing.T, c sandbox.StoredCheckpoint) seal {
 	return s
 }
 
-// withoutMACs returns a seal as an earlier version wrote it.
-func (s seal) withoutMACs() seal {
+// withSums returns the seal of a copy in the bucket as earlier versions wrote it: with sums, and MACs beside them in
+// later ones. The files have one piece each.
+func (w *world) withSums(t *testing.T, s seal, c sandbox.StoredCheckpoint, macs bool) seal {
+	t.Helper()
 	s.Files = slices.Clone(s.Files)
 	for i := range s.Files {
-		s.Files[i].Salt, s.Files[i].MACs = nil, nil
+		f := &s.Files[i]
+		data, _, err := objects.Read(t.Context(), w.bucket, home(c)+f.Name, 1<<20)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f.Sums = []objects.Sum{sumOf(data)}
+		if !macs {
+			f.Salt, f.MACs = nil, nil
+		}
 	}
 	return s
 }
@@ -79,46 +89,6 @@ func TestCopyOfEarlierVersion(t *testing.T) {
 	}
 }
 
-// TestSealForEarlierVersions reads a seal as an earlier version does, which knows one format and the sums.
-func TestSealForEarlierVersions(t *testing.T) {
-	w := newWorld(t, directory(t))
-	id := w.sandbox(t)
-	row := w.copied(t, id, w.save(t, id, "text"))
-	data, _, err := objects.Read(t.Context(), w.bucket, home(row)+sealName, maxSeal)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var e envelope
-	var s struct {
-		Format int `json:"format"`
-		Files  []struct {
-			Name   string        `json:"name"`
-			Size   int64         `json:"size"`
-			Pieces []objects.Sum `json:"sha256"`
-		} `json:"files"`
-	}
-	if err := errors.Join(json.Unmarshal(data, &e), json.Unmarshal(e.Seal, &s)); err != nil {
-		t.Fatal(err)
-	}
-	if s.Format != 1 || len(s.Files) != 4 {
-		t.Errorf("the seal has the format %d and %d files", s.Format, len(s.Files))
-	}
-	for _, file := range s.Files {
-		content, _, err := objects.Read(t.Context(), w.bucket, home(row)+file.Name, maxSeal)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if file.Size != int64(len(content)) || !slices.Equal(file.Pieces, []objects.Sum{sumOf(content)}) {
-			t.Errorf("%s has %d bytes and the sums %v; the object has %d bytes", file.Name, file.Size, file.Pieces, len(content))
-		}
-	}
-	for _, file := range w.sealOf(t, row).Files {
-		if len(file.MACs) != 1 {
-			t.Errorf("%s has the MACs %v", file.Name, file.MACs)
-		}
-	}
-}
-
 // begun uploads a checkpoint, but does not record that, and ends the process. It returns the row.
 func (w *world) begun(t *testing.T) (row sandbox.StoredCheckpoint, made time.Time) {
 	t.Helper()
@@ -142,15 +112,16 @@ func (w *world) begun(t *testing.T) (row sandbox.StoredCheckpoint, made time.Tim
 	return row, made
 }
 
-// TestArchiveKeepsEarlierSeal continues a copy whose seal was written with other salts, or without MACs.
+// TestArchiveKeepsEarlierSeal continues a copy whose seal was written with other salts, or by an earlier version.
 func TestArchiveKeepsEarlierSeal(t *testing.T) {
-	for name, change := range map[string]func(seal) seal{
-		"the same version":   func(s seal) seal { return s },
-		"an earlier version": seal.withoutMACs,
-	} {
+	for _, name := range []string{"the same version", "a version with sums and MACs", "a version without MACs"} {
 		w := newWorld(t, directory(t))
 		row, made := w.begun(t)
-		earlier, err := change(w.sealOf(t, row)).encode(w.cfg.Key)
+		s := w.sealOf(t, row)
+		if name != "the same version" {
+			s = w.withSums(t, s, row, name == "a version with sums and MACs")
+		}
+		earlier, err := s.encode(w.cfg.Key)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -185,20 +156,22 @@ func TestArchiveRefusesForeignSeal(t *testing.T) {
 	w := newWorld(t, directory(t))
 	row, made := w.begun(t)
 	own := w.sealOf(t, row)
-	otherFiles, lessFiles, otherCopy := own.withoutMACs(), own, own
-	otherFiles.Files[0].Sums = []objects.Sum{{1}}
+	lessFiles, otherCopy := own, own
 	lessFiles.Files = own.Files[1:]
 	otherCopy.Number++
-	otherSize := own.withoutMACs()
+	otherSums, otherMACs := w.withSums(t, own, row, false), w.withSums(t, own, row, true)
+	otherSums.Files[0].Sums = []objects.Sum{{1}}
+	otherMACs.Files[0].MACs = []objects.MAC{{1}}
+	otherSize, otherName := w.withSums(t, own, row, true), w.withSums(t, own, row, true)
 	otherSize.Files[0].Size++
-	otherName := own.withoutMACs()
 	otherName.Files[0].Name += "x"
 	for name, c := range map[string]struct {
 		seal seal
 		key  []byte
 	}{
 		"another key":     {own, []byte("a guess")},
-		"other files":     {otherFiles, w.cfg.Key},
+		"other sums":      {otherSums, w.cfg.Key},
+		"other MACs":      {otherMACs, w.cfg.Key},
 		"a file less":     {lessFiles, w.cfg.Key},
 		"another name":    {otherName, w.cfg.Key},
 		"another size":    {otherSize, w.cfg.Key},

@@ -214,7 +214,7 @@ func TestDownloadsFromLiars(t *testing.T) {
 					return transfer.DownloadPieces(t.Context(), "a", to, size, p, testSecret, 0)
 				},
 				"pieces without MACs": func(transfer *Transfer, to *os.File) error {
-					return transfer.DownloadPieces(t.Context(), "a", to, size, Pieces{Sums: p.Sums}, testSecret, 0)
+					return transfer.DownloadPieces(t.Context(), "a", to, size, Pieces{Sums: sumsOf(t, f, size)}, testSecret, 0)
 				},
 			} {
 				to, transfer := emptyFile(t), NewTransfer(b)

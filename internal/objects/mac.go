@@ -1,6 +1,7 @@
 package objects
 
 import (
+	"context"
 	"crypto/aes"
 	"crypto/cipher"
 	"crypto/hkdf"
@@ -27,11 +28,11 @@ const (
 // Pieces describes the pieces of an object, in order. Its JSON is in the seals of checkpoints, which are kept for as
 // long as these, so fields can be added but not changed.
 type Pieces struct {
-	// Sums are the SHA-256 of the pieces.
-	Sums []Sum `json:"sha256"`
-	// Salt and MACs authenticate the pieces with a secret. Earlier versions of cay did not write them, and ignore them.
+	// Salt and MACs authenticate the pieces with a secret.
 	Salt []byte `json:"salt,omitempty"`
 	MACs []MAC  `json:"macs,omitempty"`
+	// Sums are the SHA-256 of the pieces, which only earlier versions of cay wrote, the first of them without MACs.
+	Sums []Sum `json:"sha256,omitempty"`
 }
 
 // MAC authenticates a piece of an object with a secret. Its verification takes a quarter of the CPU time of a SHA-256.
@@ -163,8 +164,8 @@ type verifier struct {
 func (p Pieces) verifier(key string, size int64, secret []byte) (*verifier, error) {
 	v := &verifier{pieces: p}
 	hasMACs := len(p.MACs) > 0 || len(p.Salt) > 0
-	if size < 0 || int64(len(p.Sums)) != pieces(size) ||
-		hasMACs && (len(p.MACs) != len(p.Sums) || len(p.Salt) != saltSize) {
+	if n := pieces(size); size < 0 || hasMACs && (int64(len(p.MACs)) != n || len(p.Salt) != saltSize) ||
+		(!hasMACs || len(p.Sums) > 0) && int64(len(p.Sums)) != n {
 		return nil, fmt.Errorf("object %s: %d sums and %d MACs of %d bytes: %w", key, len(p.Sums), len(p.MACs), size,
 			ErrDamaged)
 	}
@@ -174,6 +175,27 @@ func (p Pieces) verifier(key string, size int64, secret []byte) (*verifier, erro
 	var err error
 	v.keys, err = newMACKeys(secret, p.Salt, key)
 	return v, err
+}
+
+// Verify returns [ErrDamaged] if p, which describes the object of a key, does not describe the first size bytes of f.
+func (p Pieces) Verify(ctx context.Context, key string, f io.ReaderAt, size int64, secret []byte) error {
+	v, err := p.verifier(key, size, secret)
+	if err != nil {
+		return err
+	}
+	buf := make([]byte, bufferSize)
+	for i := range int(pieces(size)) {
+		content, ok := v.piece(i)
+		body := pieceOf(f, size, i)
+		n, err := io.CopyBuffer(struct{ io.Writer }{content}, onlyReader{ctx, body}, buf)
+		if err != nil {
+			return fmt.Errorf("reading the file of object %s: %w", key, err)
+		}
+		if n < body.Size() || !ok() {
+			return fmt.Errorf("piece %d of object %s: %w", i, key, ErrDamaged)
+		}
+	}
+	return nil
 }
 
 // piece returns a writer for the content of a piece, and a function that reports whether it was the right content.

@@ -183,7 +183,7 @@ func TestPiecesStayInPlace(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	swapped := Pieces{p.Sums, p.Salt, slices.Clone(p.MACs)}
+	swapped := Pieces{Salt: p.Salt, MACs: slices.Clone(p.MACs)}
 	swapped.MACs[0], swapped.MACs[1] = p.MACs[1], p.MACs[0]
 	for name, c := range map[string]struct {
 		object []byte
@@ -198,7 +198,7 @@ func TestPiecesStayInPlace(t *testing.T) {
 		"a piece less":                {content[:2*minPart], p},
 		"a byte more":                 {slices.Concat(content, []byte{0}), p},
 		"a piece more":                {slices.Concat(content, content[:minPart]), p},
-		"the MACs of another object":  {content, Pieces{p.Sums, p.Salt, ofOther.MACs}},
+		"the MACs of another object":  {content, Pieces{Salt: p.Salt, MACs: ofOther.MACs}},
 		"and the salt of that object": {content, ofOther},
 	} {
 		if _, err := b.Put(t.Context(), "a", section(c.object), sha256.Sum256(c.object), Condition{}); err != nil {

@@ -89,9 +89,9 @@ func (t *Transfer) Upload(ctx context.Context, key string, f io.ReaderAt, size i
 	return t.settled(ctx, key, size, t.upload(ctx, key, p))
 }
 
-// UploadPieces makes an object of a file whose SHA-256 is not known, and returns the description of its pieces, with
-// MACs by a secret of 32 bytes or more, for [Transfer.DownloadPieces]. It describes the file, whichever upload made the
-// object. Otherwise it behaves like [Transfer.Upload].
+// UploadPieces makes an object of a file whose SHA-256 is not known, and returns the description of its pieces, by
+// MACs with a secret of 32 bytes or more, for [Transfer.DownloadPieces]. It describes the file, whichever upload made
+// the object. Otherwise it behaves like [Transfer.Upload].
 func (t *Transfer) UploadPieces(ctx context.Context, key string, f io.ReaderAt, size int64, secret []byte) (Pieces,
 	error) {
 	p := newParts(f, size)
@@ -100,21 +100,21 @@ func (t *Transfer) UploadPieces(ctx context.Context, key string, f io.ReaderAt, 
 	if err != nil {
 		return Pieces{}, err
 	}
-	p.keys, p.macs = keys, make([]MAC, len(p.sums))
+	p.keys, p.macs = keys, make([]MAC, pieces(size))
 	there, err := t.has(ctx, key, size)
 	if !there && err == nil {
 		err = t.settled(ctx, key, size, t.upload(ctx, key, p))
 	}
 	buf := make([]byte, bufferSize)
-	for i := range p.sums { // those of an object that another upload made are missing
-		if err == nil && p.sums[i] == (Sum{}) {
-			_, err = p.read(ctx, i, sha256.New(), io.Discard, buf)
+	for i := range p.macs { // those of an object that another upload made are missing
+		if err == nil && p.macs[i] == (MAC{}) {
+			_, err = p.read(ctx, i, io.Discard, buf)
 		}
 	}
 	if err != nil {
 		return Pieces{}, err
 	}
-	return Pieces{Sums: p.sums, Salt: salt, MACs: p.macs}, nil
+	return Pieces{Salt: salt, MACs: p.macs}, nil
 }
 
 // pieces returns the number of pieces of a file. An empty file has one.
@@ -157,18 +157,20 @@ func (t *Transfer) has(ctx context.Context, key string, size int64) (bool, error
 
 // upload uploads a file, in parts if it has several pieces. It makes no object if the file does not have its SHA-256.
 func (t *Transfer) upload(ctx context.Context, key string, p *parts) error {
-	if len(p.sums) > 1 {
+	if pieces(p.size) > 1 {
 		return t.uploadParts(ctx, key, p)
 	}
-	body, err := p.read(ctx, 0, sha256.New(), io.Discard, make([]byte, bufferSize))
-	if err != nil || p.whole != nil && p.sums[0] != *p.whole {
+	hash := sha256.New()
+	body, err := p.read(ctx, 0, hash, make([]byte, bufferSize))
+	sum := Sum(hash.Sum(nil))
+	if err != nil || p.whole != nil && sum != *p.whole {
 		return wrongSum(key, err)
 	}
 	if err := t.up.acquire(ctx); err != nil {
 		return err
 	}
 	defer t.up.release()
-	_, err = t.bucket.Put(ctx, key, body, p.sums[0], Condition{Absent: true})
+	_, err = t.bucket.Put(ctx, key, body, sum, Condition{Absent: true})
 	return err
 }
 
@@ -201,16 +203,14 @@ func readAll(ctx context.Context, r *io.SectionReader, sums io.Writer, buf []byt
 	return err
 }
 
-// parts sums the parts of a file, which several goroutines take one after the other.
+// parts reads the parts of a file, which several goroutines take one after the other.
 type parts struct {
 	file io.ReaderAt
 	size int64 // bytes
-	// sums has the SHA-256 of each part that was read. If whole is set, it has that of the file up to the part's end.
-	sums []Sum
 	// whole is the SHA-256 that the file must have, nil if it is not known.
 	whole *Sum
 	keys  *macKeys // of macs; nil if none are needed
-	macs  []MAC    // of the parts that were read
+	macs  []MAC    // of the parts that were read, if keys is set
 	taken atomic.Int64
 
 	inOrder sync.Mutex // held while a part is taken and read, if whole is set
@@ -220,14 +220,13 @@ type parts struct {
 
 // newParts returns the parts of a file, none of them taken.
 func newParts(f io.ReaderAt, size int64) *parts {
-	return &parts{file: f, size: size, sums: make([]Sum, pieces(size)), soFar: sha256.New()}
+	return &parts{file: f, size: size, soFar: sha256.New()}
 }
 
-// read reads a part once, for its SHA-256 by sum, its MAC, and for also. It returns the part's content. After an error
-// the part has neither.
-func (p *parts) read(ctx context.Context, i int, sum hash.Hash, also io.Writer, buf []byte) (*io.SectionReader, error) {
+// read reads a part once, for sums and for its MAC, and returns its content. After an error the part has no MAC.
+func (p *parts) read(ctx context.Context, i int, sums io.Writer, buf []byte) (*io.SectionReader, error) {
 	body := pieceOf(p.file, p.size, i)
-	to := io.MultiWriter(sum, also)
+	to := sums
 	var mac *pieceMAC
 	if p.keys != nil {
 		mac = p.keys.piece(i)
@@ -236,7 +235,6 @@ func (p *parts) read(ctx context.Context, i int, sum hash.Hash, also io.Writer, 
 	if err := readAll(ctx, body, to, buf); err != nil {
 		return nil, err
 	}
-	p.sums[i] = Sum(sum.Sum(nil))
 	if mac != nil {
 		p.macs[i] = mac.mac()
 	}
@@ -247,23 +245,24 @@ func (p *parts) read(ctx context.Context, i int, sum hash.Hash, also io.Writer, 
 // taken. It returns [ErrDamaged] with the last part of a file that does not have the SHA-256 whole.
 func (p *parts) next(ctx context.Context, key string, buf []byte) (i int, body *io.SectionReader, crc uint32,
 	err error) {
-	sum := sha256.New()
+	check := crc32.New(castagnoli)
+	sums := io.Writer(check)
 	if p.whole != nil {
 		p.inOrder.Lock()
 		defer p.inOrder.Unlock()
-		sum = p.soFar
+		sums = io.MultiWriter(check, p.soFar)
 	}
+	n := int(pieces(p.size))
 	i = int(p.taken.Add(1)) - 1
-	if i >= len(p.sums) {
+	if i >= n {
 		return i, nil, 0, nil
 	}
-	check := crc32.New(castagnoli)
-	body, err = p.read(ctx, i, sum, check, buf)
+	body, err = p.read(ctx, i, sums, buf)
 	if err != nil {
-		p.taken.Store(int64(len(p.sums))) // soFar lacks a part of this one
+		p.taken.Store(int64(n)) // soFar lacks a part of this one
 		return i, nil, 0, wrongSum(key, err)
 	}
-	if p.whole != nil && i == len(p.sums)-1 && p.sums[i] != *p.whole {
+	if p.whole != nil && i == n-1 && Sum(p.soFar.Sum(nil)) != *p.whole {
 		return i, nil, 0, wrongSum(key, nil)
 	}
 	return i, body, check.Sum32(), nil
@@ -276,7 +275,7 @@ func (t *Transfer) uploadParts(ctx context.Context, key string, p *parts) error 
 	if err != nil {
 		return err
 	}
-	sent := make([]Part, len(p.sums))
+	sent := make([]Part, pieces(p.size))
 	g, sending := errgroup.WithContext(ctx)
 	for range min(perFile, len(sent)) {
 		g.Go(func() error {

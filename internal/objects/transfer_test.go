@@ -132,16 +132,19 @@ func TestTransferPieces(t *testing.T) {
 			f, sum := testFile(t, size)
 			key := "pieces/" + sum.String()
 			p, err := transfer.UploadPieces(t.Context(), key, f, size, testSecret)
-			if err != nil || int64(len(p.Sums)) != pieces(size) || len(p.MACs) != len(p.Sums) {
-				t.Fatalf("uploading %d bytes: %d sums, %d MACs, %v", size, len(p.Sums), len(p.MACs), err)
+			if err != nil || int64(len(p.MACs)) != pieces(size) {
+				t.Fatalf("uploading %d bytes: %d MACs, %v", size, len(p.MACs), err)
 			}
 			again, err := transfer.UploadPieces(t.Context(), key, f, size, testSecret)
-			if err != nil || !slices.Equal(again.Sums, p.Sums) || slices.Equal(again.Salt, p.Salt) ||
-				slices.Equal(again.MACs, p.MACs) {
+			if err != nil || slices.Equal(again.Salt, p.Salt) || slices.Equal(again.MACs, p.MACs) {
 				t.Errorf("the second upload of %d bytes gives %v, %v; the first gave %v", size, again, err, p)
 			}
-			// An earlier version described the pieces without MACs.
-			for _, p := range []Pieces{p, again, {Sums: p.Sums}} {
+			// Earlier versions described the pieces by sums, and later by both.
+			sums := sumsOf(t, f, size)
+			for _, p := range []Pieces{p, again, {Sums: sums}, {p.Salt, p.MACs, sums}} {
+				if err := p.Verify(t.Context(), key, f, size, testSecret); err != nil {
+					t.Errorf("the file of %d bytes: %v", size, err)
+				}
 				got := emptyFile(t)
 				if err := transfer.DownloadPieces(t.Context(), key, got, size, p, testSecret, 0); err != nil {
 					t.Fatalf("downloading %d bytes: %v", size, err)
@@ -151,13 +154,16 @@ func TestTransferPieces(t *testing.T) {
 					t.Errorf("%d bytes came back with the sum %s, %v; want %s", size, back, err, sum)
 				}
 			}
-			for name, d := range damages(p, again) {
+			for name, d := range damages(p, again, sums) {
 				if size == 0 && d.content {
 					continue // nothing is there that could be verified
 				}
 				err := transfer.DownloadPieces(t.Context(), key, emptyFile(t), size+d.longer, d.pieces, d.secret, 0)
 				if !errors.Is(err, ErrDamaged) {
 					t.Errorf("%d bytes with %s: %v", size, name, err)
+				}
+				if err := d.pieces.Verify(t.Context(), key, f, size+d.longer, d.secret); !errors.Is(err, ErrDamaged) {
+					t.Errorf("the file of %d bytes with %s: %v", size, name, err)
 				}
 			}
 			if left := promisedBy(transfer); left != 0 {
@@ -179,28 +185,44 @@ type damage struct {
 	content bool  // whether only the content shows it
 }
 
-// damages returns, by name, what does not fit the object of p. Another upload of the same file gave again.
-func damages(p, again Pieces) map[string]damage {
-	last := len(p.Sums) - 1
-	wrongSum, wrongMAC, wrongSalt := slices.Clone(p.Sums), slices.Clone(p.MACs), slices.Clone(p.Salt)
+// sumsOf returns the SHA-256 of the pieces of a file.
+func sumsOf(t *testing.T, f io.ReaderAt, size int64) []Sum {
+	t.Helper()
+	sums := make([]Sum, pieces(size))
+	for i := range sums {
+		sum, err := sumOf(t.Context(), pieceOf(f, size, i), make([]byte, 1<<20))
+		if err != nil {
+			t.Fatal(err)
+		}
+		sums[i] = sum
+	}
+	return sums
+}
+
+// damages returns, by name, what does not fit the object of p, whose pieces have the sums. Another upload of the same
+// file gave again.
+func damages(p, again Pieces, sums []Sum) map[string]damage {
+	last := len(sums) - 1
+	wrongSum, wrongMAC, wrongSalt := slices.Clone(sums), slices.Clone(p.MACs), slices.Clone(p.Salt)
 	wrongSum[last][0]++
 	wrongMAC[last][0]++
 	wrongSalt[0]++
 	return map[string]damage{
-		"another sum":             {Pieces{Sums: wrongSum}, testSecret, 0, true},
-		"another MAC":             {Pieces{p.Sums, p.Salt, wrongMAC}, testSecret, 0, true},
-		"another salt":            {Pieces{p.Sums, wrongSalt, p.MACs}, testSecret, 0, true},
-		"MACs of another upload":  {Pieces{p.Sums, p.Salt, again.MACs}, testSecret, 0, true},
-		"another secret":          {p, []byte("another secret"), 0, true},
-		"another size":            {p, testSecret, 1, false},
-		"no size":                 {p, testSecret, -1 << 40, false},
-		"no sums":                 {Pieces{nil, p.Salt, p.MACs}, testSecret, 0, false},
-		"no salt":                 {Pieces{p.Sums, nil, p.MACs}, testSecret, 0, false},
-		"a short salt":            {Pieces{p.Sums, p.Salt[1:], p.MACs}, testSecret, 0, false},
-		"a salt without MACs":     {Pieces{p.Sums, p.Salt, nil}, testSecret, 0, false},
-		"a MAC less":              {Pieces{p.Sums, p.Salt, p.MACs[1:]}, testSecret, 0, false},
-		"a MAC more":              {Pieces{p.Sums, p.Salt, append(wrongMAC, MAC{})}, testSecret, 0, false},
-		"sums and MACs of others": {Pieces{append(wrongSum, Sum{}), p.Salt, append(wrongMAC, MAC{})}, testSecret, 0, false},
+		"another sum":            {Pieces{Sums: wrongSum}, testSecret, 0, true},
+		"another MAC":            {Pieces{Salt: p.Salt, MACs: wrongMAC}, testSecret, 0, true},
+		"another MAC and a sum":  {Pieces{p.Salt, wrongMAC, sums}, testSecret, 0, true},
+		"another salt":           {Pieces{Salt: wrongSalt, MACs: p.MACs}, testSecret, 0, true},
+		"MACs of another upload": {Pieces{Salt: p.Salt, MACs: again.MACs}, testSecret, 0, true},
+		"another secret":         {p, []byte("another secret"), 0, true},
+		"another size":           {p, testSecret, 1, false},
+		"no size":                {p, testSecret, -1 << 40, false},
+		"no description":         {Pieces{}, testSecret, 0, false},
+		"no salt":                {Pieces{MACs: p.MACs}, testSecret, 0, false},
+		"a short salt":           {Pieces{Salt: p.Salt[1:], MACs: p.MACs}, testSecret, 0, false},
+		"a salt without MACs":    {Pieces{p.Salt, nil, sums}, testSecret, 0, false},
+		"a MAC less":             {Pieces{Salt: p.Salt, MACs: p.MACs[1:]}, testSecret, 0, false},
+		"a MAC more":             {Pieces{Salt: p.Salt, MACs: append(wrongMAC, MAC{})}, testSecret, 0, false},
+		"a sum more":             {Pieces{p.Salt, p.MACs, append(wrongSum, Sum{})}, testSecret, 0, false},
 	}
 }
 
@@ -446,7 +468,7 @@ func TestDownloadContinues(t *testing.T) {
 			return NewTransfer(b).DownloadPieces(t.Context(), "a", emptyFile(t), size, p, testSecret, 0)
 		},
 		"pieces without MACs": func(b Bucket) error {
-			return NewTransfer(b).DownloadPieces(t.Context(), "a", emptyFile(t), size, Pieces{Sums: p.Sums}, nil, 0)
+			return NewTransfer(b).DownloadPieces(t.Context(), "a", emptyFile(t), size, Pieces{Sums: sumsOf(t, f, size)}, nil, 0)
 		},
 	} {
 		b := &brittle{Bucket: dir, broken: map[int64]bool{}}
