@@ -429,7 +429,8 @@ func resultOf(r *cay.ExecuteResult) result {
 // exec runs a command line that may fail.
 func (s *server) exec(id, command string, more ...object) result {
 	s.t.Helper()
-	request := requestOf[cay.ExecuteRequest](s.t, append([]object{{"command": command}}, more...)...)
+	// A busy machine may need longer than the 30 s that a command has by default.
+	request := requestOf[cay.ExecuteRequest](s.t, append([]object{{"command": command, "timeout": "2m"}}, more...)...)
 	r, err := s.api().Execute(context.Background(), id, request)
 	if err != nil {
 		s.t.Fatalf("execute %q: %v", command, err)
