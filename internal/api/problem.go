@@ -51,7 +51,7 @@ func statusOf(err error) (int, *fault.Error) {
 		f = fault.New(fault.Internal, fault.CodeInternal,
 			"an internal error; the server's log has the cause under the request_id").Because(err)
 	}
-	return httpserver.Status(f.Kind), f
+	return f.Kind.Status(), f
 }
 
 // problem answers with a fault under the given status.

@@ -101,7 +101,7 @@ func verdictOf(err error) verdict {
 		return verdict{http.StatusInternalServerError,
 			"an internal error; the server's log has the cause", fault.CodeInternal}
 	}
-	p := verdict{httpserver.Status(f.Kind), f.Detail, f.Code}
+	p := verdict{f.Kind.Status(), f.Detail, f.Code}
 	if f.Field != "" {
 		p.message = f.Field + ": " + f.Detail
 	}

@@ -2,8 +2,8 @@
 //
 // A room sets a kind where a caller acts on it (a failed lookup is [NotFound], a lost race for a
 // sandbox is [Conflict]). Every other error is a plain wrapped error and counts as internal: its
-// text reaches the log and never a user. The texts of an [Error] are written for the user. Package
-// httpserver has the HTTP status of each kind.
+// text reaches the log and never a user. The texts of an [Error] are written for the user. Each kind
+// has one HTTP status.
 //
 // The package imports nothing of cay. Errors are immutable and safe to share.
 package fault
@@ -34,15 +34,51 @@ const (
 	Gone                 // the thing was there and has been dropped for good
 )
 
-var kindNames = [...]string{"internal", "not found", "conflict", "invalid", "unauthenticated", "denied",
-	"exhausted", "unavailable", "no space", "too large", "upstream", "gone"}
+// kinds has the name of each kind, and its status of HTTP. No two kinds share a status, so that the receiver of an
+// answer finds the kind.
+var kinds = [...]struct {
+	name   string
+	status int
+}{
+	Internal:        {"internal", 500},
+	NotFound:        {"not found", 404},
+	Conflict:        {"conflict", 409},
+	Invalid:         {"invalid", 400},
+	Unauthenticated: {"unauthenticated", 401},
+	Denied:          {"denied", 403},
+	Exhausted:       {"exhausted", 429},
+	Unavailable:     {"unavailable", 503},
+	NoSpace:         {"no space", 507},
+	TooLarge:        {"too large", 413},
+	Upstream:        {"upstream", 502},
+	Gone:            {"gone", 410},
+}
 
 // String names the kind for logs.
 func (k Kind) String() string {
-	if k < 0 || int(k) >= len(kindNames) {
+	if k < 0 || int(k) >= len(kinds) {
 		return fmt.Sprintf("kind(%d)", int(k))
 	}
-	return kindNames[k]
+	return kinds[k].name
+}
+
+// Status returns the status of an answer over HTTP with an error of the kind. Fronts answer other statuses than these
+// only where HTTP has one that no kind stands for.
+func (k Kind) Status() int {
+	if k < 0 || int(k) >= len(kinds) {
+		return kinds[Internal].status
+	}
+	return kinds[k].status
+}
+
+// OfStatus returns the kind whose [Kind.Status] is status, or Internal if there is none.
+func OfStatus(status int) Kind {
+	for k := range kinds {
+		if kinds[k].status == status {
+			return Kind(k)
+		}
+	}
+	return Internal
 }
 
 // Error is an error with a kind, a stable code for machines and a text for

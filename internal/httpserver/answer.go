@@ -12,31 +12,6 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// statuses maps each kind of fault to its HTTP status. Fronts answer other statuses than these only
-// where HTTP has one that no kind stands for.
-var statuses = map[fault.Kind]int{
-	fault.Internal:        http.StatusInternalServerError,
-	fault.NotFound:        http.StatusNotFound,
-	fault.Conflict:        http.StatusConflict,
-	fault.Invalid:         http.StatusBadRequest,
-	fault.Unauthenticated: http.StatusUnauthorized,
-	fault.Denied:          http.StatusForbidden,
-	fault.Exhausted:       http.StatusTooManyRequests,
-	fault.Unavailable:     http.StatusServiceUnavailable,
-	fault.NoSpace:         http.StatusInsufficientStorage,
-	fault.TooLarge:        http.StatusRequestEntityTooLarge,
-	fault.Upstream:        http.StatusBadGateway,
-	fault.Gone:            http.StatusGone,
-}
-
-// Status returns the HTTP status of a kind of fault.
-func Status(k fault.Kind) int {
-	if status := statuses[k]; status != 0 {
-		return status
-	}
-	return http.StatusInternalServerError
-}
-
 // RetryAfter tells the caller of a failed call when to try again, if that is known.
 func RetryAfter(h http.Header, f *fault.Error) {
 	if f != nil && f.RetryAfter > 0 {

@@ -27,7 +27,7 @@ func frontServer(t *testing.T, do func(*Front, *Recorder, *http.Request) error) 
 		Failed:   func(string) error { return nil },
 		Problem: func(w http.ResponseWriter, r *http.Request, err error) {
 			f := fault.As(err)
-			RefuseJSON(w, r, Status(f.Kind), f.Code, "application/json", f.Code)
+			RefuseJSON(w, r, f.Kind.Status(), f.Code, "application/json", f.Code)
 		}})
 	srv := httptest.NewUnstartedServer(nil)
 	srv.Config = Server("", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

@@ -101,7 +101,7 @@ func frontOf(do func(w *Recorder, r *http.Request) error) http.Handler {
 		Problem: func(w http.ResponseWriter, r *http.Request, err error) {
 			status, code := http.StatusInternalServerError, ""
 			if f := fault.As(err); f != nil {
-				status, code = Status(f.Kind), f.Code
+				status, code = f.Kind.Status(), f.Code
 			}
 			Refuse(w, r, status, code, []byte(code))
 		},

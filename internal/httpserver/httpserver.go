@@ -1,8 +1,8 @@
 // Package httpserver has everything that the fronts, api and e2b, do alike with HTTP: the server
 // with its limits on connections and slow callers, and around each handler the request id, the
-// account of memory, the deadlines, the recovery from a panic, the access log and the status of an
-// error. It also writes streams of server-sent events, and forwards whole requests to the nodes that
-// serve them ([Forwarder], [Admit]). It knows no operation and no shape of an error's body; a [Front]
+// account of memory, the deadlines, the recovery from a panic and the access log. It also writes
+// streams of server-sent events, and forwards whole requests to the nodes that serve them
+// ([Forwarder], [Admit]). It knows no operation and no shape of an error's body; a [Front]
 // is given those.
 //
 // Each call of a Front ends in its method finish, also after a panic. The access log leaves out lines

@@ -176,6 +176,6 @@ func answerOf(resp *http.Response, out any) error {
 	if err := json.Unmarshal(text, &p); err != nil || p.Code == "" {
 		return fmt.Errorf("the answer has the status %d", resp.StatusCode)
 	}
-	return &fault.Error{Kind: kindOf(resp.StatusCode), Code: p.Code, Detail: p.Detail, Field: p.Field,
+	return &fault.Error{Kind: fault.OfStatus(resp.StatusCode), Code: p.Code, Detail: p.Detail, Field: p.Field,
 		RetryAfter: time.Duration(p.RetryAfterMs) * time.Millisecond}
 }

@@ -169,7 +169,7 @@ func (h *handler) fail(w http.ResponseWriter, r *http.Request, err error) {
 		h.Log.Log(r.Context(), level, "refused a call of a node", "path", r.URL.Path, "remote", r.RemoteAddr, "code", f.Code,
 			"detail", f.Detail)
 	}
-	write(w, statusOf(f.Kind), problem{Code: f.Code, Detail: f.Detail, Field: f.Field,
+	write(w, f.Kind.Status(), problem{Code: f.Code, Detail: f.Detail, Field: f.Field,
 		RetryAfterMs: f.RetryAfter.Milliseconds()})
 }
 
@@ -177,36 +177,6 @@ func write(w http.ResponseWriter, status int, v any) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
 	_ = json.NewEncoder(w).Encode(v) // fails if the node has left
-}
-
-// statuses has the HTTP status of each kind of error on this wire, each its own, so that a client finds the kind.
-var statuses = map[fault.Kind]int{
-	fault.Internal:        http.StatusInternalServerError,
-	fault.NotFound:        http.StatusNotFound,
-	fault.Conflict:        http.StatusConflict,
-	fault.Invalid:         http.StatusBadRequest,
-	fault.Unauthenticated: http.StatusUnauthorized,
-	fault.Denied:          http.StatusForbidden,
-	fault.Exhausted:       http.StatusTooManyRequests,
-	fault.Unavailable:     http.StatusServiceUnavailable,
-	fault.TooLarge:        http.StatusRequestEntityTooLarge,
-}
-
-func statusOf(k fault.Kind) int {
-	if status, ok := statuses[k]; ok {
-		return status
-	}
-	return http.StatusInternalServerError
-}
-
-// kindOf returns the kind of an answer with a status, Internal if the status is no kind's.
-func kindOf(status int) fault.Kind {
-	for k, s := range statuses {
-		if s == status {
-			return k
-		}
-	}
-	return fault.Internal
 }
 
 // CA is a [fleet.CA] that signs with an authority of package pki.

@@ -94,11 +94,8 @@ func (db *DB) Join(ctx context.Context, tokenHash string, n fleet.Node, keySum s
 		joined, err = scanNode(tx.QueryRowContext(ctx, getNode, n.ID), n.ID)
 		return err
 	})
-	switch {
-	case db.violates(err, false):
-		return fleet.Node{}, fault.New(fault.Conflict, fault.CodeNodeExists, "another node has the name %q", n.Name)
-	case err != nil:
-		return fleet.Node{}, fmt.Errorf("joining: %w", err)
+	if err != nil {
+		return fleet.Node{}, fmt.Errorf("joining: %w", db.nodeExists(err, n.Name))
 	}
 	return joined, nil
 }

@@ -53,13 +53,18 @@ func (db *DB) RegisterNode(ctx context.Context, n fleet.Node) (registered fleet.
 		registered, err = scanNode(tx.QueryRowContext(ctx, getNode, n.ID), n.ID)
 		return err
 	})
-	switch {
-	case db.violates(err, false):
-		return fleet.Node{}, fault.New(fault.Conflict, fault.CodeNodeExists, "another node has the name %q", n.Name)
-	case err != nil:
-		return fleet.Node{}, fmt.Errorf("writing node %s: %w", n.ID, err)
+	if err != nil {
+		return fleet.Node{}, fmt.Errorf("writing node %s: %w", n.ID, db.nodeExists(err, n.Name))
 	}
 	return registered, nil
+}
+
+// nodeExists returns the error for a name that another node has, if err came of writing one, and err otherwise.
+func (db *DB) nodeExists(err error, name string) error {
+	if db.violates(err, false) {
+		return fault.New(fault.Conflict, fault.CodeNodeExists, "another node has the name %q", name)
+	}
+	return err
 }
 
 // GetNode implements [fleet.Store].
