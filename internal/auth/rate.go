@@ -1,7 +1,7 @@
 package auth
 
 import (
-	"net"
+	"net/netip"
 	"sync"
 	"time"
 
@@ -83,16 +83,19 @@ func (b *Buckets) sweepLocked(now time.Time) {
 	}
 }
 
-// Address returns the bucket name of a caller without a key: the address of its connection, or
-// for IPv6 its /64 network, since one subscriber has all of that.
+// Address returns the name under which callers without a key are counted: the address of a connection, or for IPv6 its
+// /64 network, since one subscriber has all of that. All rooms that count by address count by this name.
 func Address(remote string) string {
-	host, _, err := net.SplitHostPort(remote)
+	at, err := netip.ParseAddrPort(remote)
+	ip := at.Addr()
 	if err != nil {
-		host = remote
+		if ip, err = netip.ParseAddr(remote); err != nil {
+			return remote
+		}
 	}
-	ip := net.ParseIP(host)
-	if ip == nil || ip.To4() != nil {
-		return host
+	// A zone names the machine's own interface, and the same address of IPv4 has a second form.
+	if ip = ip.WithZone("").Unmap(); ip.Is4() {
+		return ip.String()
 	}
-	return ip.Mask(net.CIDRMask(64, 128)).String()
+	return netip.PrefixFrom(ip, 64).Masked().Addr().String()
 }

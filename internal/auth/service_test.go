@@ -590,6 +590,25 @@ func TestFailedAttempts(t *testing.T) {
 	})
 }
 
+// TestAddress checks which connections are counted together.
+func TestAddress(t *testing.T) {
+	for want, all := range map[string][]string{
+		"192.0.2.1":       {"192.0.2.1:1", "192.0.2.1:65535", "[::ffff:192.0.2.1]:1", "[::ffff:c000:201%eth0]:1", "192.0.2.1"},
+		"192.0.2.2":       {"192.0.2.2:1"},
+		"2001:db8:0:1::":  {"[2001:db8:0:1::1]:1", "[2001:db8:0:1:ffff:ffff:ffff:ffff]:2", "2001:db8:0:1::"},
+		"2001:db8:0:2::":  {"[2001:db8:0:2::1]:1"},
+		"fe80::":          {"[fe80::1%eth0]:1", "[fe80::ffff:1%eth0]:1", "[fe80::2%eth1]:1", "fe80::3%eth0"},
+		"odd":             {"odd"},
+		"192.0.2.1:70000": {"192.0.2.1:70000"},
+	} {
+		for _, remote := range all {
+			if got := Address(remote); got != want {
+				t.Errorf("%s is counted as %s, want %s", remote, got, want)
+			}
+		}
+	}
+}
+
 // TestBucketsAreBounded has more callers than there may be buckets.
 func TestBucketsAreBounded(t *testing.T) {
 	b := NewBuckets(1, 10)
