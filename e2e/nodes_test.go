@@ -130,7 +130,7 @@ func (s *server) joins(url string) (speaks, leaves func()) {
 		if err != nil {
 			s.t.Fatal(err)
 		}
-		chain, authorities, err := client.Renew(context.Background(), request)
+		chain, authorities, err := client.Renewal(session)(context.Background(), request)
 		if err == nil {
 			err = k.Replace(chain, authorities)
 		}

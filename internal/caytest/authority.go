@@ -115,3 +115,15 @@ func (a *Authority) ClientConfig(name, server string) (*tls.Config, error) {
 	return &tls.Config{MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{own}, RootCAs: a.pool(),
 		ServerName: server, DynamicRecordSizingDisabled: true}, err
 }
+
+// Each returns a function that returns a configuration with protocols of ALPN, for each connection anew.
+func Each(c *tls.Config, err error) func(protocols ...string) *tls.Config {
+	if err != nil {
+		panic(err)
+	}
+	return func(protocols ...string) *tls.Config {
+		c := c.Clone()
+		c.NextProtos = protocols
+		return c
+	}
+}

@@ -66,8 +66,9 @@ type JoinStore interface {
 	// "unauthenticated" for a token that does not exist and "token_expired"; Conflict, codes "token_used" and
 	// "node_exists", if the name is taken; and Denied, code "node_refused".
 	Join(ctx context.Context, tokenHash string, n Node, keySum string) (Node, error)
-	// CheckNode returns Denied, code "node_refused", unless the node exists, is not removed and has the key.
-	CheckNode(ctx context.Context, id ID, keySum string) error
+	// CheckNode returns Denied, code "node_refused", unless the node exists, is not removed and has the key. Otherwise it
+	// returns the node's newest session, also if its lease is over, or "" if it has begun none or has ended it.
+	CheckNode(ctx context.Context, id ID, keySum string) (session string, err error)
 	// BeginLease begins a session of a node, for which CheckNode holds. It returns a Conflict, code "node_in_use", while
 	// the lease of another session holds.
 	BeginLease(ctx context.Context, id ID, keySum, session string, lease time.Duration) (Node, error)

@@ -33,7 +33,7 @@ func TestNoFleet(t *testing.T) {
 	wantCode(t, err, fault.Conflict, "fleet_off")
 	_, err = f.Join(t.Context(), fleet.JoinRequest{})
 	wantCode(t, err, fault.Conflict, "fleet_off")
-	wantCode(t, f.Check(t.Context(), fleet.Identity{}), fault.Conflict, "fleet_off")
+	wantCode(t, f.Check(t.Context(), fleet.Identity{}, ""), fault.Conflict, "fleet_off")
 }
 
 func wantCode(t *testing.T, err error, kind fault.Kind, code string) {
@@ -82,7 +82,80 @@ func TestTokens(t *testing.T) {
 	_, _, err = f.NewToken(ctx, "key_a", "none", fleet.TokenSettings{}, time.Minute)
 	wantCode(t, err, fault.NotFound, "node_not_found")
 	wantCode(t, f.Remove(ctx, "host"), fault.Conflict, "node_in_use")
-	wantCode(t, f.Check(ctx, fleet.Identity{Cluster: "OTHER", Node: "abcdef"}), fault.Denied, "node_refused")
+	err = f.Check(ctx, fleet.Identity{Cluster: "OTHER", Node: "abcdef"}, strings.Repeat("s", 16))
+	wantCode(t, err, fault.Denied, "node_refused")
+}
+
+// TestSessionsOfAnIdentity checks which processes with one certificate may speak, and which may renew it.
+func TestSessionsOfAnIdentity(t *testing.T) {
+	f := newFixture(t)
+	f.withCA(t)
+	ctx := t.Context()
+	token, _, err := f.NewToken(ctx, "key_a", "", fleet.TokenSettings{}, time.Minute)
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, err := pki.NewKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	request, err := pki.NewRequest(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	csr := string(request)
+	j, err := f.Join(ctx, fleet.JoinRequest{Token: token, CSR: csr, Name: "n"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	sum, err := pki.RequestKeySum(request)
+	if err != nil {
+		t.Fatal(err)
+	}
+	who := fleet.Identity{Cluster: j.Cluster, Node: j.Node, KeySum: sum}
+	one, two := strings.Repeat("1", 16), strings.Repeat("2", 16)
+	begin := func(session string, lease time.Duration) {
+		t.Helper()
+		if _, err := f.db.BeginLease(ctx, who.Node, who.KeySum, session, lease); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, step := range []struct {
+		what           string
+		do             func()
+		speaks, renews map[string]bool
+	}{
+		{"no session", func() {}, map[string]bool{}, map[string]bool{one: true, two: true}},
+		{"the first, over", func() { begin(one, time.Microsecond) }, map[string]bool{one: true}, map[string]bool{one: true}},
+		{"the second", func() { begin(two, time.Hour) }, map[string]bool{two: true}, map[string]bool{two: true}},
+		{"none any more", func() {
+			if err := f.Leave(ctx, who, two); err != nil {
+				t.Fatal(err)
+			}
+		}, map[string]bool{}, map[string]bool{one: true, two: true}},
+	} {
+		step.do()
+		for _, session := range []string{one, two} {
+			err := f.Check(ctx, who, session)
+			_, renewErr := f.Renew(ctx, who, session, csr)
+			if (err == nil) != step.speaks[session] || (renewErr == nil) != step.renews[session] {
+				t.Errorf("%s: %.1s speaks: %v, renews: %v", step.what, session, err, renewErr)
+			}
+			for _, err := range []error{err, renewErr} {
+				if err != nil {
+					wantCode(t, err, fault.Denied, "node_refused")
+				}
+			}
+		}
+		for _, err := range []error{f.Check(ctx, who, ""), f.Check(ctx, who, one[1:])} {
+			if !fault.Is(err, fault.Invalid) {
+				t.Errorf("%s: a name that no session has: %v", step.what, err)
+			}
+		}
+		if _, err := f.Renew(ctx, who, "", csr); !fault.Is(err, fault.Invalid) {
+			t.Errorf("%s: renewed without a session: %v", step.what, err)
+		}
+	}
 }
 
 // FuzzToken reads any text as a token. A token that is accepted is the only text of its secret and fingerprint.

@@ -14,11 +14,28 @@ func Refused(why string) error {
 	return fault.New(fault.Denied, fault.CodeNodeRefused, "this node may not speak here: %s", why)
 }
 
-// Check returns an error if the node of a certificate may not speak now: it is of another cluster, was removed, or has
-// another key since it joined again.
-func (s *Service) Check(ctx context.Context, who Identity) error {
+// Check returns an error if the process that has a node's certificate and names a session may not speak now: the node
+// is of another cluster, was removed or has another key since it joined again, or the session is not the node's newest.
+// A session whose lease is over stays the newest until another one begins.
+func (s *Service) Check(ctx context.Context, who Identity, session string) error {
+	newest, err := s.newest(ctx, who, session)
+	if err == nil && newest != session {
+		err = ErrAnotherSession
+	}
+	return err
+}
+
+// ErrAnotherSession refuses a process whose session is not the node's newest.
+var ErrAnotherSession = Refused("another session of it has begun, or its own has ended")
+
+// newest returns the newest session of a node, "" if it has none. It returns an error if no session of the identity may
+// speak.
+func (s *Service) newest(ctx context.Context, who Identity, session string) (string, error) {
 	if err := s.ours(who); err != nil {
-		return err
+		return "", err
+	}
+	if err := checkSession(session); err != nil {
+		return "", err
 	}
 	return s.store.CheckNode(ctx, who.Node, who.KeySum)
 }
@@ -34,10 +51,16 @@ func (s *Service) ours(who Identity) error {
 	return nil
 }
 
-// Renew returns a new certificate for the key that a node has.
-func (s *Service) Renew(ctx context.Context, who Identity, request string) (Joined, error) {
-	if err := s.Check(ctx, who); err != nil {
+// Renew returns a new certificate for the key that a node has. The process that asks for it names its session, which
+// must be the node's newest, unless the node has none: a copy of the key alone does not keep a certificate alive beside
+// the node.
+func (s *Service) Renew(ctx context.Context, who Identity, session, request string) (Joined, error) {
+	newest, err := s.newest(ctx, who, session)
+	switch {
+	case err != nil:
 		return Joined{}, err
+	case newest != "" && newest != session:
+		return Joined{}, ErrAnotherSession
 	}
 	keySum, err := s.cfg.CA.KeySum(request)
 	if err != nil {

@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/caytest"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/link"
@@ -52,8 +53,10 @@ func startFleet(t testing.TB, nodes map[string]http.Handler) *fleet {
 	t.Helper()
 	quiet := slog.New(slog.DiscardHandler)
 	a := caytest.NewAuthority(t)
-	f := &fleet{hub: link.NewHub(link.HubConfig{TLS: must(a.ServerConfig(replicaName)), MaxConns: 2000, Log: quiet,
-		Peer: func(_ context.Context, c *x509.Certificate) (string, error) { return c.Subject.CommonName, nil }})}
+	f := &fleet{hub: link.NewHub(link.HubConfig{TLS: caytest.Each(a.ServerConfig(replicaName)), MaxConns: 2000, Log: quiet,
+		Origin: auth.Address, Peer: func(_ context.Context, c *x509.Certificate, _ string) (string, error) {
+			return c.Subject.CommonName, nil
+		}})}
 	l := must(net.Listen("tcp4", "127.0.0.1:0"))
 	until(t, func(ctx context.Context) error { return f.hub.Serve(ctx, l) })
 	isReplica := func(c *x509.Certificate) error {
@@ -64,7 +67,8 @@ func startFleet(t testing.TB, nodes map[string]http.Handler) *fleet {
 	}
 	f.forwarder = &Forwarder{Via: f.hub.Transport, Log: quiet}
 	for name, h := range nodes {
-		n := link.NewNode(link.NodeConfig{TLS: must(a.ClientConfig(name, replicaName)), MaxConns: 2000, Log: quiet})
+		n := link.NewNode(link.NodeConfig{TLS: caytest.Each(a.ClientConfig(name, replicaName)), Session: "s1",
+			MaxConns: 2000, Log: quiet})
 		until(t, func(ctx context.Context) error {
 			return n.Serve(ctx, func() []string { return []string{l.Addr().String()} }, Admit(isReplica, front(h)))
 		})

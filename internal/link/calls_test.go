@@ -122,12 +122,12 @@ func TestIdle(t *testing.T) {
 	a := caytest.NewAuthority(t)
 	hub := newHub(t, a, nil)
 	address, _ := startHub(t, hub)
-	pulse := dialTLS(t, address, must(a.ClientConfig("n1", replicaName)), pulseProtocol)
+	pulse := dialAs(t, address, must(a.ClientConfig("n1", replicaName)), pulseProtocol, "s1")
 	eventually(t, "the pulse is taken", func() bool { all, _ := hub.count("n1"); return all == 0 })
 	before := held(t)
 	cfg := must(a.ClientConfig("n1", replicaName))
 	for range conns {
-		dialTLS(t, address, cfg, dataProtocol)
+		dialAs(t, address, cfg, dataProtocol, "s1")
 	}
 	eventually(t, "all connections wait", func() bool { _, spare := hub.count("n1"); return spare == conns })
 	each := (held(t) - before) / conns

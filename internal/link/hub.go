@@ -8,9 +8,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
-	"net/netip"
 	"slices"
 	"sync"
 	"time"
@@ -25,15 +25,18 @@ const (
 	// retryAfter is the time after which a caller should try again. A node that was cut off is back within 2 s.
 	retryAfter = 2 * time.Second
 
-	// maxHandshakes limits the connections that have not shown a certificate yet, in all and of one address. More than
+	// maxHandshakes limits the connections that have not shown a certificate yet, in all and of one origin. More than
 	// the first would take memory and CPU for strangers; fewer than the second would delay bursts of nodes behind one
 	// address.
-	maxHandshakes, maxHandshakesOfAddress = 1024, 64
+	maxHandshakes, maxHandshakesOfOrigin = 1024, 64
 
-	// maxControl limits the connections for nodes' own requests that have one key, and maxUnknownControl those without a
-	// certificate, which joining nodes have; controlIdle is the time that one may be at rest. A node needs one at a time.
-	maxControl, maxUnknownControl = 16, 128
-	controlIdle                   = 2 * time.Minute
+	// maxControl limits the connections for nodes' own requests that have one key. A node needs one at a time.
+	// controlIdle is the time that one may be at rest.
+	maxControl  = 16
+	controlIdle = 2 * time.Minute
+	// maxUnknownControl limits those without a certificate, which joining nodes have, in all and of one origin. With more
+	// of one origin, a stranger could keep the others from joining.
+	maxUnknownControl, maxUnknownControlOfOrigin = 128, 32
 	// controlWindow bounds the unread bodies of such a connection, in bytes, to what HTTP/2 demands at least.
 	controlWindow = 64<<10 - 1
 
@@ -57,11 +60,16 @@ const (
 
 // HubConfig configures a Hub. All fields are required but Control.
 type HubConfig struct {
-	// TLS is the configuration of the server's end. It verifies certificates of clients; data connections without one
-	// are refused. The Hub sets NextProtos, also of what GetConfigForClient returns.
-	TLS *tls.Config
-	// Peer returns the node of a verified certificate, or an error if the node may not have connections.
-	Peer func(ctx context.Context, c *x509.Certificate) (node string, err error)
+	// TLS returns the configuration of the server's end with protocols of ALPN. It is called for each connection, so that
+	// none begins with a certificate or authorities of before a renewal. It verifies certificates of clients; data
+	// connections without one are refused.
+	TLS func(protocols ...string) *tls.Config
+	// Peer returns the node of a verified certificate, or an error if the process that names a session may not have
+	// connections of the node now. It must know of every session that has begun before it is called.
+	Peer func(ctx context.Context, c *x509.Certificate, session string) (node string, err error)
+	// Origin returns the name under which connections from an address of TCP count together before they have shown a
+	// certificate.
+	Origin func(remote string) string
 	// Control answers requests that nodes make themselves, over HTTP/2. It finds the certificate, if there is one, in the
 	// request's TLS field.
 	Control http.Handler
@@ -72,29 +80,36 @@ type HubConfig struct {
 
 // Hub is the replica's end: nodes dial it, and it sends requests to them. Make it with [NewHub].
 type Hub struct {
-	cfg HubConfig
-	tls *tls.Config
+	cfg       HubConfig
+	protocols []string
 
 	mu sync.Mutex
 	// +checklocks:mu
 	peers map[string]*peer
+	// settled has the times at which a node's connections were dropped, or its pulse was taken. What Peer said before
+	// holds no longer.
 	// +checklocks:mu
-	drops int // calls of Drop
+	settled map[string]time.Time
 	// +checklocks:mu
-	handshakes map[netip.Addr]int
+	handshakes map[string]int // by origin
 	// +checklocks:mu
 	handshaking int
 	// +checklocks:mu
-	controls map[string]int // connections for nodes' own requests, by keyOf
+	controls map[string]int // connections for nodes' own requests, by nameOf
+	// +checklocks:mu
+	unknown int // of these, those without a certificate
 }
 
-// peer is a node that has a pulse. Its fields are guarded by the Hub's mu, except the transport.
+// peer is a session of a node that has a pulse. Its fields are guarded by the Hub's mu, except the first four, which do
+// not change.
 type peer struct {
-	pulse     *tls.Conn
-	all       map[*conn]struct{} // data connections
-	spare     []spare            // the one that is taken next is the last
-	waiting   []chan *conn       // dials, in order; closed when the pulse ends
-	transport *http.Transport
+	node, session string
+	pulse         *tls.Conn
+	transport     *http.Transport
+	ended         bool
+	all           map[*conn]struct{} // data connections
+	spare         []spare            // the one that is taken next is the last
+	waiting       []chan *conn       // dials, in order; closed when the pulse ends
 }
 
 type spare struct {
@@ -104,21 +119,10 @@ type spare struct {
 
 // NewHub returns a Hub.
 func NewHub(cfg HubConfig) *Hub {
-	h := &Hub{cfg: cfg, tls: cfg.TLS.Clone(), peers: map[string]*peer{}, handshakes: map[netip.Addr]int{},
-		controls: map[string]int{}}
-	h.tls.NextProtos = []string{dataProtocol, pulseProtocol}
+	h := &Hub{cfg: cfg, protocols: []string{dataProtocol, pulseProtocol}, peers: map[string]*peer{},
+		settled: map[string]time.Time{}, handshakes: map[string]int{}, controls: map[string]int{}}
 	if cfg.Control != nil {
-		h.tls.NextProtos = append(h.tls.NextProtos, controlProtocol)
-	}
-	if each := cfg.TLS.GetConfigForClient; each != nil {
-		h.tls.GetConfigForClient = func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
-			c, err := each(hello)
-			if c != nil {
-				c = c.Clone()
-				c.NextProtos = h.tls.NextProtos
-			}
-			return c, err
-		}
+		h.protocols = append(h.protocols, controlProtocol)
 	}
 	return h
 }
@@ -184,10 +188,10 @@ func (h *Hub) serveControl(all *sync.WaitGroup) (_ *queue, stop func()) {
 
 // beginHandshake counts a connection that has not shown who it is. It reports whether there is room for it.
 func (h *Hub) beginHandshake(c net.Conn) bool {
-	from := addressOf(c)
+	from := h.origin(c)
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.handshaking >= maxHandshakes || h.handshakes[from] >= maxHandshakesOfAddress {
+	if h.handshaking >= maxHandshakes || h.handshakes[from] >= maxHandshakesOfOrigin {
 		return false
 	}
 	h.handshaking++
@@ -196,7 +200,7 @@ func (h *Hub) beginHandshake(c net.Conn) bool {
 }
 
 func (h *Hub) endHandshake(c net.Conn) {
-	from := addressOf(c)
+	from := h.origin(c)
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.handshaking--
@@ -205,15 +209,12 @@ func (h *Hub) endHandshake(c net.Conn) {
 	}
 }
 
-func addressOf(c net.Conn) netip.Addr {
-	at, _ := netip.ParseAddrPort(c.RemoteAddr().String()) // zero if it is no address of TCP
-	return at.Addr().Unmap()
-}
+func (h *Hub) origin(c net.Conn) string { return h.cfg.Origin(c.RemoteAddr().String()) }
 
 // welcome does the handshake of a connection and gives it to those that use it.
 func (h *Hub) welcome(ctx context.Context, tcp net.Conn, control *queue) {
-	c := tls.Server(tcp, h.tls)
-	node, epoch, err := h.handshake(ctx, c)
+	c := tls.Server(tcp, h.cfg.TLS(h.protocols...))
+	who, err := h.handshake(ctx, c)
 	h.endHandshake(tcp)
 	if err != nil {
 		h.cfg.Log.Debug("a connection to the link was refused", "remote", tcp.RemoteAddr().String(), "error", err)
@@ -229,83 +230,105 @@ func (h *Hub) welcome(ctx context.Context, tcp net.Conn, control *queue) {
 			abort(c)
 		}
 	case pulseProtocol:
-		h.servePulse(ctx, c, node, epoch)
+		h.servePulse(ctx, c, who)
 	case dataProtocol:
-		if !h.add(c, node, epoch) {
+		if !h.add(c, who) {
 			abort(c)
 		}
 	}
 }
 
-// keyOf returns a text that tells the key of a connection's certificate from others, or "" if it has none.
-func keyOf(c *tls.Conn) string {
+// nameOf returns the name under which a connection for a node's own requests counts: its certificate's key, or without
+// a certificate its origin.
+func (h *Hub) nameOf(c *tls.Conn) (name string, known bool) {
 	certs := c.ConnectionState().PeerCertificates
 	if len(certs) == 0 {
-		return ""
+		return "from " + h.origin(c), false
 	}
 	sum := sha256.Sum256(certs[0].RawSubjectPublicKeyInfo)
-	return string(sum[:])
+	return "key " + string(sum[:]), true
 }
 
 // beginControl counts a connection for a node's own requests. It reports whether there is room for it.
 func (h *Hub) beginControl(c *tls.Conn) bool {
-	key, most := keyOf(c), maxControl
-	if key == "" {
-		most = maxUnknownControl
+	name, known := h.nameOf(c)
+	most := maxControl
+	if !known {
+		most = maxUnknownControlOfOrigin
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.controls[key] >= most {
+	if h.controls[name] >= most || !known && h.unknown >= maxUnknownControl {
 		return false
 	}
-	h.controls[key]++
+	h.controls[name]++
+	if !known {
+		h.unknown++
+	}
 	return true
 }
 
 func (h *Hub) endControl(c *tls.Conn) {
-	key := keyOf(c)
+	name, known := h.nameOf(c)
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.controls[key]--; h.controls[key] == 0 {
-		delete(h.controls, key)
+	if !known {
+		h.unknown--
+	}
+	if h.controls[name]--; h.controls[name] == 0 {
+		delete(h.controls, name)
 	}
 }
 
-// handshake finds out whose connection it is. The answer holds only while the number of drops is still epoch: a node
-// may be removed between the question and its use.
-func (h *Hub) handshake(ctx context.Context, c *tls.Conn) (node string, epoch int, err error) {
+// caller says whose a connection is.
+type caller struct {
+	node, session string
+	asked         time.Time // before Peer was
+}
+
+// holdsLocked reports whether what Peer has said of a connection still holds. A node may be removed, or begin another
+// session, between the question and the use of its answer.
+// +checklocks:h.mu
+func (h *Hub) holdsLocked(who caller) bool {
+	return who.asked.After(h.settled[who.node]) && time.Since(who.asked) < handshakeTime
+}
+
+// handshake finds out whose connection it is.
+func (h *Hub) handshake(ctx context.Context, c *tls.Conn) (caller, error) {
 	ctx, cancel := context.WithTimeout(ctx, handshakeTime)
 	defer cancel()
 	if err := bound(c.NetConn()); err != nil {
-		return "", 0, err
+		return caller{}, err
 	}
 	if err := c.HandshakeContext(ctx); err != nil {
-		return "", 0, fmt.Errorf("greeting a node: %w", err)
+		return caller{}, fmt.Errorf("greeting a node: %w", err)
 	}
 	state := c.ConnectionState()
 	switch {
 	case state.NegotiatedProtocol == controlProtocol:
-		return "", 0, nil
+		return caller{}, nil
 	case state.NegotiatedProtocol == "":
-		return "", 0, errors.New("the connection names no protocol")
+		return caller{}, errors.New("the connection names no protocol")
 	case len(state.VerifiedChains) == 0:
-		return "", 0, errors.New("the connection has no certificate")
+		return caller{}, errors.New("the connection has no certificate")
 	}
-	h.mu.Lock()
-	epoch = h.drops
-	h.mu.Unlock()
-	node, err = h.cfg.Peer(ctx, state.PeerCertificates[0])
+	session, err := readSession(ctx, c)
 	if err != nil {
-		return "", 0, fmt.Errorf("finding a certificate's node: %w", err)
+		return caller{}, err
 	}
-	return node, epoch, nil
+	asked := time.Now()
+	node, err := h.cfg.Peer(ctx, state.PeerCertificates[0], session)
+	if err != nil {
+		return caller{}, fmt.Errorf("finding a certificate's node: %w", err)
+	}
+	return caller{node, session, asked}, nil
 }
 
 // servePulse keeps a node's pulse until it ends, and with it the node's data connections.
-func (h *Hub) servePulse(ctx context.Context, c *tls.Conn, node string, epoch int) {
-	p := &peer{pulse: c, all: map[*conn]struct{}{}}
+func (h *Hub) servePulse(ctx context.Context, c *tls.Conn, who caller) {
+	p := &peer{node: who.node, session: who.session, pulse: c, all: map[*conn]struct{}{}}
 	p.transport = &http.Transport{
-		DialContext:            func(ctx context.Context, _, _ string) (net.Conn, error) { return h.Dial(ctx, node) },
+		DialContext:            func(ctx context.Context, _, _ string) (net.Conn, error) { return h.dial(ctx, p) },
 		DisableCompression:     true,
 		ExpectContinueTimeout:  continueTime,
 		IdleConnTimeout:        idleTime,
@@ -315,9 +338,12 @@ func (h *Hub) servePulse(ctx context.Context, c *tls.Conn, node string, epoch in
 		WriteBufferSize:        connBuffer,
 	}
 	h.mu.Lock()
-	valid, before := h.drops == epoch, h.peers[node]
+	valid, before := h.holdsLocked(who), h.peers[p.node]
 	if valid {
-		h.peers[node] = p
+		h.peers[p.node], h.settled[p.node] = p, time.Now()
+		if before != nil {
+			before.ended = true // nothing takes a connection of it any more
+		}
 	}
 	h.mu.Unlock()
 	if !valid {
@@ -325,20 +351,20 @@ func (h *Hub) servePulse(ctx context.Context, c *tls.Conn, node string, epoch in
 		return
 	}
 	if before != nil {
-		h.end(node, before) // of a process that is gone, or the node's view of this replica is
+		h.end(before) // of a process that is gone, or the node's view of this replica is
 	}
-	h.cfg.Log.Info("a node is linked", "node", node, "remote", c.RemoteAddr().String())
+	h.cfg.Log.Info("a node is linked", "node", p.node, "remote", c.RemoteAddr().String())
 	err := pulse(ctx, c, func() {})
-	h.end(node, p)
-	h.cfg.Log.Info("a node's link ended", "node", node, "reason", err)
+	h.end(p)
+	h.cfg.Log.Info("a node's link ended", "node", p.node, "reason", err)
 }
 
 // add takes a data connection. It reports whether the node may have it.
-func (h *Hub) add(c *tls.Conn, node string, epoch int) bool {
+func (h *Hub) add(c *tls.Conn, who caller) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	p := h.peers[node]
-	if p == nil || h.drops != epoch || len(p.all) >= h.cfg.MaxConns {
+	p := h.peers[who.node]
+	if p == nil || p.session != who.session || !h.holdsLocked(who) || len(p.all) >= h.cfg.MaxConns {
 		return false
 	}
 	d := &conn{Conn: c}
@@ -364,10 +390,10 @@ func (h *Hub) offerLocked(p *peer, c *conn) {
 }
 
 // end ends the connections of a node's pulse.
-func (h *Hub) end(node string, p *peer) {
+func (h *Hub) end(p *peer) {
 	h.mu.Lock()
-	if h.peers[node] == p {
-		delete(h.peers, node)
+	if h.peers[p.node] == p {
+		delete(h.peers, p.node)
 	}
 	for _, ch := range p.waiting {
 		close(ch)
@@ -376,7 +402,7 @@ func (h *Hub) end(node string, p *peer) {
 	for c := range p.all {
 		all = append(all, c)
 	}
-	p.waiting, p.spare = nil, nil
+	p.ended, p.waiting, p.spare = true, nil, nil
 	h.mu.Unlock()
 	abort(p.pulse)
 	for _, c := range all {
@@ -385,15 +411,19 @@ func (h *Hub) end(node string, p *peer) {
 	p.transport.CloseIdleConnections()
 }
 
-// Drop ends all connections of a node: it was removed, or has another session. [HubConfig.Peer] decides about those
-// that it dials from then on.
-func (h *Hub) Drop(node string) {
+// Drop ends the connections of a node, except those of the session keep: the node was removed, or has begun another
+// session. With "" it ends all. [HubConfig.Peer] decides about those that it dials from then on.
+func (h *Hub) Drop(node, keep string) {
 	h.mu.Lock()
-	h.drops++ // those whose handshake is under way were judged before
 	p := h.peers[node]
+	if p != nil && p.session == keep {
+		h.mu.Unlock()
+		return
+	}
+	h.settled[node] = time.Now() // those whose handshake is under way were judged before
 	h.mu.Unlock()
 	if p != nil {
-		h.end(node, p)
+		h.end(p)
 	}
 }
 
@@ -405,19 +435,32 @@ func unreachable(node string) *fault.Error {
 // Dial returns a data connection to a node. Errors: Unavailable, code "node_unreachable", if the node has no pulse, or
 // no data connection within 10 s.
 func (h *Hub) Dial(ctx context.Context, node string) (net.Conn, error) {
+	p := h.peer(node)
+	if p == nil {
+		return nil, unreachable(node)
+	}
+	return h.dial(ctx, p)
+}
+
+// peer returns the session of a node that has a pulse, or nil.
+func (h *Hub) peer(node string) *peer {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.peers[node]
+}
+
+// dial returns a data connection to a session of a node, and never one to another session.
+func (h *Hub) dial(ctx context.Context, p *peer) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, dialPatience)
 	defer cancel()
-	c, p, wait := h.take(node)
-	switch {
-	case c != nil:
+	c, wait := h.take(p)
+	if c != nil {
 		return c, nil
-	case p == nil:
-		return nil, unreachable(node)
 	}
 	select {
 	case c, ok := <-wait:
 		if !ok {
-			return nil, unreachable(node)
+			return nil, unreachable(p.node)
 		}
 		return c, nil
 	case <-ctx.Done():
@@ -432,12 +475,12 @@ func (h *Hub) Dial(ctx context.Context, node string) (net.Conn, error) {
 		}
 	default:
 	}
-	return nil, unreachable(node).Because(ctx.Err())
+	return nil, unreachable(p.node).Because(ctx.Err())
 }
 
-// take returns a spare connection of a node, or a channel on which one will come. The peer is nil if the node has no
-// pulse.
-func (h *Hub) take(node string) (_ *conn, _ *peer, wait chan *conn) {
+// take returns a spare connection of a session, or a channel on which one will come. The channel is closed if the
+// session's pulse has ended, or ends.
+func (h *Hub) take(p *peer) (_ *conn, wait chan *conn) {
 	var dead []*conn
 	defer func() {
 		for _, c := range dead {
@@ -446,21 +489,21 @@ func (h *Hub) take(node string) (_ *conn, _ *peer, wait chan *conn) {
 	}()
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	p := h.peers[node]
-	if p == nil {
-		return nil, nil, nil
+	wait = make(chan *conn, 1)
+	if p.ended {
+		close(wait)
+		return nil, wait
 	}
 	for len(p.spare) > 0 {
 		c := p.spare[len(p.spare)-1].conn
 		p.spare = p.spare[:len(p.spare)-1]
 		if !c.stirred() {
-			return c, p, nil
+			return c, nil
 		}
 		dead = append(dead, c)
 	}
-	wait = make(chan *conn, 1)
 	p.waiting = append(p.waiting, wait)
-	return nil, p, wait
+	return nil, wait
 }
 
 // Transport returns a client of a node's HTTP server. It keeps connections between requests. Errors are those of Dial,
@@ -474,9 +517,7 @@ type transport struct {
 
 // RoundTrip implements [http.RoundTripper].
 func (t transport) RoundTrip(r *http.Request) (*http.Response, error) {
-	t.hub.mu.Lock()
-	p := t.hub.peers[t.node]
-	t.hub.mu.Unlock()
+	p := t.hub.peer(t.node)
 	if p == nil {
 		if r.Body != nil {
 			_ = r.Body.Close() // as each RoundTripper must
@@ -502,10 +543,12 @@ func (h *Hub) prune(ctx context.Context) {
 	}
 }
 
-// surplus takes away the spare connections that are too many.
+// surplus takes away the spare connections that are too many. It also forgets when nodes were settled, once no answer
+// of Peer from before can hold.
 func (h *Hub) surplus(now time.Time) (surplus []*conn) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	maps.DeleteFunc(h.settled, func(_ string, at time.Time) bool { return now.Sub(at) > 2*handshakeTime })
 	for _, p := range h.peers {
 		n, most := 0, len(p.spare)-wantedSpare(len(p.all)-len(p.spare))
 		for ; n < most && now.Sub(p.spare[n].since) > surplusAge; n++ {

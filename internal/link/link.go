@@ -4,15 +4,16 @@
 // connection on which both ends send a byte at a regular interval, and data connections. On a data connection the
 // replica is the client of HTTP/1.1 and the node the server: a connection carries one request at a time and is kept
 // for the next. Some data connections wait unused, the spare ones; when a request takes one, the node dials another.
-// All connections are TLS with certificates on both ends.
+// All connections are TLS with certificates on both ends. On each the node first names its session, by which a replica
+// tells a process of a node from another one with the same certificate: connections of two never mix.
 //
 // The two ends are [Hub], of the replica, and [Node]. The pulse decides whether they can reach each other: when no byte
 // came for the time [silence], an end closes the pulse and all data connections. TCP cannot decide it, since its time
 // limits also end connections whose reader is only slow.
 //
-// The package knows certificates only by the function that names their node, and carries requests without looking at
-// them. Hub and Node are safe for concurrent use. When Serve of either has returned, no goroutine and no connection
-// of it is left.
+// The package knows certificates and sessions only by the function that names their node, and carries requests without
+// looking at them. Hub and Node are safe for concurrent use. When Serve of either has returned, no goroutine and no
+// connection of it is left.
 package link
 
 import (
@@ -20,6 +21,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"sync"
 	"time"
@@ -84,6 +86,39 @@ func (c *conn) Close() error {
 	err := c.Conn.Close()
 	c.once.Do(c.ended)
 	return err
+}
+
+// maxSession bounds the name of a session, in bytes.
+const maxSession = 64
+
+// sendSession names the session of the node on a new connection. It does not wait, since nothing was sent before.
+func sendSession(c *tls.Conn, session string) error {
+	if session == "" || len(session) > maxSession {
+		return fmt.Errorf("a session's name has 1 to %d bytes, not %d", maxSession, len(session))
+	}
+	if _, err := c.Write(append([]byte{byte(len(session))}, session...)); err != nil {
+		return fmt.Errorf("naming the session: %w", err)
+	}
+	return nil
+}
+
+// readSession reads what sendSession sends, until the deadline of ctx, which must have one.
+func readSession(ctx context.Context, c *tls.Conn) (string, error) {
+	deadline, _ := ctx.Deadline()
+	_ = c.SetReadDeadline(deadline) // fails on a closed connection, as the read does
+	var b [1 + maxSession]byte
+	if _, err := io.ReadFull(c, b[:1]); err != nil {
+		return "", fmt.Errorf("reading the name of a session: %w", err)
+	}
+	n := int(b[0])
+	if n == 0 || n > maxSession {
+		return "", fmt.Errorf("a session's name has 1 to %d bytes, not %d", maxSession, n)
+	}
+	if _, err := io.ReadFull(c, b[1:1+n]); err != nil {
+		return "", fmt.Errorf("reading the name of a session: %w", err)
+	}
+	_ = c.SetReadDeadline(time.Time{})
+	return string(b[1 : 1+n]), nil
 }
 
 // abort closes the connection at once. The kernel drops what it has not sent. Close waits up to 5 s on a connection

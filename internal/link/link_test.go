@@ -2,6 +2,7 @@ package link
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -22,6 +23,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/caytest"
 )
 
@@ -54,12 +56,23 @@ func quiet() *slog.Logger {
 }
 
 // byName returns the name in a certificate as the node's.
-func byName(_ context.Context, c *x509.Certificate) (string, error) { return c.Subject.CommonName, nil }
+func byName(_ context.Context, c *x509.Certificate, _ string) (string, error) {
+	return c.Subject.CommonName, nil
+}
+
+func hubConfig(a *caytest.Authority) HubConfig {
+	return HubConfig{TLS: caytest.Each(a.ServerConfig(replicaName)), Peer: byName, Origin: auth.Address, MaxConns: 2000,
+		Log: quiet()}
+}
+
+func nodeConfig(a *caytest.Authority, name, session string) NodeConfig {
+	return NodeConfig{TLS: caytest.Each(a.ClientConfig(name, replicaName)), Session: session, MaxConns: 2000, Log: quiet()}
+}
 
 // newHub makes a Hub that lets in all nodes with a certificate.
 func newHub(t testing.TB, a *caytest.Authority, change func(*HubConfig)) *Hub {
 	t.Helper()
-	cfg := HubConfig{TLS: must(a.ServerConfig(replicaName)), Peer: byName, MaxConns: 2000, Log: quiet()}
+	cfg := hubConfig(a)
 	if change != nil {
 		change(&cfg)
 	}
@@ -68,7 +81,7 @@ func newHub(t testing.TB, a *caytest.Authority, change func(*HubConfig)) *Hub {
 
 func newNode(t testing.TB, a *caytest.Authority, name string) *Node {
 	t.Helper()
-	return NewNode(NodeConfig{TLS: must(a.ClientConfig(name, replicaName)), MaxConns: 2000, Log: quiet()})
+	return NewNode(nodeConfig(a, name, "s1"))
 }
 
 func must[T any](v T, err error) T {
@@ -253,9 +266,14 @@ type stream struct {
 // openStreams opens a stream of each kind, and waits until each moves.
 func openStreams(t testing.TB, h *Hub, node string) (all []*stream, stop func()) {
 	t.Helper()
+	return openSome(t, h, node, "/endless", "/ticks", "/upload", "/upgrade")
+}
+
+func openSome(t testing.TB, h *Hub, node string, kinds ...string) (all []*stream, stop func()) {
+	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	t.Cleanup(cancel)
-	for _, what := range []string{"/endless", "/ticks", "/upload", "/upgrade"} {
+	for _, what := range kinds {
 		s := &stream{what, make(chan error, 1), make(chan struct{}, 1)}
 		go func() { s.ended <- s.run(ctx, h, node) }()
 		all = append(all, s)
@@ -278,7 +296,8 @@ func (s *stream) moves(t testing.TB) {
 	case err := <-s.ended:
 		t.Fatalf("%s ended: %v", s.what, err)
 	case <-time.After(patience):
-		t.Fatalf("%s does not move", s.what)
+		stacks := make([]byte, 1<<20)
+		t.Fatalf("%s does not move\n%s", s.what, stacks[:runtime.Stack(stacks, true)])
 	}
 }
 
@@ -371,6 +390,7 @@ func leftovers(t testing.TB) (check func()) {
 type child struct {
 	Authority string
 	Node      string // name of a node; "" is a replica
+	Session   string // of a node; "" is s1
 	Address   string // of the replica
 }
 
@@ -417,10 +437,12 @@ func runChild(text string) error {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 	defer stop()
 	if c.Node != "" {
-		n := NewNode(NodeConfig{TLS: must(a.ClientConfig(c.Node, replicaName)), MaxConns: 2000, Log: quiet()})
-		return n.Serve(ctx, func() []string { return []string{c.Address} }, nodeHandler())
+		n := NewNode(nodeConfig(a, c.Node, cmp.Or(c.Session, "s1")))
+		mux := nodeHandler().(*http.ServeMux)
+		mux.HandleFunc("/session", func(w http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(w, c.Session) })
+		return n.Serve(ctx, func() []string { return []string{c.Address} }, mux)
 	}
-	h := NewHub(HubConfig{TLS: must(a.ServerConfig(replicaName)), Peer: byName, MaxConns: 2000, Log: quiet()})
+	h := NewHub(hubConfig(a))
 	l, err := net.Listen("tcp4", c.Address)
 	if err != nil {
 		return err
@@ -439,7 +461,7 @@ func runChild(text string) error {
 	return h.Serve(ctx, l)
 }
 
-// dialTLS makes a connection to a Hub as a node or a stranger does.
+// dialTLS makes a connection to a Hub as a stranger does.
 func dialTLS(t testing.TB, address string, cfg *tls.Config, protocol string) *tls.Conn {
 	t.Helper()
 	cfg = cfg.Clone()
@@ -450,4 +472,23 @@ func dialTLS(t testing.TB, address string, cfg *tls.Config, protocol string) *tl
 	}
 	t.Cleanup(func() { abort(c) })
 	return c
+}
+
+// dialAs makes a connection to a Hub as a session of a node does.
+func dialAs(t testing.TB, address string, cfg *tls.Config, protocol, session string) *tls.Conn {
+	t.Helper()
+	c := dialTLS(t, address, cfg, protocol)
+	if err := sendSession(c, session); err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// refused waits until a Hub ends a connection on which it sends nothing.
+func refused(t testing.TB, what string, c net.Conn) {
+	t.Helper()
+	_ = c.SetReadDeadline(time.Now().Add(patience))
+	if n, err := c.Read(make([]byte, 1)); n > 0 || err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("%s: the hub sent %d bytes, %v", what, n, err)
+	}
 }

@@ -41,9 +41,12 @@ const (
 
 // NodeConfig configures a Node. All fields are required.
 type NodeConfig struct {
-	// TLS is the configuration of the client's end: the node's certificate, the authorities and the name of replicas. The
-	// Node sets NextProtos.
-	TLS *tls.Config
+	// TLS returns the configuration of the client's end with protocols of ALPN: the node's certificate, the authorities
+	// and the name of replicas. It is called for each connection, so that none begins with a certificate or authorities
+	// of before a renewal.
+	TLS func(protocols ...string) *tls.Config
+	// Session names this process among those that had or have the node's certificate, in 1 to 64 bytes.
+	Session string
 	// MaxConns limits the data connections to each replica, as [HubConfig] does.
 	MaxConns int
 	Log      *slog.Logger
@@ -347,9 +350,7 @@ func (r *replica) dial(ctx context.Context, protocol string) (*tls.Conn, error) 
 		_ = tcp.Close() // the error says enough
 		return nil, err
 	}
-	cfg := r.node.cfg.TLS.Clone()
-	cfg.NextProtos = []string{protocol}
-	c := tls.Client(tcp, cfg)
+	c := tls.Client(tcp, r.node.cfg.TLS(protocol))
 	if err := c.HandshakeContext(ctx); err != nil {
 		_ = tcp.Close()
 		return nil, fmt.Errorf("greeting a replica: %w", err)
@@ -357,6 +358,10 @@ func (r *replica) dial(ctx context.Context, protocol string) (*tls.Conn, error) 
 	if got := c.ConnectionState().NegotiatedProtocol; got != protocol {
 		abort(c)
 		return nil, fmt.Errorf("the replica speaks the protocol %q, not %q", got, protocol)
+	}
+	if err := sendSession(c, r.node.cfg.Session); err != nil {
+		abort(c)
+		return nil, err
 	}
 	return c, nil
 }

@@ -7,7 +7,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"os"
 	"os/exec"
 	"strings"
 	"sync"
@@ -155,7 +154,7 @@ func TestDrop(t *testing.T) {
 	var gate sync.RWMutex
 	asked := make(chan struct{}, 100)
 	hub := newHub(t, a, func(c *HubConfig) {
-		c.Peer = func(_ context.Context, c *x509.Certificate) (string, error) {
+		c.Peer = func(_ context.Context, c *x509.Certificate, _ string) (string, error) {
 			if removed.Load() {
 				return "", errors.New("removed")
 			}
@@ -176,20 +175,17 @@ func TestDrop(t *testing.T) {
 	}
 	gate.Lock()
 	cfg := must(a.ClientConfig("n1", replicaName))
-	late := []net.Conn{dialTLS(t, address, cfg, pulseProtocol), dialTLS(t, address, cfg, dataProtocol)}
+	late := []net.Conn{dialAs(t, address, cfg, pulseProtocol, "s1"), dialAs(t, address, cfg, dataProtocol, "s1")}
 	<-asked
 	<-asked
 	removed.Store(true)
-	hub.Drop("n1")
+	hub.Drop("n1", "")
 	gate.Unlock()
 	for _, s := range streams {
 		s.breaks(t)
 	}
 	for _, c := range late {
-		_ = c.SetReadDeadline(time.Now().Add(patience))
-		if _, err := io.Copy(io.Discard, c); errors.Is(err, os.ErrDeadlineExceeded) {
-			t.Error("a connection that was judged before the node was removed stays")
-		}
+		refused(t, "a connection that was judged before the node was removed", c)
 	}
 	if all, _ := hub.count("n1"); all != -1 {
 		t.Errorf("the node has %d connections", all)
@@ -204,85 +200,12 @@ func TestDrop(t *testing.T) {
 	}
 }
 
-// TestStrangers connects to a Hub without the right to.
-func TestStrangers(t *testing.T) {
-	a, other := caytest.NewAuthority(t), caytest.NewAuthority(t)
-	hub := newHub(t, a, func(c *HubConfig) {
-		c.Peer = func(_ context.Context, c *x509.Certificate) (string, error) {
-			if c.Subject.CommonName == "evil" {
-				return "", errors.New("removed")
-			}
-			return c.Subject.CommonName, nil
-		}
-	})
-	address, _ := startHub(t, hub)
-	check := leftovers(t)
-	trusting := func(a2 *caytest.Authority, name string) *x509.CertPool { return must(a.ClientConfig(name, "")).RootCAs }
-	for name, peer := range map[string]string{"another authority": "n1", "no certificate": "", "a removed node": "evil"} {
-		for _, protocol := range []string{dataProtocol, pulseProtocol} {
-			t.Run(name+" "+protocol, func(t *testing.T) {
-				cfg := must(a.ClientConfig(peer, replicaName))
-				switch name {
-				case "another authority":
-					cfg = must(other.ClientConfig(peer, replicaName))
-					cfg.RootCAs = trusting(a, peer)
-				case "no certificate":
-					cfg.Certificates = nil
-				}
-				c := dialTLS(t, address, cfg, protocol)
-				if n, err := c.Read(make([]byte, 1)); n > 0 || err == nil {
-					t.Errorf("the hub sent %d bytes, %v", n, err)
-				}
-				if all, _ := hub.count(peer); all != -1 {
-					t.Errorf("it has %d connections", all)
-				}
-			})
-		}
-	}
-	t.Run("no data connection without a pulse", func(t *testing.T) {
-		c := dialTLS(t, address, must(a.ClientConfig("n1", replicaName)), dataProtocol)
-		if _, err := c.Read(make([]byte, 1)); err == nil {
-			t.Error("the hub answers")
-		}
-	})
-	check()
-}
-
-// TestSilentStrangers opens many connections that never begin TLS. Only some are held, and nodes at the same address
-// get in when these are gone.
-func TestSilentStrangers(t *testing.T) {
-	a := caytest.NewAuthority(t)
-	hub := newHub(t, a, nil)
-	address, _ := startHub(t, hub)
-	var open atomic.Int64
-	var all []net.Conn
-	for range 3 * maxHandshakesOfAddress {
-		c, err := net.Dial("tcp", address)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer c.Close()
-		all = append(all, c)
-		open.Add(1)
-		go func() {
-			_, _ = c.Read(make([]byte, 1))
-			open.Add(-1)
-		}()
-	}
-	eventually(t, "the rest is closed", func() bool { return open.Load() <= maxHandshakesOfAddress })
-	for _, c := range all {
-		c.Close()
-	}
-	startNode(t, newNode(t, a, "n1"), nodeHandler(), address)
-	linked(t, hub, "n1")
-}
-
 // TestOtherServers has a node dial servers that are no replicas.
 func TestOtherServers(t *testing.T) {
 	a, other := caytest.NewAuthority(t), caytest.NewAuthority(t)
 	hubs := map[string]*Hub{
 		"another authority": newHub(t, other, nil),
-		"another name":      newHub(t, a, func(c *HubConfig) { c.TLS = must(a.ServerConfig("n2")) }),
+		"another name":      newHub(t, a, func(c *HubConfig) { c.TLS = caytest.Each(a.ServerConfig("n2")) }),
 	}
 	for name, hub := range hubs {
 		t.Run(name, func(t *testing.T) {
@@ -395,12 +318,12 @@ func TestSpareThatEnded(t *testing.T) {
 	hub := newHub(t, a, nil)
 	address, _ := startHub(t, hub)
 	cfg := must(a.ClientConfig("n1", replicaName))
-	dialTLS(t, address, cfg, pulseProtocol)
+	dialAs(t, address, cfg, pulseProtocol, "s1")
 	eventually(t, "the pulse is taken", func() bool { all, _ := hub.count("n1"); return all == 0 })
-	last := dialTLS(t, address, cfg, dataProtocol)
+	last := dialAs(t, address, cfg, dataProtocol, "s1")
 	eventually(t, "one waits", func() bool { _, spare := hub.count("n1"); return spare == 1 })
 	for range 3 {
-		dialTLS(t, address, cfg, dataProtocol).Close()
+		dialAs(t, address, cfg, dataProtocol, "s1").Close()
 	}
 	eventually(t, "the others have ended", func() bool { all, alive := hub.alive("n1"); return all == 4 && alive == 1 })
 	c, err := hub.Dial(t.Context(), "n1")
@@ -425,7 +348,7 @@ func TestDialEnds(t *testing.T) {
 	hub := newHub(t, a, nil)
 	address, _ := startHub(t, hub)
 	cfg := must(a.ClientConfig("n1", replicaName))
-	pulse := dialTLS(t, address, cfg, pulseProtocol)
+	pulse := dialAs(t, address, cfg, pulseProtocol, "s1")
 	eventually(t, "the pulse is taken", func() bool { all, _ := hub.count("n1"); return all == 0 })
 	ctx, cancel := context.WithCancel(t.Context())
 	waits := func() bool {
@@ -506,44 +429,6 @@ func TestControl(t *testing.T) {
 	} else if strings.Contains(err.Error(), "certificate") {
 		t.Error(err)
 	}
-}
-
-// TestControlIsBounded opens many connections for requests without a certificate, and with one.
-func TestControlIsBounded(t *testing.T) {
-	a := caytest.NewAuthority(t)
-	hub := newHub(t, a, func(c *HubConfig) { c.Control = http.NotFoundHandler() })
-	address, _ := startHub(t, hub)
-	cfg := must(a.ClientConfig("n1", replicaName))
-	unknown := cfg.Clone()
-	unknown.Certificates = nil
-	controls := func() (all int) {
-		hub.mu.Lock()
-		defer hub.mu.Unlock()
-		for _, n := range hub.controls {
-			all += n
-		}
-		return all
-	}
-	var open []net.Conn
-	for range maxUnknownControl + 1 {
-		open = append(open, dialTLS(t, address, unknown, controlProtocol))
-	}
-	for range maxControl + 1 {
-		open = append(open, dialTLS(t, address, cfg, controlProtocol))
-	}
-	for _, c := range []net.Conn{open[maxUnknownControl], open[len(open)-1]} {
-		_ = c.SetReadDeadline(time.Now().Add(patience))
-		if n, err := c.Read(make([]byte, 1)); n > 0 || errors.Is(err, os.ErrDeadlineExceeded) {
-			t.Errorf("one connection too many stays: %d bytes, %v", n, err)
-		}
-	}
-	if n := controls(); n != maxUnknownControl+maxControl {
-		t.Errorf("%d connections are counted", n)
-	}
-	for _, c := range open {
-		c.Close()
-	}
-	eventually(t, "none is counted any more", func() bool { return controls() == 0 })
 }
 
 // TestHandlerSeesReplica finds the certificate of the replica in a request.

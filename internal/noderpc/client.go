@@ -76,11 +76,15 @@ func newHTTP(config func() *tls.Config) *http.Client {
 	}
 }
 
-// Renew asks for another certificate of the Keeper's key. It has the form that [pki.Keeper.Run] wants.
-func (c *Client) Renew(ctx context.Context, request []byte) (chain, authorities string, err error) {
-	var out joined
-	err = c.call(ctx, pathRenew, renewRequest{CSR: string(request)}, &out)
-	return out.Certificate, out.Authorities, err
+// Renewal returns the function that [pki.Keeper.Run] wants, which asks for another certificate of the Keeper's key in
+// the name of a session.
+func (c *Client) Renewal(session string) func(ctx context.Context, request []byte) (chain, authorities string,
+	err error) {
+	return func(ctx context.Context, request []byte) (string, string, error) {
+		var out joined
+		err := c.call(ctx, pathRenew, renewRequest{Session: session, CSR: string(request)}, &out)
+		return out.Certificate, out.Authorities, err
+	}
 }
 
 // Begin begins a session of the node, as [fleet.Service.Begin] does.

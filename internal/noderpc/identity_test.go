@@ -2,6 +2,7 @@ package noderpc
 
 import (
 	"context"
+	"crypto/ecdsa"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/tls"
@@ -48,7 +49,13 @@ func TestIdentityMatrix(t *testing.T) {
 		if now := c.join("ignored", again.id); now.id != again.id {
 			t.Fatalf("joined again as %s, was %s", now.id, again.id)
 		}
-		for _, a := range c.attempts(one, gone, again) {
+		over := c.join("over", "") // its second session has begun, and the lease of that is over
+		for _, session := range []string{session1, session2} {
+			if _, err := c.db.BeginLease(t.Context(), over.id, over.Identity().KeySum, session, time.Microsecond); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for _, a := range c.attempts(one, gone, again, over) {
 			before := c.dump()
 			status, code, err := c.post(a.config, a.path, a.body)
 			if (err != nil) != (a.status == inHandshake) || status != a.status || code != a.code {
@@ -66,15 +73,15 @@ func TestIdentityMatrix(t *testing.T) {
 }
 
 // attempts returns all calls that must be refused. one has a session, gone was removed, and again has joined again with
-// another key.
-func (c *cluster) attempts(one, gone, again *member) (all []attempt) {
+// another key. The second session of over is the newest, and over.
+func (c *cluster) attempts(one, gone, again, over *member) (all []attempt) {
 	now := time.Now()
 	foreign, err := pki.NewAuthority(c.signer.Cluster(), now.Add(-48*time.Hour))
 	if err != nil {
 		c.t.Fatal(err)
 	}
 	bodies := map[string]string{
-		pathRenew:   jsonOf(renewRequest{CSR: string(csr(c.t, one.key))}),
+		pathRenew:   jsonOf(renewRequest{Session: session1, CSR: string(csr(c.t, one.key))}),
 		pathSession: jsonOf(sessionRequest{Session: session2}), pathBeat: jsonOf(sessionRequest{Session: session2}),
 		pathLeave: jsonOf(sessionRequest{Session: session2}),
 	}
@@ -90,11 +97,11 @@ func (c *cluster) attempts(one, gone, again *member) (all []attempt) {
 	}
 	signed := func(role pki.Role, id string) *tls.Config { return trusting(c.keeper(c.signer, role, id, now)) }
 	mine := one.ClientConfig("h2")
-	over := now.Add(-pki.Lifetime - time.Second)
+	late := now.Add(-pki.Lifetime - time.Second)
 	for path, body := range bodies {
 		all = append(all,
 			attempt{"nothing", bare, path, body, 401, "unauthenticated"},
-			attempt{"a certificate that is over", ofOne(c.signer, over), path, body, inHandshake, ""},
+			attempt{"a certificate that is over", ofOne(c.signer, late), path, body, inHandshake, ""},
 			attempt{"a certificate that is not yet valid", ofOne(c.signer, now.Add(2*time.Hour)), path, body, inHandshake, ""},
 			attempt{"another authority of the same name", ofOne(foreign, now), path, body, inHandshake, ""},
 			attempt{"a replica", signed(pki.Replica, "abcdef"), path, body, inHandshake, ""},
@@ -108,15 +115,24 @@ func (c *cluster) attempts(one, gone, again *member) (all []attempt) {
 			attempt{"a path that is none", mine, path + "/x", body, 404, ""},
 		)
 	}
-	renewOther := jsonOf(renewRequest{CSR: string(csr(c.t, newKey(c.t)))})
+	renewal := func(m *member, session string, key *ecdsa.PrivateKey) attempt {
+		body := jsonOf(renewRequest{Session: session, CSR: string(csr(c.t, key))})
+		return attempt{"a renewal of " + m.id + " by " + session, m.ClientConfig("h2"), pathRenew, body, 403, "node_refused"}
+	}
+	nobody := renewal(one, "", one.key)
+	nobody.status, nobody.code = 400, "invalid_session"
 	all = append(all,
 		attempt{"a second session", mine, pathSession, bodies[pathSession], 409, "node_in_use"},
 		attempt{"another session's beat", mine, pathBeat, bodies[pathBeat], 403, "node_refused"},
 		attempt{"another session's end", mine, pathLeave, bodies[pathLeave], 403, "node_refused"},
 		attempt{"a session without a name", mine, pathSession, "{}", 400, "invalid_session"},
 		attempt{"a name that is no session's", mine, pathBeat, `{"session":"a b c d e f g h i"}`, 400, "invalid_session"},
-		attempt{"a renewal for another key", mine, pathRenew, renewOther, 403, "node_refused"},
-		attempt{"a renewal without a request", mine, pathRenew, "{}", 400, "invalid_csr"},
+		renewal(one, session1, newKey(c.t)), // for another key
+		renewal(one, session2, one.key),     // beside the session that is alive
+		renewal(over, session1, over.key),   // after the session that has followed
+		renewal(over, "session3session3", over.key),
+		nobody,
+		attempt{"a renewal without a request", mine, pathRenew, jsonOf(sessionRequest{session1}), 400, "invalid_csr"},
 	)
 	return append(all, c.badJoins(one, bare)...)
 }
@@ -219,7 +235,7 @@ func TestLifeOfANode(t *testing.T) {
 		}
 
 		before := k.Identity()
-		chain, authorities, err := client.Renew(ctx, csr(t, key))
+		chain, authorities, err := client.Renewal(session1)(ctx, csr(t, key))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -234,6 +250,9 @@ func TestLifeOfANode(t *testing.T) {
 		wantFault(t, err, fault.Conflict, "node_in_use")
 		if err := client.Leave(ctx, session1); err != nil {
 			t.Error(err)
+		}
+		if _, _, err := client.Renewal(session2)(ctx, csr(t, key)); err != nil { // without a session
+			t.Errorf("renewed after the end of a session: %v", err)
 		}
 		if _, err := client.Begin(ctx, session2); err != nil {
 			t.Errorf("the session after one that has left: %v", err)

@@ -6,7 +6,7 @@
 // the code and the text of package fault.
 //
 //	/join     token, csr, name and what the machine has   node, cluster, certificate, authorities
-//	/renew    csr                                         certificate, authorities
+//	/renew    session, csr                                certificate, authorities
 //	/session  session                                     lease_ms, cordoned, drain_ms
 //	/beat     session                                     lease_ms, cordoned, drain_ms
 //	/leave    session                                     nothing
@@ -48,7 +48,8 @@ type joinRequest struct {
 }
 
 type renewRequest struct {
-	CSR string `json:"csr"`
+	Session string `json:"session"`
+	CSR     string `json:"csr"`
 }
 
 type sessionRequest struct {

@@ -69,7 +69,7 @@ func (h *handler) join(r *http.Request, in joinRequest) (joined, error) {
 }
 
 func (h *handler) renew(r *http.Request, who fleet.Identity, in renewRequest) (joined, error) {
-	j, err := h.Nodes.Renew(r.Context(), who, in.CSR)
+	j, err := h.Nodes.Renew(r.Context(), who, in.Session, in.CSR)
 	return joinedOf(j), err
 }
 

@@ -116,7 +116,7 @@ func usedToken(ctx context.Context, tx *sql.Tx, hash, keySum string, now time.Ti
 	case !expires.After(now):
 		return fleet.Node{}, fault.New(fault.Unauthenticated, fault.CodeTokenExpired, "the token has expired")
 	}
-	if err := checkNode(ctx, tx, by, keySum, ""); err != nil {
+	if _, err := checkNode(ctx, tx, by, keySum, ""); err != nil {
 		return fleet.Node{}, err
 	}
 	return scanNode(tx.QueryRowContext(ctx, getNode, by), by)
@@ -139,23 +139,24 @@ func rejoin(ctx context.Context, tx *sql.Tx, id fleet.ID, about fleet.About, key
 	return scanNode(tx.QueryRowContext(ctx, getNode, id), id)
 }
 
-// checkNode returns an error unless the node exists, is not removed and has the key. lock is the end of a SELECT.
-func checkNode(ctx context.Context, q rower, id fleet.ID, keySum, lock string) error {
+// checkNode returns an error unless the node exists, is not removed and has the key, and otherwise its newest session.
+// lock is the end of a SELECT.
+func checkNode(ctx context.Context, q rower, id fleet.ID, keySum, lock string) (session string, err error) {
 	var key string
 	var removed time.Time
-	err := q.QueryRowContext(ctx, "SELECT key_sum, removed_at FROM nodes WHERE id = $1"+lock, id).
-		Scan(&key, timeColumn{&removed})
+	err = q.QueryRowContext(ctx, `SELECT key_sum, removed_at, COALESCE((SELECT session FROM node_leases
+		WHERE node_id = nodes.id), '') FROM nodes WHERE id = $1`+lock, id).Scan(&key, timeColumn{&removed}, &session)
 	switch {
 	case errors.Is(err, sql.ErrNoRows):
-		return fleet.Refused("there is no such node")
+		return "", fleet.Refused("there is no such node")
 	case err != nil:
-		return fmt.Errorf("reading node %s: %w", id, err)
+		return "", fmt.Errorf("reading node %s: %w", id, err)
 	case !removed.IsZero():
-		return fleet.Refused("it was removed")
+		return "", fleet.Refused("it was removed")
 	case key == "" || key != keySum:
-		return fleet.Refused("it has joined again with another key")
+		return "", fleet.Refused("it has joined again with another key")
 	}
-	return nil
+	return session, nil
 }
 
 // rower reads a row. *sql.DB and *sql.Tx implement it.
@@ -164,7 +165,7 @@ type rower interface {
 }
 
 // CheckNode implements [fleet.Store].
-func (db *DB) CheckNode(ctx context.Context, id fleet.ID, keySum string) error {
+func (db *DB) CheckNode(ctx context.Context, id fleet.ID, keySum string) (session string, err error) {
 	defer db.took("check_node", time.Now())
 	return checkNode(ctx, db.reader, id, keySum, "")
 }
@@ -174,7 +175,7 @@ func (db *DB) onLease(ctx context.Context, id fleet.ID, keySum string, refused e
 	f func(tx *sql.Tx, now time.Time) (sql.Result, error)) (n fleet.Node, err error) {
 	err = db.write(ctx, func(tx *sql.Tx) error {
 		// The lock keeps a removal and a rejoin from coming in between.
-		if err := checkNode(ctx, tx, id, keySum, db.forUpdate()); err != nil {
+		if _, err := checkNode(ctx, tx, id, keySum, db.forUpdate()); err != nil {
 			return err
 		}
 		now, err := db.nowIn(ctx, tx)
@@ -197,9 +198,6 @@ func (db *DB) onLease(ctx context.Context, id fleet.ID, keySum string, refused e
 	return n, nil
 }
 
-// errAnotherSession refuses a session that is not the node's.
-var errAnotherSession = fleet.Refused("another session of it has begun, or its own has ended")
-
 // BeginLease implements [fleet.Store].
 func (db *DB) BeginLease(ctx context.Context, id fleet.ID, keySum, session string,
 	lease time.Duration) (fleet.Node, error) {
@@ -219,7 +217,7 @@ func (db *DB) BeginLease(ctx context.Context, id fleet.ID, keySum, session strin
 func (db *DB) ExtendLease(ctx context.Context, id fleet.ID, keySum, session string,
 	lease time.Duration) (fleet.Node, error) {
 	defer db.took("extend_lease", time.Now())
-	return db.onLease(ctx, id, keySum, errAnotherSession, func(tx *sql.Tx, now time.Time) (sql.Result, error) {
+	return db.onLease(ctx, id, keySum, fleet.ErrAnotherSession, func(tx *sql.Tx, now time.Time) (sql.Result, error) {
 		return tx.ExecContext(ctx, "UPDATE node_leases SET seen_at = $1, until = $2 WHERE node_id = $3 AND session = $4",
 			at(now), at(now.Add(lease)), id, session)
 	})
@@ -228,7 +226,7 @@ func (db *DB) ExtendLease(ctx context.Context, id fleet.ID, keySum, session stri
 // EndLease implements [fleet.Store].
 func (db *DB) EndLease(ctx context.Context, id fleet.ID, keySum, session string) error {
 	defer db.took("end_lease", time.Now())
-	_, err := db.onLease(ctx, id, keySum, errAnotherSession, func(tx *sql.Tx, _ time.Time) (sql.Result, error) {
+	_, err := db.onLease(ctx, id, keySum, fleet.ErrAnotherSession, func(tx *sql.Tx, _ time.Time) (sql.Result, error) {
 		return tx.ExecContext(ctx, "DELETE FROM node_leases WHERE node_id = $1 AND session = $2", id, session)
 	})
 	return err

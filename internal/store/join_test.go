@@ -42,6 +42,23 @@ func (j *joining) join(name, key string) fleet.Node {
 	return n
 }
 
+// session checks that a node with a key has a session.
+func (j *joining) session(id, key, want string) {
+	j.Helper()
+	if got, err := j.st.CheckNode(j.Context(), id, key); err != nil || got != want {
+		j.Errorf("the session of %s is %q, %v, want %q", id, got, err, want)
+	}
+}
+
+// refused checks that a node does not have a key.
+func (j *joining) refused(id, key string) {
+	j.Helper()
+	got, err := j.st.CheckNode(j.Context(), id, key)
+	if wantFault(j.T, err, fault.Denied, "node_refused"); got != "" {
+		j.Errorf("the refused node %s has the session %q", id, got)
+	}
+}
+
 // testJoinStore tests the contract of fleet.JoinStore, which every implementation must keep. db has a session of the
 // node of holderOfTests.
 func testJoinStore(t *testing.T, open func(t *testing.T) *DB) {
@@ -107,15 +124,14 @@ func joinsAgain(j *joining, db *DB) {
 		!again.LeaseUntil.IsZero() {
 		j.Errorf("joined again: %+v, %v", again, err)
 	}
-	wantFault(j.T, st.CheckNode(ctx, n.ID, "key1"), fault.Denied, "node_refused")
-	if err := st.CheckNode(ctx, n.ID, "key2"); err != nil {
-		j.Errorf("the new key: %v", err)
-	}
+	j.refused(n.ID, "key1")
+	j.session(n.ID, "key2", "")
 	_, err = st.ExtendLease(ctx, n.ID, "key1", "session1", time.Hour)
 	wantFault(j.T, err, fault.Denied, "node_refused")
 	if _, err = st.BeginLease(ctx, n.ID, "key2", "session2", time.Hour); err != nil {
 		j.Errorf("the first session with the new key: %v", err)
 	}
+	j.session(n.ID, "key2", "session2")
 	if repeated, err := st.Join(ctx, token, fleet.Node{ID: "yyyyyy"}, "key2"); err != nil || repeated.ID != n.ID {
 		j.Errorf("joined again twice: %+v, %v", repeated, err)
 	}
@@ -126,8 +142,9 @@ func joinsAgain(j *joining, db *DB) {
 func leasesHold(j *joining, _ *DB) {
 	ctx, st := j.Context(), j.st
 	n := j.join("a", "key1")
-	wantFault(j.T, st.CheckNode(ctx, "none", "key1"), fault.Denied, "node_refused")
-	wantFault(j.T, st.CheckNode(ctx, holderOfTests.Node, ""), fault.Denied, "node_refused") // never joined
+	j.refused("none", "key1")
+	j.refused(holderOfTests.Node, "") // never joined
+	j.session(n.ID, "key1", "")
 	_, err := st.ExtendLease(ctx, n.ID, "key1", "session1", time.Hour)
 	wantFault(j.T, err, fault.Denied, "node_refused")
 	_, err = st.BeginLease(ctx, n.ID, "key2", "session1", time.Hour)
@@ -148,15 +165,18 @@ func leasesHold(j *joining, _ *DB) {
 		j.Errorf("extended: %+v, %v", extended, err)
 	}
 	time.Sleep(100 * time.Millisecond) // the lease is over
+	j.session(n.ID, "key1", "session1")
 	if _, err = st.BeginLease(ctx, n.ID, "key1", "session2", time.Hour); err != nil {
 		j.Errorf("the next session: %v", err)
 	}
+	j.session(n.ID, "key1", "session2")
 	_, err = st.ExtendLease(ctx, n.ID, "key1", "session1", time.Hour)
 	wantFault(j.T, err, fault.Denied, "node_refused")
 	wantFault(j.T, st.EndLease(ctx, n.ID, "key1", "session1"), fault.Denied, "node_refused")
 	if err := st.EndLease(ctx, n.ID, "key1", "session2"); err != nil {
 		j.Error(err)
 	}
+	j.session(n.ID, "key1", "")
 	if _, err = st.BeginLease(ctx, n.ID, "key1", "session3", time.Hour); err != nil {
 		j.Errorf("a session after the end of another: %v", err)
 	}
@@ -181,7 +201,7 @@ func nodesAreRemoved(j *joining, db *DB) {
 	if err := st.RemoveNode(ctx, "a"); err != nil {
 		j.Fatal(err)
 	}
-	wantFault(j.T, st.CheckNode(ctx, n.ID, "key1"), fault.Denied, "node_refused")
+	j.refused(n.ID, "key1")
 	_, err := st.ExtendLease(ctx, n.ID, "key1", "session1", time.Hour)
 	wantFault(j.T, err, fault.Denied, "node_refused")
 	_, err = st.GetNode(ctx, n.ID)
