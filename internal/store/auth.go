@@ -257,7 +257,7 @@ func (db *DB) RevokeKey(ctx context.Context, orgID, id string, when time.Time) e
 // not exist.
 func (db *DB) TouchKey(ctx context.Context, id string, when time.Time) error {
 	defer db.took("touch_key", time.Now())
-	_, err := db.writer.ExecContext(ctx,
+	err := db.change(ctx,
 		"UPDATE api_keys SET last_used_at = $1 WHERE id = $2 AND (last_used_at IS NULL OR last_used_at < $1)", at(when), id)
 	if err != nil {
 		return fmt.Errorf("recording a use of key %s: %w", id, err)

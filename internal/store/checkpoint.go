@@ -35,6 +35,9 @@ func (db *DB) BeginCheckpoint(ctx context.Context, c sandbox.StoredCheckpoint) (
 	err error) {
 	defer db.took("begin_checkpoint", time.Now())
 	err = db.write(ctx, func(tx *sql.Tx) error {
+		if err := db.holds(sandbox.Holder{Node: c.Node}); err != nil {
+			return err
+		}
 		err := tx.QueryRowContext(ctx, "SELECT "+checkpointColumns+` FROM checkpoints
 			WHERE name = $1 AND node = $2 AND fence = $3 AND made_at = $4 AND uploaded_at IS NULL`,
 			c.Name, c.Node, c.Fence, at(c.MadeAt)).Scan(checkpointFields(&begun)...)
@@ -75,6 +78,9 @@ func (db *DB) BeginCheckpoint(ctx context.Context, c sandbox.StoredCheckpoint) (
 func (db *DB) EndCheckpoint(ctx context.Context, c sandbox.StoredCheckpoint) error {
 	defer db.took("end_checkpoint", time.Now())
 	err := db.write(ctx, func(tx *sql.Tx) error {
+		if err := db.holds(sandbox.Holder{Node: c.Node}); err != nil {
+			return err
+		}
 		r, err := tx.ExecContext(ctx, `UPDATE checkpoints SET bytes = $1, sum = $2, uploaded_at = $3
 			WHERE name = $4 AND fence = $5 AND number = $6 AND node = $7`,
 			c.Bytes, c.Sum, at(c.UploadedAt), c.Name, c.Fence, c.Number, c.Node)

@@ -195,7 +195,7 @@ func (db *DB) Consumed(ctx context.Context, consumer string) (event.Seq, bool, e
 // SetConsumed implements [event.Store].
 func (db *DB) SetConsumed(ctx context.Context, consumer string, through event.Seq) error {
 	defer db.took("set_consumed", time.Now())
-	_, err := db.writer.ExecContext(ctx, `INSERT INTO event_consumers (name, seq) VALUES ($1, $2)
+	err := db.change(ctx, `INSERT INTO event_consumers (name, seq) VALUES ($1, $2)
 		ON CONFLICT (name) DO UPDATE SET seq = excluded.seq`, consumer, through)
 	if err != nil {
 		return fmt.Errorf("writing the place of consumer %s: %w", consumer, err)
@@ -206,7 +206,7 @@ func (db *DB) SetConsumed(ctx context.Context, consumer string, through event.Se
 // EndConsumer implements [event.Store].
 func (db *DB) EndConsumer(ctx context.Context, consumer string) error {
 	defer db.took("end_consumer", time.Now())
-	if _, err := db.writer.ExecContext(ctx, "DELETE FROM event_consumers WHERE name = $1", consumer); err != nil {
+	if err := db.change(ctx, "DELETE FROM event_consumers WHERE name = $1", consumer); err != nil {
 		return fmt.Errorf("ending consumer %s: %w", consumer, err)
 	}
 	return nil

@@ -267,6 +267,7 @@ func TestFirstAuthority(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			a, b := open(t)
 			startSession(t, a, "aaaaaa")
+			joinSession(t, b)
 			if all, err := a.Authorities(t.Context()); err != nil || len(all) != 0 {
 				t.Errorf("a new cluster has the authorities %+v, %v", all, err)
 			}

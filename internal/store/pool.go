@@ -25,6 +25,9 @@ func (db *DB) AddPooled(ctx context.Context, m sandbox.Pooled) error {
 	defer db.took("add_pooled", time.Now())
 	err := db.write(ctx, func(tx *sql.Tx) error {
 		m.Holder = db.holder()
+		if err := db.holds(m.Holder); err != nil {
+			return err
+		}
 		fields := pooledFields(&m)
 		if _, err := tx.ExecContext(ctx,
 			"INSERT INTO pool ("+pooledColumns+") VALUES ("+placeholders(len(fields))+")", fields...); err != nil {

@@ -17,7 +17,7 @@ import (
 // whether PostgreSQL still answers. A lock that ends with its connection needs no clock and ends with the process.
 type keeper struct {
 	d    *postgresDialect
-	node string
+	node string // "" for a replica, whose keeper takes no lock and only probes
 	// lost is set while the lock is not held: the server is not ready, and nothing may be removed by the records.
 	lost atomic.Bool
 
@@ -65,7 +65,7 @@ func (d *postgresDialect) keep(ctx context.Context, node string) (*keeper, error
 		return nil, err
 	}
 	for {
-		held, err := tryLock(ctx, conn, lockClassNode, k.node)
+		held, err := k.tryLock(ctx, conn)
 		if held {
 			break
 		}
@@ -101,6 +101,14 @@ func (d *postgresDialect) connect(ctx context.Context) (*pgx.Conn, error) {
 		return nil, err
 	}
 	return pgx.ConnectConfig(ctx, c)
+}
+
+// tryLock tries once to take the lock of the node.
+func (k *keeper) tryLock(ctx context.Context, conn *pgx.Conn) (held bool, err error) {
+	if k.node == "" {
+		return true, nil
+	}
+	return tryLock(ctx, conn, lockClassNode, k.node)
 }
 
 // tryLock tries once to take an advisory lock, which ends with conn.
@@ -175,7 +183,7 @@ func (k *keeper) again(ctx context.Context) *pgx.Conn {
 func (k *keeper) tryAgain(ctx context.Context, conn *pgx.Conn) (held bool, newest int64, err error) {
 	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
 	defer cancel()
-	if held, err = tryLock(ctx, conn, lockClassNode, k.node); err != nil || !held {
+	if held, err = k.tryLock(ctx, conn); err != nil || !held {
 		return held, -1, err
 	}
 	err = conn.QueryRow(ctx, "SELECT COALESCE((SELECT fence FROM nodes WHERE id = $1), 0)", k.node).Scan(&newest)
@@ -241,6 +249,9 @@ func (k *keeper) probe(ctx context.Context, conn *pgx.Conn, tick <-chan time.Tim
 func (k *keeper) check() error {
 	if k == nil || !k.lost.Load() {
 		return nil
+	}
+	if k.node == "" {
+		return fault.New(fault.Unavailable, fault.CodeNotReady, "the server cannot reach PostgreSQL").After(awayRetry)
 	}
 	return fault.New(fault.Unavailable, fault.CodeNotReady, "the server has lost its lock on the records: it cannot "+
 		"reach PostgreSQL, or another server with a copy of its data directory has started").After(awayRetry)

@@ -2,6 +2,7 @@ package store
 
 import (
 	"context"
+	"database/sql"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -132,11 +133,16 @@ const isCurrent = `SELECT ($1::bigint = 0 OR EXISTS (SELECT 1 FROM events WHERE 
 	AND ($2::bigint = 0 OR EXISTS (SELECT 1 FROM cluster WHERE generation >= $2))`
 
 // begin implements dialect. Restored records are left as they are until the restore is accepted.
-func (d *postgresDialect) begin(ctx context.Context, node string) (err error) {
+func (d *postgresDialect) begin(ctx context.Context, node string, f func(tx *sql.Tx) error) (err error) {
 	if d.keeper, err = d.keep(ctx, node); err != nil {
 		return err
 	}
-	return d.current(ctx)
+	if err := d.current(ctx); err != nil {
+		return err
+	}
+	// There is no session yet by which the transaction could be refused.
+	row := func(at, id int64) statement { return statement{insertCommit, []any{at, id}} }
+	return d.transactWith(ctx, row, nil, f)
 }
 
 // began implements dialect.

@@ -111,6 +111,7 @@ func TestPostgresRestored(t *testing.T) {
 	run(false, func(db *DB) { check(db, true) })
 	run(true, func(db *DB) { check(db, false) })
 	run(false, func(db *DB) {
+		startSession(t, db, "node")
 		mustInsert(t, db, small("org_a", 0))
 		settle(t, db)
 		check(db, false)

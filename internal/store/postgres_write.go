@@ -66,8 +66,14 @@ func (d *postgresDialect) write(ctx context.Context, org string, f func(tx *sql.
 // transact runs statements that lock, and then f, in a transaction. If the database ended the transaction because of a
 // conflict with another one, transact runs them again.
 func (d *postgresDialect) transact(ctx context.Context, locks []statement, f func(tx *sql.Tx) error) error {
+	return d.transactWith(ctx, d.commitRow, locks, f)
+}
+
+// transactWith does what transact does. row returns the statement that writes the row of a transaction.
+func (d *postgresDialect) transactWith(ctx context.Context, row func(at, id int64) statement, locks []statement,
+	f func(tx *sql.Tx) error) error {
 	for try := 1; ; try++ {
-		err := away(ctx, d.transactOnce(ctx, locks, f))
+		err := away(ctx, d.transactOnce(ctx, row, locks, f))
 		if code := pgCode(err); try == maxTries || code != codeSerialization && code != codeDeadlock {
 			return err
 		}
@@ -90,9 +96,10 @@ const (
 	codeStarting      = "57P03"
 )
 
-func (d *postgresDialect) transactOnce(ctx context.Context, locks []statement, f func(tx *sql.Tx) error) error {
+func (d *postgresDialect) transactOnce(ctx context.Context, row func(at, id int64) statement, locks []statement,
+	f func(tx *sql.Tx) error) error {
 	at, id := d.present().UnixMicro(), rand.Int64() // servers with other clocks drop these rows
-	open := &opening{all: append([]statement{begin, d.commitRow(at, id)}, locks...)}
+	open := &opening{all: append([]statement{begin, row(at, id)}, locks...)}
 	tx, err := d.db.writer.BeginTx(context.WithValue(ctx, openingKey{}, open), nil)
 	if err != nil {
 		return fmt.Errorf("beginning transaction: %w", err)
@@ -101,10 +108,7 @@ func (d *postgresDialect) transactOnce(ctx context.Context, locks []statement, f
 	// database rolls back what a broken connection leaves.
 	defer func() { _ = tx.Rollback() }()
 	if open.wrote[1] == 0 { // no row of the transaction
-		if err := d.currentIn(ctx, tx); err != nil {
-			return err
-		}
-		return errSuperseded
+		return d.refusal(ctx, tx)
 	}
 	if err := f(tx); err != nil {
 		return err
@@ -116,12 +120,15 @@ func (d *postgresDialect) transactOnce(ctx context.Context, locks []statement, f
 }
 
 const (
-	// insertCommit writes the row of a transaction, if the server's session is the newest of its node, in the present
-	// generation of the cluster.
-	insertCommit = `INSERT INTO commits (at, id, aborted) SELECT $1::bigint, $2::bigint, FALSE WHERE EXISTS (SELECT 1 FROM nodes n, cluster c
-		WHERE n.id = $3 AND n.fence = $4 AND c.id = $5 AND c.generation = $6)`
-	// insertFreeCommit writes the row of a transaction of no session.
-	insertFreeCommit = "INSERT INTO commits (at, id, aborted) VALUES ($1, $2, FALSE)"
+	insertCommit = "INSERT INTO commits (at, id, aborted) SELECT $1::bigint, $2::bigint, FALSE"
+	// insertNodeCommit writes the row of a transaction, if the server's session is the newest of its node, in the present
+	// generation of the cluster, and the node is not removed.
+	insertNodeCommit = insertCommit + ` WHERE EXISTS (SELECT 1 FROM nodes n, cluster c WHERE n.id = $3 AND n.fence = $4
+		AND n.removed_at IS NULL AND c.id = $5 AND c.generation = $6)`
+	// insertReplicaCommit does so if the session's generation of the cluster is the present one.
+	insertReplicaCommit = insertCommit + " WHERE EXISTS (SELECT 1 FROM cluster WHERE id = $3 AND generation = $4)"
+	// insertFreeCommit does so without a session, if none has ever begun.
+	insertFreeCommit = insertCommit + " WHERE NOT EXISTS (SELECT 1 FROM cluster)"
 	// decideCommit waits for the end of a transaction that is in progress, and keeps one that was not committed
 	// from being committed. Repeated, it gives the same answer.
 	decideCommit = `INSERT INTO commits AS c (at, id, aborted) VALUES ($1, $2, TRUE)
@@ -137,11 +144,37 @@ var begin = statement{query: "begin isolation level read committed"}
 
 // commitRow returns the statement that writes the row of a transaction. It writes none if the server may not write.
 func (d *postgresDialect) commitRow(at, id int64) statement {
-	s := d.db.session.Load()
-	if s == nil {
+	switch s := d.db.session.Load(); {
+	case s == nil:
 		return statement{insertFreeCommit, []any{at, id}}
+	case d.db.isReplica():
+		return statement{insertReplicaCommit, []any{at, id, s.Cluster, s.Generation}}
+	default:
+		return statement{insertNodeCommit, []any{at, id, s.Holder.Node, s.Holder.Fence, s.Cluster, s.Generation}}
 	}
-	return statement{insertCommit, []any{at, id, s.Holder.Node, s.Holder.Fence, s.Cluster, s.Generation}}
+}
+
+// refusal returns the reason for which the statement of commitRow has written no row.
+func (d *postgresDialect) refusal(ctx context.Context, tx *sql.Tx) error {
+	if err := d.currentIn(ctx, tx); err != nil {
+		return err
+	}
+	switch {
+	case d.db.session.Load() == nil:
+		return errNoSession
+	case d.db.isReplica():
+		return errRestored
+	}
+	var removed bool
+	err := tx.QueryRowContext(ctx, "SELECT EXISTS (SELECT 1 FROM nodes WHERE id = $1 AND removed_at IS NOT NULL)",
+		d.db.holder().Node).Scan(&removed)
+	switch {
+	case err != nil:
+		return fmt.Errorf("reading the node: %w", err)
+	case removed:
+		return errRemoved
+	}
+	return errSuperseded
 }
 
 // execute implements dialect; see [conn.ExecContext].

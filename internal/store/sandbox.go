@@ -175,6 +175,9 @@ func checkQuota(ctx context.Context, tx querier, s sandbox.Sandbox, q sandbox.Qu
 func insertSandbox(ctx context.Context, tx *sql.Tx, out *outbox, s sandbox.Sandbox, once sandbox.Once,
 	more ...sandbox.Event) error {
 	s.Holder = out.db.holder()
+	if err := out.db.holds(s.Holder); err != nil {
+		return err
+	}
 	fields := sandboxFields(&s)
 	row := "INSERT INTO sandboxes (" + sandboxColumns + ") VALUES (" + placeholders(len(fields)) + ")"
 	all := []statement{{row, fields}}

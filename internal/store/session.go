@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"database/sql"
+	"errors"
 	"fmt"
 	"time"
 
@@ -13,7 +14,7 @@ import (
 
 // Session identifies a server that works with the records, by its node and fence, and the records that it works with.
 type Session struct {
-	Holder sandbox.Holder // the node, and the server's fence
+	Holder sandbox.Holder // the node, and the server's fence; zero for a replica, which has no node
 	// Cluster identifies the records and never changes. Generation starts at 1 and rises with each accepted restore. A
 	// server writes only to the generation with which it started.
 	Cluster    string
@@ -22,22 +23,30 @@ type Session struct {
 
 // StartSession makes db write as the newest server of a node. It takes over the rows of the node, so that an earlier
 // server of the node that still runs somewhere can no longer write. Call it once, before reading the node's rows. A DB
-// without a session, as in migrations and tests of this package, writes rows that belong to no node.
+// without a session, as in migrations and tests, writes rows that belong to no node, and in PostgreSQL only to records
+// with which no session has begun.
 func (db *DB) StartSession(ctx context.Context, node string, acceptRestore bool) (Session, error) {
-	s, err := db.startSession(ctx, node, acceptRestore)
+	s, err := db.beginSession(ctx, node, acceptRestore)
 	if err != nil {
 		return Session{}, fmt.Errorf("starting to work with the records as node %s: %w", node, err)
 	}
-	db.session.Store(&s)
 	return s, nil
 }
 
-func (db *DB) startSession(ctx context.Context, node string, acceptRestore bool) (s Session, err error) {
-	if err := db.begin(ctx, node); err != nil {
-		return s, err
+// JoinSession makes db write as a replica: a server without a node, beside other servers. It can write no row that
+// belongs to a node, and cannot add one. Call it once.
+func (db *DB) JoinSession(ctx context.Context, acceptRestore bool) (Session, error) {
+	s, err := db.beginSession(ctx, "", acceptRestore)
+	if err != nil {
+		return Session{}, fmt.Errorf("starting to work with the records as a replica: %w", err)
 	}
-	err = db.write(ctx, func(tx *sql.Tx) error {
-		s = Session{Holder: sandbox.Holder{Node: node}}
+	return s, nil
+}
+
+// beginSession begins the session of a node, or of a replica if node is "".
+func (db *DB) beginSession(ctx context.Context, node string, acceptRestore bool) (s Session, err error) {
+	err = db.begin(ctx, node, func(tx *sql.Tx) error {
+		s = Session{}
 		// Of two first servers one waits for the other here.
 		if _, err := tx.ExecContext(ctx, `INSERT INTO cluster (one, id, generation) VALUES (TRUE, $1, 1)
 			ON CONFLICT DO NOTHING`, rand.Text()); err != nil {
@@ -51,24 +60,40 @@ func (db *DB) startSession(ctx context.Context, node string, acceptRestore bool)
 			Scan(&s.Cluster, &s.Generation); err != nil {
 			return err
 		}
-		p := params{node}
-		if err := tx.QueryRowContext(ctx, "INSERT INTO nodes (id, fence, started_at) VALUES ($1, 1, "+db.now(&p, time.Now())+
-			`) ON CONFLICT (id) DO UPDATE SET fence = nodes.fence + 1, started_at = excluded.started_at RETURNING fence`,
-			p...).Scan(&s.Holder.Fence); err != nil {
-			return err
+		if node == "" {
+			return nil
 		}
-		for _, rows := range []string{"sandboxes SET fence = $1 WHERE ended_at IS NULL AND", "pool SET fence = $1 WHERE",
-			"snapshots SET fence = $1 WHERE"} {
-			if _, err := tx.ExecContext(ctx, "UPDATE "+rows+" node_id = $2", s.Holder.Fence, node); err != nil {
-				return err
-			}
-		}
-		return nil
+		s.Holder, err = db.takeOver(ctx, tx, node)
+		return err
 	})
-	if err == nil {
-		db.began(s)
+	if err != nil {
+		return Session{}, err
 	}
-	return s, err
+	db.began(s)
+	db.session.Store(&s)
+	return s, nil
+}
+
+// takeOver gives a node the next fence, and its rows too.
+func (db *DB) takeOver(ctx context.Context, tx *sql.Tx, node string) (sandbox.Holder, error) {
+	h := sandbox.Holder{Node: node}
+	p := params{node}
+	err := tx.QueryRowContext(ctx, "INSERT INTO nodes (id, fence, started_at) VALUES ($1, 1, "+db.now(&p, time.Now())+
+		`) ON CONFLICT (id) DO UPDATE SET fence = nodes.fence + 1, started_at = excluded.started_at
+		WHERE nodes.removed_at IS NULL RETURNING fence`, p...).Scan(&h.Fence)
+	if errors.Is(err, sql.ErrNoRows) {
+		return h, errRemoved
+	}
+	if err != nil {
+		return h, err
+	}
+	for _, rows := range []string{"sandboxes SET fence = $1 WHERE ended_at IS NULL AND", "pool SET fence = $1 WHERE",
+		"snapshots SET fence = $1 WHERE"} {
+		if _, err := tx.ExecContext(ctx, "UPDATE "+rows+" node_id = $2", h.Fence, node); err != nil {
+			return h, err
+		}
+	}
+	return h, nil
 }
 
 // holder returns the holder of the rows that db writes.
@@ -86,8 +111,13 @@ func (db *DB) mine(p *params) string {
 	return " AND node_id = " + p.add(me.Node) + " AND fence <= " + p.add(me.Fence)
 }
 
-// change runs a statement that writes rows of the node in a transaction of its own. A statement without one would
-// change restored records too.
+// isReplica reports whether db has the session of a replica.
+func (db *DB) isReplica() bool {
+	s := db.session.Load()
+	return s != nil && s.Holder == (sandbox.Holder{})
+}
+
+// change runs a statement in a transaction of its own. A statement without one would change restored records too.
 func (db *DB) change(ctx context.Context, query string, args ...any) error {
 	return db.write(ctx, func(tx *sql.Tx) error {
 		_, err := tx.ExecContext(ctx, query, args...)
@@ -99,6 +129,8 @@ func (db *DB) change(ctx context.Context, query string, args ...any) error {
 // a sandbox that has no row.
 func (db *DB) holds(h sandbox.Holder) error {
 	switch me := db.holder(); {
+	case db.isReplica():
+		return fault.New(fault.Unavailable, fault.CodeNotReady, "it belongs to a node, and this server has none")
 	case h.Node != me.Node:
 		return fault.New(fault.Unavailable, fault.CodeNotReady, "it belongs to another node than this server")
 	case h.Fence > me.Fence:
@@ -107,9 +139,19 @@ func (db *DB) holds(h sandbox.Holder) error {
 	return nil
 }
 
-// errSuperseded reports that another server of the same node has started since.
-var errSuperseded = fault.New(fault.Unavailable, fault.CodeNotReady,
-	"another server has taken over the records of this one, and this one can no longer write: end one of the two")
+var (
+	// errSuperseded reports that another server of the same node has started since.
+	errSuperseded = fault.New(fault.Unavailable, fault.CodeNotReady,
+		"another server has taken over the records of this one, and this one can no longer write: end one of the two")
+	// errRestored reports to a replica that a server has accepted a restore since.
+	errRestored = fault.New(fault.Unavailable, fault.CodeNotReady,
+		"the records were restored to an older state since this server has started: start it again")
+	// errRemoved reports that an operator has removed the node.
+	errRemoved = fault.New(fault.Unavailable, fault.CodeNotReady,
+		"this node was removed from the cluster and can no longer write: start it with a new data directory")
+	// errNoSession reports a write of a process that has not begun a session.
+	errNoSession = errors.New("other servers work with the records, and this process has not begun a session")
+)
 
 // heldSandbox reads a sandbox after a conditional write has changed no row. It returns an error if db may not write the
 // row at all.

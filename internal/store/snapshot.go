@@ -57,6 +57,9 @@ func (db *DB) AddSnapshot(ctx context.Context, s sandbox.Snapshot, most int) err
 				"the organization may have %d snapshots and has %d", most, have)
 		}
 		s.Holder = db.holder()
+		if err := db.holds(s.Holder); err != nil {
+			return err
+		}
 		fields := snapshotFields(&s)
 		_, err := tx.ExecContext(ctx,
 			"INSERT INTO snapshots ("+snapshotColumns+") VALUES ("+placeholders(len(fields))+")", fields...)

@@ -212,8 +212,10 @@ func (d *sqliteDialect) setActivity(ctx context.Context, tx *sql.Tx, last map[sa
 	return nil
 }
 
-// begin returns nil: the caller of [Open] keeps other processes out.
-func (d *sqliteDialect) begin(context.Context, string) error { return nil }
+// begin runs f alone: the caller of [Open] keeps other processes out.
+func (d *sqliteDialect) begin(ctx context.Context, _ string, f func(tx *sql.Tx) error) error {
+	return d.write(ctx, "", f)
+}
 
 func (d *sqliteDialect) began(Session) {}
 

@@ -56,7 +56,7 @@ type DB struct {
 	wake   atomic.Pointer[func(orgs []string)] // set by OnEvents
 	// observe is set by OnCall.
 	observe atomic.Pointer[func(call string, took time.Duration)]
-	// session is nil before StartSession. It is read without a lock, since each write reads it.
+	// session is nil before StartSession and JoinSession. It is read without a lock, since each write reads it.
 	session atomic.Pointer[Session]
 	writes  atomic.Int64 // counts the transactions that write has ended; see Expect
 	turns
@@ -106,8 +106,9 @@ type dialect interface {
 	present() time.Time
 	// setActivity writes the last activity of sandboxes that are not over, unless a later one is stored.
 	setActivity(ctx context.Context, tx *sql.Tx, last map[sandbox.ID]time.Time) error
-	// begin returns an error if a session may not begin, and keeps other servers of the node from beginning one.
-	begin(ctx context.Context, node string) error
+	// begin runs f in the transaction with which a session begins. It returns an error if the session may not begin, and
+	// keeps other servers of the node from beginning one. A replica's session has the node "".
+	begin(ctx context.Context, node string, f func(tx *sql.Tx) error) error
 	// began learns of a session that has begun.
 	began(s Session)
 	// current returns an error if the records are older than those that the server has seen, because the
@@ -191,8 +192,7 @@ func (db *DB) FirstSetting(ctx context.Context, name, first string) (string, err
 	if value, found, err := db.Setting(ctx, name); err != nil || found {
 		return value, err
 	}
-	_, err := db.writer.ExecContext(ctx, "INSERT INTO settings (name, value) VALUES ($1, $2) ON CONFLICT DO NOTHING",
-		name, first)
+	err := db.change(ctx, "INSERT INTO settings (name, value) VALUES ($1, $2) ON CONFLICT DO NOTHING", name, first)
 	if err != nil {
 		return "", fmt.Errorf("writing setting %s: %w", name, err)
 	}
@@ -203,10 +203,19 @@ func (db *DB) FirstSetting(ctx context.Context, name, first string) (string, err
 // SetSetting writes one of the server's own settings.
 func (db *DB) SetSetting(ctx context.Context, name, value string) error {
 	defer db.took("set_setting", time.Now())
-	_, err := db.writer.ExecContext(ctx, `INSERT INTO settings (name, value) VALUES ($1, $2)
+	err := db.change(ctx, `INSERT INTO settings (name, value) VALUES ($1, $2)
 		ON CONFLICT (name) DO UPDATE SET value = excluded.value`, name, value)
 	if err != nil {
 		return fmt.Errorf("writing setting %s: %w", name, err)
+	}
+	return nil
+}
+
+// DropSetting drops one of the server's own settings, if it exists.
+func (db *DB) DropSetting(ctx context.Context, name string) error {
+	defer db.took("drop_setting", time.Now())
+	if err := db.change(ctx, "DELETE FROM settings WHERE name = $1", name); err != nil {
+		return fmt.Errorf("dropping setting %s: %w", name, err)
 	}
 	return nil
 }
