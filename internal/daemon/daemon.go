@@ -47,14 +47,14 @@ const (
 	databaseFile    = "cay.db"
 	keyFile         = "api-key"
 	settingInstance = "instance"
-	settingRange    = "network_range"
+	settingRange    = "network_range" // of earlier versions; see moveRange
 	settingE2B      = "e2b_secret"
 	settingPorts    = "ports_secret" // signs URLs of ports
 )
 
 // dataFiles names everything that a server puts into its data directory, and the log that `make run` keeps there.
 var dataFiles = []string{databaseFile, databaseFile + "-wal", databaseFile + "-shm", instanceFile, markFile,
-	directoryFile, keyFile, "lock", "programs",
+	directoryFile, rangeFile, keyFile, "lock", "programs",
 	"images", "sandboxes", "checkpoints", "contexts", buildDir, "scratch", "server.log"}
 
 // server holds all rooms of a running server.

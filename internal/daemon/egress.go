@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -37,14 +38,8 @@ func (s *server) openNetwork(ctx context.Context) (*network.Network, error) {
 	c.Services.DNS, c.Services.Proxy = portOf(s.egressOn.DNS), portOf(s.egressOn.Proxy)
 	c.Services.Metadata = portOf(s.egressOn.Metadata)
 	if !configured.IsValid() {
-		last, found, err := s.db.Setting(ctx, settingRange)
-		if err != nil {
+		if c.Range, err = lastRange(s.cfg.DataDir); err != nil {
 			return nil, err
-		}
-		if found {
-			if c.Range, err = netip.ParsePrefix(last); err != nil {
-				return nil, fmt.Errorf("reading the setting %s: %w", settingRange, err)
-			}
 		}
 	}
 	slots, err := network.Open(ctx, c, s.log)
@@ -57,7 +52,7 @@ func (s *server) openNetwork(ctx context.Context) (*network.Network, error) {
 	if err != nil {
 		return nil, err
 	}
-	return slots, s.db.SetSetting(ctx, settingRange, slots.Range().String())
+	return slots, writeID(filepath.Join(s.cfg.DataDir, rangeFile), slots.Range().String())
 }
 
 // listenEgress opens the sockets that the rules redirect to, at ports that the kernel chooses. Only sandboxes reach

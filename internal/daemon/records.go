@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -21,6 +22,13 @@ import (
 // instanceFile names the file with the server instance of a data directory whose records are in PostgreSQL. In SQLite
 // the instance is a setting in the records.
 const instanceFile = "instance"
+
+// instanceOfFleet is the setting instance of records in PostgreSQL that belong to a fleet. No server instance has this
+// value, which also keeps out earlier versions.
+const instanceOfFleet = "fleet"
+
+// inFleet reports whether the settings make a server one of several with the same records. SQLite has one server.
+func inFleet(cfg config.Config) bool { return cfg.Fleet.Listen != "" && cfg.Store.URL != "" }
 
 // markFile names the file that says how far this machine has seen the records in PostgreSQL.
 const markFile = "records-seen"
@@ -40,6 +48,13 @@ func openRecords(ctx context.Context, cfg config.Config, acceptRestore bool) (*s
 	if err == nil && cfg.Store.URL != "" {
 		err = db.Serve(ctx)
 	}
+	if err == nil {
+		err = moveRange(ctx, db, cfg.DataDir)
+	}
+	if err == nil && inFleet(cfg) {
+		// The session keeps out a copy of the data directory. From here on other servers may start with the records.
+		err = db.SetSetting(ctx, settingInstance, instanceOfFleet)
+	}
 	if err != nil {
 		return nil, session, errors.Join(err, db.Close())
 	}
@@ -55,7 +70,7 @@ func openPostgres(ctx context.Context, cfg config.Config, acceptRestore bool) (*
 	c.MarkFile, c.AcceptRestore = filepath.Join(cfg.DataDir, markFile), acceptRestore
 	db, err := store.OpenPostgres(ctx, c)
 	if err == nil {
-		if err = belong(ctx, db, own); err != nil {
+		if err = belong(ctx, db, own, inFleet(cfg)); err != nil {
 			err = errors.Join(err, db.Close())
 		}
 	}
@@ -68,18 +83,29 @@ func openPostgres(ctx context.Context, cfg config.Config, acceptRestore bool) (*
 	return db, own, nil
 }
 
-// belong makes the records in PostgreSQL those of a server instance, and refuses those of another one. A second server
-// would take the rows for its own, and their sandboxes for lost.
-func belong(ctx context.Context, db *store.DB, instance string) error {
-	owner, err := db.FirstSetting(ctx, settingInstance, instance)
-	if err != nil {
-		return err
+// belong returns an error unless a server instance may use the records in PostgreSQL. New ones become those of the
+// instance, or of a fleet if the instance is in one. A single server does the work of a whole cluster, such as all
+// builds of templates, so that it must be alone.
+func belong(ctx context.Context, db *store.DB, instance string, fleet bool) error {
+	first := instance
+	if fleet {
+		first = instanceOfFleet
 	}
-	if owner != instance {
+	switch owner, err := db.FirstSetting(ctx, settingInstance, first); {
+	case err != nil:
+		return err
+	case owner == instanceOfFleet && !fleet:
+		return errors.New("the records in store.url belong to a fleet, and this server is not in one: set fleet.listen, or " +
+			"give this server a database of its own")
+	case owner == instanceOfFleet || owner == instance:
+		return nil
+	case fleet:
+		return fmt.Errorf("the records in store.url belong to the server instance %s alone, and this data directory to %s: "+
+			"start that server with fleet.listen first, or give this one another database", owner, instance)
+	default:
 		return fmt.Errorf("the records in store.url belong to the server instance %s, and this data directory to %s: "+
 			"give each server a database of its own", owner, instance)
 	}
-	return nil
 }
 
 func openSQLite(ctx context.Context, cfg config.Config, _ bool) (*store.DB, string, error) {
@@ -118,6 +144,38 @@ func ownInstance(dataDir string) (instance string, made bool, err error) {
 	return instance, true, writeID(path, instance)
 }
 
+// rangeFile names the file with the range of addresses that the server used last.
+const rangeFile = "network-range"
+
+// moveRange moves the range from the records, in which earlier versions kept it, to its file. It must come before
+// another server can have the records.
+func moveRange(ctx context.Context, db *store.DB, dataDir string) error {
+	last, found, err := db.Setting(ctx, settingRange)
+	if err != nil || !found {
+		return err
+	}
+	if err := writeID(filepath.Join(dataDir, rangeFile), last); err != nil {
+		return err
+	}
+	return db.DropSetting(ctx, settingRange)
+}
+
+// lastRange returns the range of addresses that the server used last, the zero one if there is none.
+func lastRange(dataDir string) (netip.Prefix, error) {
+	text, err := readID(filepath.Join(dataDir, rangeFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return netip.Prefix{}, nil
+	}
+	var last netip.Prefix
+	if err == nil {
+		last, err = netip.ParsePrefix(text)
+	}
+	if err != nil {
+		return last, fmt.Errorf("reading the last range of addresses from %s: %w", rangeFile, err)
+	}
+	return last, nil
+}
+
 // directoryFile names the file with the id of a data directory whose files have copies in a bucket. The id is not in
 // the records, so that a copy of the records in another directory does not have it.
 const directoryFile = "directory-id"
@@ -137,16 +195,16 @@ func directoryID(dataDir string) (string, error) {
 func readID(path string) (string, error) {
 	text, err := os.ReadFile(path)
 	if err != nil {
-		return "", fmt.Errorf("reading an id of the data directory: %w", err)
+		return "", fmt.Errorf("reading a file of the data directory: %w", err)
 	}
 	return strings.TrimSpace(string(text)), nil
 }
 
-// writeID writes the file of a server instance or of the id of a data directory, whole or not at all. Without the file
-// the next start would not find the sandboxes of this one, or its files in the bucket.
+// writeID writes the file of a server instance, of the id of a data directory, or of a range, whole or not at all.
+// Without the file the next start would not find the sandboxes of this one, or its files in the bucket.
 func writeID(path, id string) error {
 	if err := hostfile.ReplaceSynced(path, []byte(id+"\n"), 0o600); err != nil {
-		return fmt.Errorf("writing an id of the data directory: %w", err)
+		return fmt.Errorf("writing a file of the data directory: %w", err)
 	}
 	return nil
 }
