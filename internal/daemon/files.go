@@ -13,6 +13,7 @@ import (
 	"github.com/cayhq/cay/internal/archive"
 	"github.com/cayhq/cay/internal/config"
 	"github.com/cayhq/cay/internal/objects"
+	"github.com/cayhq/cay/internal/store"
 )
 
 // settingSeals names the setting with the key of the MACs of checkpoints in a bucket, in hexadecimal.
@@ -53,11 +54,11 @@ func (s *server) openFiles(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	owner := objects.Owner{Cluster: s.session.Cluster}
-	if owner.Directory, err = directoryID(s.cfg.DataDir); err != nil {
+	directory, err := directoryID(s.cfg.DataDir)
+	if err != nil {
 		return err
 	}
-	f := &files{store: objects.NewStore(bucket, owner, s.log.With("room", "objects"))}
+	f := &files{store: objects.NewStore(bucket, ownerOf(s.cfg, s.session, directory), s.log.With("room", "objects"))}
 	minFree := int64(s.cfg.Capacity.MinFreeDiskMB) << 20
 	f.images = f.store.Mirror(objects.MirrorConfig{Prefix: "images/", Local: s.images, Alone: s.db.Alone,
 		MaxLocal: int64(cfg.ImagesMB) << 20, MaxUnneeded: int64(cfg.ImagesMB) << 20, MaxFile: maxImageFile, MinFree: minFree})
@@ -73,6 +74,15 @@ func (s *server) openFiles(ctx context.Context) (err error) {
 	s.files = f
 	s.observeFiles()
 	return nil
+}
+
+// ownerOf returns the owner as which a server with a data directory claims its bucket.
+func ownerOf(cfg config.Config, session store.Session, directory string) objects.Owner {
+	if inFleet(cfg) {
+		return objects.Owner{Cluster: session.Cluster, Directory: objects.Fleet, Generation: session.Generation,
+			Before: directory}
+	}
+	return objects.Owner{Cluster: session.Cluster, Directory: directory}
 }
 
 // openArchive returns the archive that copies checkpoints to the bucket.

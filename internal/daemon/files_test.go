@@ -86,3 +86,37 @@ func TestBucketOfUnmountedDirectory(t *testing.T) {
 		}
 	}
 }
+
+// TestBucketOfServers claims a bucket as a single server does, and then as the servers of a fleet do.
+func TestBucketOfServers(t *testing.T) {
+	bucket, err := objects.OpenDir(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	fleet := config.Config{Fleet: config.Fleet{Listen: "127.0.0.1:0"}, Store: config.Store{URL: "postgres:///cay"}}
+	sqlite := config.Config{Fleet: fleet.Fleet}
+	now, restored := store.Session{Cluster: "records", Generation: 1}, store.Session{Cluster: "records", Generation: 2}
+	for i, c := range []struct {
+		cfg       config.Config
+		session   store.Session
+		directory string
+		refused   bool
+	}{
+		{config.Config{}, now, "here", false},
+		{sqlite, now, "here", false},
+		{config.Config{}, restored, "here", false}, // as before there were fleets
+		{config.Config{}, now, "there", true},
+		{fleet, now, "there", true}, // the bucket is not the fleet's yet
+		{fleet, now, "here", false},
+		{fleet, now, "there", false},
+		{fleet, now, "here", false},
+		{fleet, restored, "here", true},
+		{fleet, store.Session{Cluster: "others", Generation: 1}, "here", true},
+		{config.Config{}, now, "here", true},
+	} {
+		err := objects.Claim(t.Context(), bucket, ownerOf(c.cfg, c.session, c.directory))
+		if errors.Is(err, objects.ErrForeign) != c.refused || !c.refused && err != nil {
+			t.Errorf("claim %d: %v, want a refusal: %t", i, err, c.refused)
+		}
+	}
+}

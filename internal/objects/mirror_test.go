@@ -505,9 +505,10 @@ func TestClaim(t *testing.T) {
 		before string
 		owner  func(i int) Owner
 	}{
-		"other records": {"", func(i int) Owner { return Owner{fmt.Sprint("records-", i%2), "here"} }},
-		"a copy":        {"", func(i int) Owner { return Owner{"records", fmt.Sprint("dir-", i%2)} }},
-		"by before":     {`{"owner":"records"}`, func(i int) Owner { return Owner{"records", fmt.Sprint("dir-", i%2)} }},
+		"other records": {"", func(i int) Owner { return Owner{Cluster: fmt.Sprint("records-", i%2), Directory: "here"} }},
+		"a copy":        {"", func(i int) Owner { return Owner{Cluster: "records", Directory: fmt.Sprint("dir-", i%2)} }},
+		"by before": {`{"owner":"records"}`,
+			func(i int) Owner { return Owner{Cluster: "records", Directory: fmt.Sprint("dir-", i%2)} }},
 	} {
 		eachBucket(t, func(t *testing.T, b Bucket) {
 			if c.before != "" {
@@ -557,7 +558,7 @@ func TestStoreIsTakenOver(t *testing.T) {
 	}
 	ctx := t.Context()
 	now := time.Now()
-	me := Owner{"records", "here"}
+	me := Owner{Cluster: "records", Directory: "here"}
 	s := NewStore(b, me, slog.New(slog.DiscardHandler))
 	m := s.Mirror(MirrorConfig{Prefix: "files/", Local: &shelf{dir: t.TempDir()}, MaxFile: 1 << 30,
 		Now: func() time.Time { return now }})
@@ -611,7 +612,7 @@ func TestStore(t *testing.T) {
 	s3.Stop()
 	log := slog.New(slog.DiscardHandler)
 	local := &shelf{dir: t.TempDir()}
-	s := NewStore(openS3(t, s3, ""), Owner{"me", "here"}, log)
+	s := NewStore(openS3(t, s3, ""), Owner{Cluster: "me", Directory: "here"}, log)
 	m := s.Mirror(MirrorConfig{Prefix: "files/", Local: local, MaxFile: 1 << 30})
 	name := local.put(t, "text", time.Now())
 	m.Offer(name)
@@ -627,7 +628,7 @@ func TestStore(t *testing.T) {
 	if err := <-ended; err != nil {
 		t.Error(err)
 	}
-	foreign := NewStore(openS3(t, s3, ""), Owner{"other", "here"}, log)
+	foreign := NewStore(openS3(t, s3, ""), Owner{Cluster: "other", Directory: "here"}, log)
 	m = foreign.Mirror(MirrorConfig{Prefix: "files/", Local: local, MaxFile: 1 << 30})
 	if err := foreign.Run(t.Context()); !errors.Is(err, ErrForeign) || !foreign.Foreign() {
 		t.Errorf("the store of another owner: %v", err)

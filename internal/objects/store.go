@@ -24,7 +24,11 @@ const (
 // ErrForeign reports that a bucket, or the prefix in it, belongs to another owner.
 var ErrForeign = errors.New("the bucket belongs to other records")
 
-// Owner names the server that may remove objects of a bucket. It is the content of ownerKey.
+// Fleet is the directory of an owner that consists of several servers with the same records. No data directory has it
+// as its id.
+const Fleet = "fleet"
+
+// Owner names the server or the fleet that may remove objects of a bucket. It is the content of ownerKey.
 type Owner struct {
 	// Cluster identifies the records whose files are in the bucket. A server with other records would take these files for
 	// unneeded and remove them.
@@ -32,9 +36,26 @@ type Owner struct {
 	// Directory identifies the data directory of the server. A copy of the records elsewhere has the same cluster, but
 	// lacks what the server has recorded since. Owners that earlier versions wrote have none.
 	Directory string `json:"directory,omitempty"`
+	// Generation tells the records of a fleet from a copy whose restore was accepted; 0 for a single server. The servers
+	// of a fleet have no directory in common that a copy lacks.
+	Generation int64 `json:"generation,omitempty"`
+	// Before identifies the data directory of a server of a fleet. A bucket that was this server's becomes the fleet's.
+	Before string `json:"-"`
 }
 
-// find reads the owner of a bucket. It returns [ErrForeign] if the owner is not o, and fs.ErrNotExist if there is none.
+// named returns o as ownerKey has it.
+func (o Owner) named() Owner {
+	o.Before = ""
+	return o
+}
+
+// replaces reports whether o may claim a bucket of its own records that names found as its owner.
+func (o Owner) replaces(found Owner) bool {
+	return found.Directory == "" || o.Directory == Fleet && found.Directory == o.Before
+}
+
+// find reads the owner of a bucket. It returns [ErrForeign] if the owner is neither o nor one that o replaces, and
+// fs.ErrNotExist if there is none.
 func (o Owner) find(ctx context.Context, b Bucket) (found Owner, info Info, err error) {
 	data, info, err := Read(ctx, b, ownerKey, maxOwner)
 	if err != nil {
@@ -44,11 +65,17 @@ func (o Owner) find(ctx context.Context, b Bucket) (found Owner, info Info, err 
 	case err != nil || found.Cluster != o.Cluster:
 		return found, info, fmt.Errorf("%w: its %s names the owner %.40q, and this server's records are %.40q", ErrForeign,
 			ownerKey, found.Cluster, o.Cluster)
-	case found.Directory != "" && found.Directory != o.Directory:
+	case found == o.named() || o.replaces(found):
+		return found, info, nil
+	case found.Directory == o.Directory:
+		return found, info, fmt.Errorf("%w: its %s names generation %d of the records, and this server's are generation %d",
+			ErrForeign, ownerKey, found.Generation, o.Generation)
+	case found.Directory == Fleet:
+		return found, info, fmt.Errorf("%w: its %s names a fleet, and this server is not in one", ErrForeign, ownerKey)
+	default:
 		return found, info, fmt.Errorf("%w: its %s names the data directory %.40q, and this server's is %.40q, with a copy "+
 			"of the records", ErrForeign, ownerKey, found.Directory, o.Directory)
 	}
-	return found, info, nil
 }
 
 // Claim makes a bucket the owner's. A bucket that is another owner's gives [ErrForeign].
@@ -58,9 +85,9 @@ func Claim(ctx context.Context, b Bucket, o Owner) error {
 		found, info, err := o.find(ctx, b)
 		var only Condition
 		switch {
-		case err == nil && found == o:
+		case err == nil && found == o.named():
 			return nil
-		case err == nil: // of an earlier version
+		case err == nil: // one that o replaces
 			only.ETag = info.ETag
 		case errors.Is(err, fs.ErrNotExist):
 			only.Absent = true
@@ -112,8 +139,8 @@ func (s *Store) Mirror(cfg MirrorConfig) *Mirror {
 // Owned returns an error unless the bucket is still the owner's.
 func (s *Store) Owned(ctx context.Context) error {
 	found, _, err := s.owner.find(ctx, s.transfer.bucket)
-	if err == nil && found != s.owner {
-		err = fmt.Errorf("%w: its %s names no data directory", ErrForeign, ownerKey) // an earlier version has claimed it
+	if err == nil && found != s.owner.named() { // an earlier version has claimed it, or a server outside its fleet
+		err = fmt.Errorf("%w: its %s names the data directory %.40q", ErrForeign, ownerKey, found.Directory)
 	}
 	if err == nil || errors.Is(err, ErrForeign) || errors.Is(err, fs.ErrNotExist) {
 		s.claimed.Store(err == nil)
