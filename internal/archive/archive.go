@@ -39,8 +39,9 @@ const (
 	programPrefix    = "programs/"
 )
 
-// fence is the fence of all copies, and not that of the server's session: no other node can take over a sandbox of this
-// one, and the next process must be able to continue an upload under the same keys.
+// fence is the fence of all copies, and not that of the server's session: the next process must be able to continue an
+// upload under the same keys. Nodes that share a bucket need none, since each writes copies of its own sandboxes and
+// snapshots, and no node can take over those of another one.
 const fence = 0
 
 // collectInterval is the time between two collections. A longer one leaves the objects of destroyed sandboxes for
@@ -167,13 +168,8 @@ func (a *Archive) Counts() objects.Counts {
 // no request to the bucket. Call it before Run, once the source can list its checkpoints.
 func (a *Archive) Load(ctx context.Context) {
 	if _, err := a.copies(ctx); err != nil && ctx.Err() == nil {
-		a.cfg.Log.Warn("cannot read which checkpoints were copied, and will copy all of them", "error", err)
+		a.cfg.Log.Warn("cannot read which checkpoints were copied, and may copy them again", "error", err)
 	}
-	a.offerSaved()
-}
-
-// offerSaved offers the checkpoints of this machine that are not stored.
-func (a *Archive) offerSaved() {
 	names, err := a.cfg.Source.SavedNames()
 	if err != nil {
 		a.cfg.Log.Error("cannot list the checkpoints that are to be copied", "error", err)
@@ -201,9 +197,8 @@ func (a *Archive) Run(ctx context.Context) {
 		if err := a.cfg.Alone(ctx, checkpointPrefix, a.collect); err != nil && ctx.Err() == nil {
 			a.cfg.Log.Warn("cannot collect copies of checkpoints, and will try again", "error", err)
 		}
-		if a.queue.Reopened() {
-			a.offerSaved()
-		}
+		// Another node may have found that a copy of this one is lost, and the queue drops what it gets while it is closed.
+		a.Load(ctx)
 		select {
 		case <-tick.C:
 		case <-ctx.Done():

@@ -27,6 +27,7 @@ type world struct {
 	bucket objects.Bucket
 	db     *store.DB
 	saved  *checkpoint.Store
+	node   string
 	dir    string // has the programs
 	stop   func()
 
@@ -36,12 +37,19 @@ type world struct {
 
 func newWorld(t *testing.T, bucket objects.Bucket) *world {
 	t.Helper()
-	w := &world{bucket: bucket, dir: t.TempDir(), now: time.Now()}
-	var err error
-	if w.db, err = store.Open(t.Context(), filepath.Join(t.TempDir(), "cay.db")); err != nil {
+	db, err := store.Open(t.Context(), filepath.Join(t.TempDir(), "cay.db"))
+	if err != nil {
 		t.Fatal(err)
 	}
+	return newWorldOf(t, bucket, db, "")
+}
+
+// newWorldOf returns the machine of a node with records, which it closes.
+func newWorldOf(t *testing.T, bucket objects.Bucket, db *store.DB, node string) *world {
+	t.Helper()
+	w := &world{bucket: bucket, db: db, node: node, dir: t.TempDir(), now: time.Now()}
 	t.Cleanup(func() { w.db.Close() })
+	var err error
 	if w.saved, _, err = checkpoint.Open(filepath.Join(w.dir, "checkpoints"), 0); err != nil {
 		t.Fatal(err)
 	}
@@ -57,8 +65,9 @@ func newWorld(t *testing.T, bucket objects.Bucket) *world {
 
 // start starts an archive, as the next process would.
 func (w *world) start() {
-	w.Archive = New(Config{Bucket: w.bucket, Transfer: objects.NewTransfer(w.bucket), Records: w.db, Source: w,
-		Key: []byte("the key of the MACs"), Alone: w.db.Alone, Log: slog.New(slog.DiscardHandler), Now: w.clock})
+	w.Archive = New(Config{Bucket: w.bucket, Transfer: objects.NewTransfer(w.bucket), Node: w.node, Records: w.db,
+		Source: w, Key: []byte("the key of the MACs"), Alone: w.db.Alone, Log: slog.New(slog.DiscardHandler),
+		Now: w.clock})
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
 	go func() {
@@ -325,6 +334,7 @@ func TestArchiveUploadsAgain(t *testing.T) {
 	if err := w.collect(t.Context()); err != nil {
 		t.Fatal(err)
 	}
+	w.Load(t.Context())
 	if w.Stored(id, made) {
 		t.Error("a copy that is not in the bucket is taken for stored")
 	}
@@ -351,6 +361,7 @@ func TestArchiveUploadsProgramsAgain(t *testing.T) {
 	if err := w.collect(t.Context()); err != nil {
 		t.Fatal(err)
 	}
+	w.Load(t.Context())
 	if err := w.upload(t.Context(), id); err != nil {
 		t.Fatal(err)
 	}

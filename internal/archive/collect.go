@@ -5,12 +5,15 @@ import (
 	"maps"
 	"path"
 	"slices"
+	"time"
 
 	"github.com/cayhq/cay/internal/objects"
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// collect drops the rows of copies that nothing needs any more, and removes the objects that no row names.
+// collect drops the rows of copies that nothing needs any more, and removes the objects that no row names. It marks the
+// rows of copies that are not whole in the bucket, or a program of which is not there: files.url names another bucket
+// now, or an object was removed or changed. [Archive.Load] on the node of the row then offers the checkpoint again.
 func (a *Archive) collect(ctx context.Context) error {
 	if err := a.cfg.Records.DropCheckpoints(ctx); err != nil {
 		return err
@@ -50,8 +53,18 @@ func (a *Archive) collect(ctx context.Context) error {
 				missing = true
 			}
 		}
-		if missing && !c.UploadedAt.IsZero() {
-			a.lost(c)
+		switch {
+		case missing && !c.UploadedAt.IsZero():
+			a.cfg.Log.Warn("the copy of a checkpoint is not whole in the bucket, and its node will upload it again",
+				"of", c.Name, "node", c.Node)
+			c.UploadedAt = time.Time{}
+		case c.Lost() && !missing && whole && wholePrograms: // files.url named another bucket for a while
+			c.UploadedAt = a.cfg.Now()
+		default:
+			continue
+		}
+		if err := a.cfg.Records.MarkCheckpoint(ctx, c); err != nil {
+			return err
 		}
 	}
 	return nil
@@ -61,18 +74,6 @@ func (a *Archive) collect(ctx context.Context) error {
 func homeOf(key string) string {
 	dir, _ := path.Split(key)
 	return dir
-}
-
-// lost has a checkpoint uploaded again whose copy is not whole in the bucket, or a program of it: files.url names
-// another bucket now, or an object was removed or changed there.
-func (a *Archive) lost(c sandbox.StoredCheckpoint) {
-	a.cfg.Log.Warn("the copy of a checkpoint is not whole in the bucket, and will be uploaded again", "of", c.Name)
-	a.mu.Lock()
-	if a.stored[c.Name].number == c.Number {
-		delete(a.stored, c.Name)
-	}
-	a.mu.Unlock()
-	a.Offer(c.Name, c.Bytes)
 }
 
 // copies returns the rows of copies, and updates a.stored from them.
@@ -86,8 +87,12 @@ func (a *Archive) copies(ctx context.Context) ([]sandbox.StoredCheckpoint, error
 	}
 	stored := map[string]copied{}
 	for _, c := range rows {
-		if !c.UploadedAt.IsZero() {
+		switch {
+		case !c.UploadedAt.IsZero():
 			stored[c.Name] = copied{c.Number, c.MadeAt} // the rows of a name are in the order of their copies
+		case c.Lost(): // the bucket may lack a program
+			a.forget(c.Agent)
+			a.forget(c.Runsc)
 		}
 	}
 	a.learn(stored, before)
@@ -127,7 +132,7 @@ func (a *Archive) wants(key string) bool {
 	return a.wanted[key]
 }
 
-// forget has a program with a SHA-256 uploaded again that the bucket has lost.
+// forget has the bucket asked for a program with a SHA-256 before the next copy that needs it.
 func (a *Archive) forget(sum string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()

@@ -5,12 +5,15 @@ import (
 	"errors"
 	"io"
 	"path"
+	"slices"
 	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/cayhq/cay/internal/caytest"
 	"github.com/cayhq/cay/internal/objects"
 	"github.com/cayhq/cay/internal/sandbox"
+	"github.com/cayhq/cay/internal/store"
 )
 
 // TestArchiveUploadsDamagedCopyAgain takes one object of a copy out of the bucket, or cuts it, and leaves the seal.
@@ -36,6 +39,7 @@ func TestArchiveUploadsDamagedCopyAgain(t *testing.T) {
 		if err := w.collect(t.Context()); err != nil {
 			t.Fatal(err)
 		}
+		w.Load(t.Context())
 		if w.Stored(id, made) || !w.queue.Waits(id) {
 			t.Errorf("%s: the copy is stored: %t, waits: %t", name, w.Stored(id, made), w.queue.Waits(id))
 		}
@@ -147,4 +151,136 @@ func TestArchiveOfTakenOverBucket(t *testing.T) {
 		<-done
 	}()
 	w.copied(t, id, made)
+}
+
+// nodes returns the machines of two nodes with the same records in PostgreSQL and the same bucket. No archive runs.
+func nodes(t *testing.T, bucket objects.Bucket) (a, b *world) {
+	t.Helper()
+	url, err := caytest.StartPostgres(t).Create("cay", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	open := func(node string) *world {
+		db, err := store.OpenPostgres(t.Context(), store.PostgresConfig{URL: url, MaxConns: 4})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := db.StartSession(t.Context(), node, false); err != nil {
+			t.Fatal(err)
+		}
+		w := newWorldOf(t, bucket, db, node)
+		w.stop()
+		return w
+	}
+	return open("aaaaaa"), open("bbbbbb")
+}
+
+// runUntil runs an archive, while another process collects, until a checkpoint has a copy with a number above one.
+func (w *world) runUntil(t *testing.T, id string, above int64) {
+	t.Helper()
+	w.cfg.Alone = func(context.Context, string, func(context.Context) error) error { return nil }
+	ctx, stop := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		w.Run(ctx)
+	}()
+	eventually(t, "it is uploaded", func() bool {
+		rows, err := w.db.StoredCheckpoints(ctx)
+		return err == nil && slices.ContainsFunc(rows, func(c sandbox.StoredCheckpoint) bool {
+			return c.Name == id && c.Number > above && !c.UploadedAt.IsZero()
+		})
+	})
+	stop()
+	<-done
+}
+
+// TestArchiveOfAnotherNode has one node find that the bucket lacks a file or a program of the copy of another node,
+// which uploads it again. The node that collects has no such checkpoint.
+func TestArchiveOfAnotherNode(t *testing.T) {
+	bucket := directory(t)
+	a, b := nodes(t, bucket)
+	ctx := t.Context()
+	id, other := a.sandbox(t), b.sandbox(t)
+	made, otherMade := a.save(t, id, "text"), b.save(t, other, "other")
+	a.runUntil(t, id, 0)
+	if err := b.upload(ctx, other); err != nil {
+		t.Fatal(err)
+	}
+	whole := b.copied(t, other, otherMade)
+	b.Load(ctx)
+	if !b.Stored(id, made) {
+		t.Error("a node does not know the copy of another one")
+	}
+	for what, key := range map[string]func(sandbox.StoredCheckpoint) string{
+		"a file":    func(c sandbox.StoredCheckpoint) string { return home(c) + "pages.img" },
+		"a program": func(c sandbox.StoredCheckpoint) string { return programPrefix + c.Runsc },
+	} {
+		before := a.copied(t, id, made)
+		if err := bucket.Delete(ctx, key(before)); err != nil {
+			t.Fatal(err)
+		}
+		if err := b.collect(ctx); err != nil {
+			t.Fatal(err)
+		}
+		b.Load(ctx)
+		if b.Stored(id, made) || b.queue.Waits(id) {
+			t.Errorf("without %s the copy is stored: %t; the node that has no such checkpoint uploads it: %t", what,
+				b.Stored(id, made), b.queue.Waits(id))
+		}
+		a.runUntil(t, id, before.Number)
+		if got, err := b.fetch(t, a.copied(t, id, made)); err != nil || got != "text" {
+			t.Errorf("after %s was lost: fetched %q, %v", what, got, err)
+		}
+		if _, err := bucket.Stat(ctx, programPrefix+before.Runsc); err != nil {
+			t.Errorf("after %s was lost: the program: %v", what, err)
+		}
+		if err := b.upload(ctx, other); err != nil { // with the program, it was not whole either
+			t.Fatal(err)
+		}
+	}
+	if err := b.collect(ctx); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range b.rows(t) {
+		if c.Lost() || c.Name == other && c.Number < whole.Number {
+			t.Errorf("at the end there is the row %+v", c)
+		}
+	}
+}
+
+// TestArchiveFindsCopyAgain takes the copy of a node that is away out of the bucket, and puts it back.
+func TestArchiveFindsCopyAgain(t *testing.T) {
+	bucket := directory(t)
+	a, b := nodes(t, bucket)
+	ctx := t.Context()
+	id := a.sandbox(t)
+	made := a.save(t, id, "text")
+	if err := a.upload(ctx, id); err != nil {
+		t.Fatal(err)
+	}
+	row := a.copied(t, id, made)
+	key := home(row) + "pages.img"
+	text, _, err := objects.Read(ctx, bucket, key, 100)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(bucket.Delete(ctx, key), b.collect(ctx)); err != nil {
+		t.Fatal(err)
+	}
+	if lost := b.rows(t)[0]; !lost.Lost() || lost.Sum != row.Sum || lost.Bytes != row.Bytes {
+		t.Errorf("the row of a lost copy is %+v", lost)
+	}
+	if _, err := objects.Write(ctx, bucket, key, text, objects.Condition{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.collect(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if b.Load(ctx); !b.Stored(id, made) {
+		t.Errorf("the copy that is whole again is not stored: %+v", b.rows(t))
+	}
+	if got, err := b.fetch(t, b.rows(t)[0]); err != nil || got != "text" {
+		t.Errorf("fetched %q, %v", got, err)
+	}
 }

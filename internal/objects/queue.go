@@ -32,8 +32,6 @@ type Queue struct {
 	held map[string]bool // names that are not uploaded meanwhile
 	// +checklocks:mu
 	oldest bool // the longest waiting is the next
-	// +checklocks:mu
-	dropped bool // whether something was dropped since Reopened
 }
 
 // waiting describes a thing that is to be uploaded.
@@ -48,8 +46,8 @@ type waiting struct {
 }
 
 // NewQueue returns an empty queue. The log has the names behind the prefix. While closed returns true, the queue drops
-// what is added or has its turn, so that it does not grow for ever; nil is never. now replaces the clock in tests; nil
-// is time.Now.
+// what is added or has its turn, so that it does not grow for ever, and its caller has to add it again later; nil is
+// never. now replaces the clock in tests; nil is time.Now.
 func NewQueue(prefix string, closed func() bool, log *slog.Logger, now func() time.Time) *Queue {
 	if closed == nil {
 		closed = func() bool { return false }
@@ -67,7 +65,6 @@ func (q *Queue) Add(name string, size int64) {
 	q.mu.Lock()
 	switch w := q.waiting[name]; {
 	case closed:
-		q.dropped = true
 	case w != nil:
 		w.again, w.size = w.busy, max(w.size, size)
 	default:
@@ -75,17 +72,6 @@ func (q *Queue) Add(name string, size int64) {
 	}
 	q.mu.Unlock()
 	q.Stir()
-}
-
-// Reopened reports whether the queue has dropped something since the last call that returned true, and takes things
-// again. The caller adds them once more.
-func (q *Queue) Reopened() bool {
-	closed := q.closed()
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	is := q.dropped && !closed
-	q.dropped = q.dropped && !is
-	return is
 }
 
 // Waits reports whether a thing is to be uploaded or is being uploaded.
@@ -198,7 +184,6 @@ func (q *Queue) drop(w *waiting) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	delete(q.waiting, w.name)
-	q.dropped = true
 }
 
 // end removes a thing that was uploaded, or sets the time of its next try.

@@ -22,18 +22,25 @@ type StoredCheckpoint struct {
 	// Agent and Runsc are the hexadecimal SHA-256 of the programs that it needs.
 	Agent, Runsc string
 	Sum          string    // hexadecimal SHA-256 of the object that describes the others; "" until it is uploaded
-	UploadedAt   time.Time // zero until it is uploaded
+	UploadedAt   time.Time // zero until it is uploaded, and while it is lost
 }
+
+// Lost reports whether the bucket had the copy once, and lacks some of it since.
+func (c StoredCheckpoint) Lost() bool { return c.Sum != "" && c.UploadedAt.IsZero() }
 
 // CheckpointStore keeps the rows of the copies of checkpoints. The store room implements it.
 type CheckpointStore interface {
 	// BeginCheckpoint adds a row for a copy that is to be uploaded, gives it the next number, and drops the rows of the
-	// earlier copies of the name that are not uploaded. If there is a row of the same checkpoint that is not uploaded, it
-	// returns that row. It returns NotFound unless the name is that of a snapshot or of a sandbox that is not over.
+	// earlier copies of the name that are not uploaded. If there is a row of the same checkpoint that was never uploaded,
+	// it returns that row. It returns NotFound unless the name is that of a snapshot or of a sandbox that is not over. It
+	// and EndCheckpoint write the rows of the store's own node alone.
 	BeginCheckpoint(ctx context.Context, c StoredCheckpoint) (StoredCheckpoint, error)
 	// EndCheckpoint writes Bytes, Sum and UploadedAt of a row that BeginCheckpoint returned, and drops the rows of the
 	// earlier copies of the name. It returns NotFound if the row was dropped meanwhile.
 	EndCheckpoint(ctx context.Context, c StoredCheckpoint) error
+	// MarkCheckpoint writes UploadedAt of a row that has a Sum, of any node: zero when the copy is lost, and a time when
+	// the bucket has it again. It does nothing if the row was dropped meanwhile.
+	MarkCheckpoint(ctx context.Context, c StoredCheckpoint) error
 	// StoredCheckpoints returns all rows, those of a name by fence and number.
 	StoredCheckpoints(ctx context.Context) ([]StoredCheckpoint, error)
 	// DropCheckpoints drops the rows whose names belong to no snapshot and to no sandbox that is not over.

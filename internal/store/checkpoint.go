@@ -39,7 +39,7 @@ func (db *DB) BeginCheckpoint(ctx context.Context, c sandbox.StoredCheckpoint) (
 			return err
 		}
 		err := tx.QueryRowContext(ctx, "SELECT "+checkpointColumns+` FROM checkpoints
-			WHERE name = $1 AND node = $2 AND fence = $3 AND made_at = $4 AND uploaded_at IS NULL`,
+			WHERE name = $1 AND node = $2 AND fence = $3 AND made_at = $4 AND uploaded_at IS NULL AND sum = ''`,
 			c.Name, c.Node, c.Fence, at(c.MadeAt)).Scan(checkpointFields(&begun)...)
 		if !errors.Is(err, sql.ErrNoRows) {
 			return err
@@ -98,6 +98,17 @@ func (db *DB) EndCheckpoint(ctx context.Context, c sandbox.StoredCheckpoint) err
 	})
 	if err != nil {
 		return fmt.Errorf("recording that the checkpoint of %s was copied: %w", c.Name, err)
+	}
+	return nil
+}
+
+// MarkCheckpoint implements [sandbox.CheckpointStore].
+func (db *DB) MarkCheckpoint(ctx context.Context, c sandbox.StoredCheckpoint) error {
+	defer db.took("mark_checkpoint", time.Now())
+	if err := db.change(ctx, `UPDATE checkpoints SET uploaded_at = $1
+		WHERE name = $2 AND fence = $3 AND number = $4 AND sum <> ''`,
+		at(c.UploadedAt), c.Name, c.Fence, c.Number); err != nil {
+		return fmt.Errorf("recording whether the bucket has the checkpoint of %s: %w", c.Name, err)
 	}
 	return nil
 }

@@ -93,6 +93,38 @@ func testCheckpointStore(t *testing.T, db *DB) {
 	wantFault(t, st.EndCheckpoint(ctx, abandoned), fault.NotFound, "sandbox_not_found")
 	want(newest, ofSnap)
 
+	// A lost copy is no upload to continue. It may be found again, unless a later one was begun.
+	mark := func(c sandbox.StoredCheckpoint, uploaded time.Time) sandbox.StoredCheckpoint {
+		t.Helper()
+		c.UploadedAt = uploaded
+		if err := st.MarkCheckpoint(ctx, c); err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	lost := mark(newest, time.Time{})
+	want(lost, ofSnap)
+	if !lost.Lost() || newest.Lost() || ofSandbox.Lost() {
+		t.Errorf("lost are %t, %t, %t", lost.Lost(), newest.Lost(), ofSandbox.Lost())
+	}
+	want(mark(newest, newest.UploadedAt), ofSnap)
+	mark(newest, time.Time{})
+	again = begin(checkpointOf(newest.Name, newest.MadeAt))
+	if again.Number != newest.Number+1 || again.Lost() {
+		t.Errorf("the lost copy %+v is begun again as %+v", newest, again)
+	}
+	mark(newest, newest.UploadedAt)
+	mark(again, newest.UploadedAt) // it was never uploaded
+	want(again, ofSnap)
+	end(&again)
+	newest = again
+	want(newest, ofSnap)
+	other := checkpointOf(newest.Name, start)
+	other.Node = "node_b"
+	_, err = st.BeginCheckpoint(ctx, other)
+	wantFault(t, err, fault.Unavailable, "not_ready")
+	wantFault(t, st.EndCheckpoint(ctx, other), fault.Unavailable, "not_ready")
+
 	// A higher fence is later, whatever the numbers.
 	fenced := checkpointOf(string(sbx.ID), start)
 	fenced.Fence = 8
