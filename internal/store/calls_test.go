@@ -46,8 +46,8 @@ func TestCallsAreNamed(t *testing.T) {
 			if err := printer.Fprint(&first, fset, call.Type.Params.List[0].Type); err != nil {
 				t.Fatal(err)
 			}
-			// A call of Alone lasts as long as what it calls, and Expect asks the database nothing.
-			apart := slices.Contains([]string{"StartSession", "JoinSession", "Alone", "Expect"}, call.Name.Name)
+			// Calls of Alone and Lead last as long as what they call, and Expect asks the database nothing.
+			apart := slices.Contains([]string{"StartSession", "JoinSession", "Alone", "Lead", "Expect"}, call.Name.Name)
 			if receiver.String() != "*DB" || first.String() != "context.Context" || apart {
 				continue
 			}
