@@ -146,7 +146,7 @@ func (s *server) open(ctx context.Context) error {
 	s.onClose(func(context.Context) error { return s.db.Close() })
 	observeRecords(s.db, s.registry)
 	s.events = event.New(event.Config{Keep: time.Duration(cfg.Events.Keep), MaxPerOrg: cfg.Events.MaxPerOrg,
-		MaxFollowers: cfg.Events.MaxFollowers}, s.db, s.log)
+		MaxFollowers: cfg.Events.MaxFollowers, Shared: s.db.Shared()}, s.db, s.log)
 	s.db.OnEvents(s.events.Wake)
 	s.boundMemory(ctx)
 	record := ServerRecord{Instance: s.instance, URL: "http://" + cfg.Listen,

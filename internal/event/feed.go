@@ -3,6 +3,8 @@ package event
 import (
 	"context"
 	"log/slog"
+	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -49,6 +51,9 @@ type Store interface {
 	EndConsumer(ctx context.Context, consumer string) error
 	// ReadAllEvents returns at most limit events of all organizations after a place.
 	ReadAllEvents(ctx context.Context, after Seq, limit int) ([]Event, error)
+	// NewEvents returns the organizations that have events after a place, and the place of the last of these events,
+	// or the one that was given if there are none. After [Newest] it returns the place of the last event of all.
+	NewEvents(ctx context.Context, after Seq) (orgs []string, last Seq, err error)
 }
 
 // Gone returns the error of a store for events that have been dropped.
@@ -62,6 +67,9 @@ type Config struct {
 	Keep         time.Duration // events are dropped after it
 	MaxPerOrg    int           // the oldest above it are dropped earlier; 0 is no limit
 	MaxFollowers int           // of one organization at a time
+	// Shared says that other processes write to the store too. Their events cause no call of [Feed.Wake], so the
+	// feed looks for them while it has a follower or a consumer.
+	Shared bool
 }
 
 // Feed reads the sequence for organizations.
@@ -77,6 +85,16 @@ type Feed struct {
 	anyChanged chan struct{} // closed when there is another event of any
 	// +checklocks:mu
 	followers map[string]int // by organization
+	// +checklocks:mu
+	readers int // followers and consumers that wait for events of other processes
+	// +checklocks:mu
+	poller *poller // of the readers; it has ended if there are none
+}
+
+// poller is a goroutine in [Feed.poll].
+type poller struct {
+	stop  context.CancelFunc
+	ended chan struct{}
 }
 
 // New makes a Feed. The store must call [Feed.Wake].
@@ -95,6 +113,69 @@ func (f *Feed) Wake(orgs []string) {
 		if c := f.changed[org]; c != nil {
 			close(c)
 			delete(f.changed, org)
+		}
+	}
+}
+
+// wakeAll tells all followers and consumers that there may be new events.
+func (f *Feed) wakeAll() {
+	f.mu.Lock()
+	orgs := slices.Collect(maps.Keys(f.changed))
+	f.mu.Unlock()
+	f.Wake(orgs)
+}
+
+// pollInterval is the time between two looks for events of other processes, each of which is one query that finds
+// its rows by an index. A longer one delays these events; a shorter one asks the database more often.
+const pollInterval = 250 * time.Millisecond
+
+// awaitOthers makes the feed notice the events of other processes until leave is called.
+func (f *Feed) awaitOthers() (leave func()) {
+	if !f.cfg.Shared {
+		return func() {}
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.readers++; f.readers == 1 {
+		ctx, stop := context.WithCancel(context.Background())
+		p := &poller{stop, make(chan struct{})}
+		f.poller = p
+		go func() {
+			defer close(p.ended)
+			f.poll(ctx)
+		}()
+	}
+	return func() {
+		f.mu.Lock()
+		f.readers--
+		left, p := f.readers, f.poller
+		f.mu.Unlock()
+		if left == 0 {
+			p.stop()
+			<-p.ended
+		}
+	}
+}
+
+// poll wakes the readers of events that other processes have written, until ctx ends.
+func (f *Feed) poll(ctx context.Context) {
+	tick := time.NewTicker(pollInterval)
+	defer tick.Stop()
+	for place := Newest; ; {
+		orgs, last, err := f.store.NewEvents(ctx, place)
+		switch {
+		case err != nil: // the database is away, of which readers learn by themselves; the next look finds the events
+		case place == Newest:
+			f.wakeAll() // an event from before this look may be one that a reader has not seen
+			place = last
+		case len(orgs) > 0:
+			f.Wake(orgs)
+			place = last
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
 		}
 	}
 }
@@ -128,6 +209,7 @@ func (f *Feed) Follow(ctx context.Context, q Query, idle time.Duration, emit fun
 		return err
 	}
 	defer leave()
+	defer f.awaitOthers()()
 	tick := time.NewTicker(idle)
 	defer tick.Stop()
 	for first := true; ; first = false {
@@ -190,6 +272,7 @@ const consumeBatch = 100
 // that a consumer has not handled is dropped, so one that is given up must be ended with
 // [Store].EndConsumer.
 func (f *Feed) Consume(ctx context.Context, consumer string, handle func([]Event) error) error {
+	defer f.awaitOthers()()
 	place, found, err := f.store.Consumed(ctx, consumer)
 	if err == nil && !found {
 		err = f.store.SetConsumed(ctx, consumer, place) // before reading, so that nothing is dropped

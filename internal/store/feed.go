@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -180,6 +181,43 @@ func (db *DB) ReadAllEvents(ctx context.Context, after event.Seq, limit int) ([]
 		return nil, fmt.Errorf("reading events: %w", err)
 	}
 	return all, nil
+}
+
+const (
+	// lastOfAll selects the last event of all organizations.
+	lastOfAll = "SELECT seq FROM events WHERE seq > 0 ORDER BY seq DESC LIMIT 1"
+	// newEvents selects events after a place. Its order and its limit make PostgreSQL read the index of seq, whatever
+	// it believes about the table.
+	newEvents = "SELECT org_id, seq FROM events WHERE seq > $1 ORDER BY seq LIMIT $2"
+	// newEventsBatch limits the events that one query of [DB.NewEvents] reads.
+	newEventsBatch = 1000
+)
+
+// NewEvents implements [event.Store].
+func (db *DB) NewEvents(ctx context.Context, after event.Seq) (orgs []string, last event.Seq, err error) {
+	defer db.took("new_events", time.Now())
+	if after == event.Newest {
+		if last, _, err = place(ctx, db.reader, lastOfAll); err != nil {
+			return nil, 0, fmt.Errorf("finding the last event: %w", err)
+		}
+		return nil, last, nil
+	}
+	for last = after; ; {
+		found, to, err := numbered(db.reader.QueryContext(ctx, newEvents, last, newEventsBatch))
+		if err != nil {
+			return nil, after, fmt.Errorf("looking for new events: %w", err)
+		}
+		if len(found) == 0 {
+			return orgs, last, nil
+		}
+		last = to
+		full := len(found) == newEventsBatch
+		orgs = append(orgs, found...)
+		slices.Sort(orgs)
+		if orgs = slices.Compact(orgs); !full {
+			return orgs, last, nil
+		}
+	}
 }
 
 // Consumed implements [event.Store].

@@ -84,6 +84,7 @@ func testEventStore(t *testing.T, open func(t *testing.T) *DB) {
 		"every field":            feedFields,
 		"pages":                  feedPages,
 		"order":                  feedOrder,
+		"new events":             feedNews,
 		"waking":                 feedWakes,
 		"trimming":               feedTrims,
 		"trimming and listings":  feedTrimsAndListings,
@@ -279,6 +280,41 @@ func feedWakes(t *testing.T, db *DB) {
 	if !slices.Equal(woken, []string{"org_a", "org_a"}) {
 		t.Errorf("woken for %q", woken)
 	}
+}
+
+// feedNews asks for what is new after several places.
+func feedNews(t *testing.T, db *DB) {
+	want := func(after, last event.Seq, orgs ...string) {
+		t.Helper()
+		settle(t, db)
+		got, to, err := db.NewEvents(t.Context(), after)
+		if err != nil || to != last || !slices.Equal(got, orgs) {
+			t.Errorf("after %d there are events of %q up to %d, %v, want %q up to %d", after, got, to, err, orgs, last)
+		}
+	}
+	end := func(org string) event.Seq {
+		t.Helper()
+		settle(t, db)
+		last, err := db.LastEvent(t.Context(), org)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return last
+	}
+	want(event.Newest, 0)
+	want(event.Oldest, event.Oldest)
+	addEvents(t, db, 2, event.Event{OrgID: "org_b", At: start, Type: event.SandboxRunning})
+	first := end("org_b")
+	want(event.Newest, first)
+	want(first, first)
+	want(event.Oldest, first, "org_b")
+	addEvents(t, db, 2*newEventsBatch, event.Event{OrgID: "org_a", At: start, Type: event.SandboxRunning})
+	addEvents(t, db, 1, event.Event{At: start, Type: event.TemplateCreated})
+	last := end("")
+	want(first, last, "", "org_a")
+	want(first-1, last, "", "org_a", "org_b")
+	want(end("org_a"), last, "")
+	want(event.Newest, last)
 }
 
 // trimmed drops old events and returns the rest of the feed of org_a.

@@ -3,8 +3,12 @@ package store
 import (
 	"context"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
+	"time"
+
+	"github.com/cayhq/cay/internal/event"
 )
 
 // TestPostgresUnannounced has a transaction that numbers events fail although it is committed. The followers are woken
@@ -40,5 +44,34 @@ func TestPostgresUnannounced(t *testing.T) {
 	defer mu.Unlock()
 	if !slices.Contains(woken, "org_x") || d.mark.value().last == 0 || d.owes() {
 		t.Errorf("woken %v, seen %+v, owes %v", woken, d.mark.value(), d.owes())
+	}
+}
+
+// TestPostgresNewEventsPlan checks that looking for new events reads an index, also of a large table that PostgreSQL
+// knows nothing about yet, and with a plan that it has made for any place.
+func TestPostgresNewEventsPlan(t *testing.T) {
+	db := openPostgres(t)
+	addEvents(t, db, 5000, event.Event{OrgID: "org_a", At: start, Type: event.SandboxRunning})
+	settle(t, db)
+	conn, err := db.reader.Conn(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close() // its settings end with the pool
+	for _, s := range []string{"PREPARE news (bigint, bigint) AS " + newEvents,
+		"SET plan_cache_mode = force_generic_plan"} {
+		if _, err := conn.ExecContext(t.Context(), s); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, query := range []string{"EXECUTE news (5, 1000)", lastOfAll} {
+		plan, err := texts(t.Context(), conn, "EXPLAIN "+query)
+		if err != nil {
+			t.Fatal(err)
+		}
+		all := strings.Join(plan, "\n")
+		if !strings.Contains(all, "events_seq_key") || strings.Contains(all, "Seq Scan") || strings.Contains(all, "Sort") {
+			t.Errorf("the plan of %s:\n%s", query, all)
+		}
 	}
 }
