@@ -43,6 +43,9 @@ type Config struct {
 	// Now tells the time by which keys are made and expire, which servers with the same keys must share. A nil Now is
 	// the clock of this machine.
 	Now func() time.Time
+	// Alone calls f, unless another server with the same keys is in a call of Alone with the same name: then it returns
+	// nil at once. A nil Alone means that there is no other server.
+	Alone func(ctx context.Context, name string, f func(ctx context.Context) error) error
 }
 
 // Service authenticates callers and administers keys and organizations. Close it.
@@ -71,8 +74,41 @@ func (s *Service) Close(ctx context.Context) error { return s.uses.close(ctx) }
 // Bootstrap makes the operator's organization and its first key, with the scope admin, if there
 // is no organization yet. It passes the secret to save before it stores anything: if the process
 // dies in between, the next start makes another key, so the secret of a stored first key is never
-// lost.
+// lost. Of several servers that call Bootstrap at once one makes the key and saves its secret, and
+// the others return when it has.
 func (s *Service) Bootstrap(ctx context.Context, save func(secret string) error) (made bool, err error) {
+	if s.cfg.Alone == nil {
+		return s.bootstrap(ctx, save)
+	}
+	for {
+		orgs, _, err := s.store.ListOrgs(ctx, 1, "")
+		if err != nil {
+			return false, fmt.Errorf("looking for organizations: %w", err)
+		}
+		if len(orgs) > 0 {
+			return false, nil
+		}
+		done := false
+		err = s.cfg.Alone(ctx, "first key", func(ctx context.Context) (err error) {
+			done = true
+			made, err = s.bootstrap(ctx, save) // another server may have made it since
+			return err
+		})
+		if err != nil || done {
+			return made, err
+		}
+		select {
+		case <-time.After(bootstrapRetry):
+		case <-ctx.Done():
+			return false, context.Cause(ctx)
+		}
+	}
+}
+
+// bootstrapRetry is the time between two looks for the first key, which another server makes in some milliseconds.
+const bootstrapRetry = 50 * time.Millisecond
+
+func (s *Service) bootstrap(ctx context.Context, save func(secret string) error) (made bool, err error) {
 	orgs, _, err := s.store.ListOrgs(ctx, 1, "")
 	if err != nil {
 		return false, fmt.Errorf("looking for organizations: %w", err)
