@@ -146,7 +146,7 @@ func (s *server) open(ctx context.Context) error {
 	s.onClose(func(context.Context) error { return s.db.Close() })
 	observeRecords(s.db, s.registry)
 	s.events = event.New(event.Config{Keep: time.Duration(cfg.Events.Keep), MaxPerOrg: cfg.Events.MaxPerOrg,
-		MaxFollowers: cfg.Events.MaxFollowers, Shared: s.db.Shared()}, s.db, s.log)
+		MaxFollowers: cfg.Events.MaxFollowers, Shared: s.db.Shared(), Now: s.db.Now}, s.db, s.log)
 	s.db.OnEvents(s.events.Wake)
 	s.boundMemory(ctx)
 	record := ServerRecord{Instance: s.instance, URL: "http://" + cfg.Listen,
@@ -259,7 +259,7 @@ func (s *server) openCore(ctx context.Context) error {
 		Sizes: cfg.Sandbox.Sizes, DefaultSize: cfg.Sandbox.DefaultSize, DefaultDisk: cfg.Sandbox.DefaultDiskMB,
 		MaxDisk: cfg.Sandbox.MaxDiskMB, KeepDestroyed: time.Duration(cfg.Sandbox.KeepDestroyed),
 		MaxDestroyed: cfg.Sandbox.MaxDestroyed, MaxSnapshots: cfg.Sandbox.MaxSnapshots, Pool: s.pool(),
-		Node: s.instance,
+		Node: s.instance, Now: s.db.Now,
 	}, s.db, s.node, s.templates, s.log, s.observe())
 	s.onClose(s.sandboxes.Close)
 	if err := s.openWebhooks(); err != nil {

@@ -15,8 +15,10 @@ import (
 	"github.com/cayhq/cay/internal/api"
 	"github.com/cayhq/cay/internal/config"
 	"github.com/cayhq/cay/internal/e2b"
+	"github.com/cayhq/cay/internal/event"
 	"github.com/cayhq/cay/internal/httpserver"
 	"github.com/cayhq/cay/internal/portproxy"
+	"github.com/cayhq/cay/internal/sandbox"
 )
 
 // listen serves until ctx ends. Then it refuses new requests, and waits for those in flight until the shutdown timeout.
@@ -135,8 +137,35 @@ func (s *server) serveMetrics(metrics http.Handler, failed chan<- error) (*http.
 func (s *server) runCore(ctx context.Context, wg *sync.WaitGroup) {
 	wg.Go(func() { s.sandboxes.Run(ctx) })
 	wg.Go(func() { _ = s.templates.Run(ctx) }) // returns nil
-	wg.Go(func() { s.events.Run(ctx) })
+	wg.Go(func() { s.lead(ctx) })
+}
+
+// lead does the work of which one of the servers with the same records does all, while this server leads and until ctx
+// ends.
+func (s *server) lead(ctx context.Context) {
+	s.db.Lead(ctx, "cluster", s.instance, s.workForCluster, func(err error) {
+		s.log.Warn("this server does not deliver webhooks or drop old rows, and will try again", "error", err)
+	})
+}
+
+// workForCluster delivers webhooks and drops old rows until ctx ends.
+func (s *server) workForCluster(ctx context.Context) {
+	var wg sync.WaitGroup
+	defer wg.Wait()
 	wg.Go(func() { s.webhooks.Run(ctx) })
+	trim, purge := time.NewTicker(event.TrimInterval), time.NewTicker(sandbox.PurgeInterval)
+	defer trim.Stop()
+	defer purge.Stop()
+	for s.events.Trim(ctx); ; {
+		select {
+		case <-trim.C:
+			s.events.Trim(ctx)
+		case <-purge.C:
+			s.sandboxes.Purge(ctx)
+		case <-ctx.Done():
+			return
+		}
+	}
 }
 
 // waitFor waits for wg or until ctx ends.

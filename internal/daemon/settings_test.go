@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"slices"
 	"strings"
 	"testing"
 
@@ -25,7 +26,7 @@ func TestLimitsAreHandedOver(t *testing.T) {
 		cfg := limitsOf(config.Config{Quota: l.Quota, RateLimit: l.RateLimit})
 		zero := 0
 		for _, field := range caytest.ZeroFields(cfg) {
-			if field != "Log" && field != "Now" && field != "Alone" { // no settings
+			if !slices.Contains([]string{"Log", "Now", "Alone"}, field) { // these are no settings
 				zero++
 			}
 		}

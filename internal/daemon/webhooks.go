@@ -31,6 +31,7 @@ func (s *server) openWebhooks() error {
 	// Webhooks of E2B's clients are delivered although the API for them may be turned off.
 	s.webhooks = webhook.New(webhook.Config{MaxPerOrg: cfg.MaxPerOrg, Concurrency: cfg.Concurrency, Log: s.log,
 		Now:     s.db.Now,
+		Shared:  s.db.Shared(),
 		Observe: func(outcome string, took time.Duration) { attempts.WithLabelValues(outcome).Observe(took.Seconds()) },
 	}, s.db, s.events, post, map[webhook.Format]webhook.Wire{
 		webhook.Standard: webhook.NewStandard(api.EncodeEvent), webhook.E2B: e2b.NewWire(s.sandboxes),
@@ -55,9 +56,10 @@ type webhookMetrics struct{ server *server }
 
 var (
 	webhooksPending = prometheus.NewDesc("cay_webhook_deliveries_pending",
-		"Deliveries of enabled webhooks that are not made yet.", nil, nil)
+		"Deliveries of enabled webhooks that are not made yet, of the whole cluster: all servers with the same records "+
+			"report the same.", nil, nil)
 	webhooksOldest = prometheus.NewDesc("cay_webhook_oldest_pending_seconds",
-		"Time since the oldest of these deliveries was queued; 0 if there is none.", nil, nil)
+		"Time since the oldest of these deliveries was queued, of the whole cluster; 0 if there is none.", nil, nil)
 )
 
 // webhookMetricsPatience limits the wait of a scrape for the records.

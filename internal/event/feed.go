@@ -70,6 +70,9 @@ type Config struct {
 	// Shared says that other processes write to the store too. Their events cause no call of [Feed.Wake], so the
 	// feed looks for them while it has a follower or a consumer.
 	Shared bool
+	// Now tells the time by which events are old, which servers with the same store must share. A nil Now is the
+	// clock of this machine.
+	Now func() time.Time
 }
 
 // Feed reads the sequence for organizations.
@@ -99,6 +102,9 @@ type poller struct {
 
 // New makes a Feed. The store must call [Feed.Wake].
 func New(cfg Config, store Store, log *slog.Logger) *Feed {
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
 	return &Feed{cfg: cfg, store: store, log: log, changed: map[string]chan struct{}{},
 		anyChanged: make(chan struct{}), followers: map[string]int{}}
 }
@@ -305,26 +311,17 @@ func (f *Feed) Consume(ctx context.Context, consumer string, handle func([]Event
 	return err
 }
 
-// trimEvery is the interval between two drops of old events, each of which reads the oldest
+// TrimInterval is the interval between two calls of [Feed.Trim], each of which reads the oldest
 // events of every organization. A longer interval lets an organization exceed its number for
 // longer: one that makes 100 events a second by 60,000.
-const trimEvery = 10 * time.Minute
+const TrimInterval = 10 * time.Minute
 
-// Run drops old events until ctx ends.
-func (f *Feed) Run(ctx context.Context) {
-	tick := time.NewTicker(trimEvery)
-	defer tick.Stop()
-	for {
-		n, err := f.store.TrimEvents(ctx, time.Now().Add(-f.cfg.Keep), f.cfg.MaxPerOrg)
-		if err != nil && ctx.Err() == nil {
-			f.log.ErrorContext(ctx, "dropping old events", "error", err)
-		} else if n > 0 {
-			f.log.InfoContext(ctx, "dropped old events", "count", n)
-		}
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-		}
+// Trim drops old events. Of the processes with the same store one does it.
+func (f *Feed) Trim(ctx context.Context) {
+	n, err := f.store.TrimEvents(ctx, f.cfg.Now().Add(-f.cfg.Keep), f.cfg.MaxPerOrg)
+	if err != nil && ctx.Err() == nil {
+		f.log.ErrorContext(ctx, "dropping old events", "error", err)
+	} else if n > 0 {
+		f.log.InfoContext(ctx, "dropped old events", "count", n)
 	}
 }

@@ -230,3 +230,21 @@ func TestEventBeforeTheFirstLook(t *testing.T) {
 		}
 	})
 }
+
+// TestTrimByOneClock checks that events are old by the clock that the feed is given.
+func TestTrimByOneClock(t *testing.T) {
+	db, f := openFeed(t, filepath.Join(t.TempDir(), "cay.db"))
+	defer db.Close()
+	putOrg(t, db, "org_a")
+	putOrg(t, db, "org_b") // has the last event, which stays
+	q := event.Query{OrgID: "org_a", After: event.Oldest, Limit: 9}
+	f.Trim(t.Context())
+	if p, err := f.Read(t.Context(), q); err != nil || len(p.Events) != 2 {
+		t.Errorf("%d events are left, %v", len(p.Events), err)
+	}
+	ahead := func() time.Time { return time.Now().Add(2 * time.Hour) }
+	event.New(event.Config{Keep: time.Hour, Now: ahead}, db, slog.New(slog.DiscardHandler)).Trim(t.Context())
+	if p, err := f.Read(t.Context(), q); err != nil || len(p.Events) != 0 {
+		t.Errorf("by a clock that is ahead %d events are left, %v", len(p.Events), err)
+	}
+}

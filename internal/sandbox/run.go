@@ -12,14 +12,14 @@ const (
 	// remove the leftovers of failed cleanups; the start of the server does not wait for them. A
 	// longer interval keeps leftovers for longer; a shorter one reads the host needlessly.
 	reconcileEvery = 15 * time.Second
-	// purgeEvery is the interval between purges of rows of destroyed sandboxes. A purge reads an
-	// index of those rows. A longer interval lets an organization exceed its number for longer.
-	purgeEvery = time.Minute
+	// PurgeInterval is the interval between calls of [Service.Purge]. A purge reads an index of the
+	// rows of destroyed sandboxes. A longer interval lets an organization exceed its number for longer.
+	PurgeInterval = time.Minute
 )
 
 // Run does the periodic work until ctx ends. It handles sandboxes whose processes ended, records
-// what policies denied, reconciles, saves last activities, maintains the pool, drains the machine if
-// it is told to, and drops old rows.
+// what policies denied, reconciles, saves last activities, maintains the pool, and drains the machine
+// if it is told to.
 // Call [Service.Reconcile] once before Run, so that timers are set when the first request comes.
 func (s *Service) Run(ctx context.Context) {
 	var background sync.WaitGroup
@@ -27,9 +27,8 @@ func (s *Service) Run(ctx context.Context) {
 	background.Go(func() { s.flushing(ctx) })
 	background.Go(func() { s.pool.run(ctx) })
 	background.Go(func() { s.draining(ctx) })
-	reconcile, purge := time.NewTicker(reconcileEvery), time.NewTicker(purgeEvery)
+	reconcile := time.NewTicker(reconcileEvery)
 	defer reconcile.Stop()
-	defer purge.Stop()
 	for {
 		select {
 		case <-ctx.Done():
@@ -42,15 +41,18 @@ func (s *Service) Run(ctx context.Context) {
 			if err := s.Reconcile(ctx); err != nil && ctx.Err() == nil {
 				s.log.ErrorContext(ctx, "reconciling", "error", err)
 			}
-		case <-purge.C:
-			now := time.Now().UTC()
-			if n, err := s.store.Purge(ctx, now.Add(-s.cfg.KeepDestroyed), now, s.cfg.MaxDestroyed); err != nil &&
-				ctx.Err() == nil {
-				s.log.ErrorContext(ctx, "dropping old sandboxes", "error", err)
-			} else if n > 0 {
-				s.log.InfoContext(ctx, "dropped old sandboxes", "count", n)
-			}
 		}
+	}
+}
+
+// Purge drops old rows of sandboxes, of all nodes. Of the servers with the same rows one does it.
+func (s *Service) Purge(ctx context.Context) {
+	now := s.cfg.Now().UTC()
+	n, err := s.store.Purge(ctx, now.Add(-s.cfg.KeepDestroyed), now, s.cfg.MaxDestroyed)
+	if err != nil && ctx.Err() == nil {
+		s.log.ErrorContext(ctx, "dropping old sandboxes", "error", err)
+	} else if n > 0 {
+		s.log.InfoContext(ctx, "dropped old sandboxes", "count", n)
 	}
 }
 

@@ -24,6 +24,9 @@ type Config struct {
 	MaxDestroyed  int // readable ones of an organization; 0 means no limit
 	MaxSnapshots  int // of an organization; 0 means no limit
 	Pool          PoolConfig
+	// Now tells the time by which rows are old, which servers with the same rows must share. A nil Now is the clock of
+	// this machine.
+	Now func() time.Time
 }
 
 // Service implements all operations on sandboxes.
@@ -49,6 +52,9 @@ type Service struct {
 func New(cfg Config, store Store, node Node, templates Templates, log *slog.Logger, observe func(Event)) *Service {
 	if observe == nil {
 		observe = func(Event) {}
+	}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
 	}
 	s := &Service{cfg: cfg, store: store, node: node, templates: templates, log: log, observe: observe,
 		denials:    &denialLog{of: map[ID]*denials{}},

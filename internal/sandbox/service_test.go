@@ -52,7 +52,8 @@ type fixture struct {
 	pool  sandbox.PoolConfig // for the next start
 	what  sandbox.Templates
 	stop  context.CancelFunc
-	name  string // of the node, for the next start
+	name  string           // of the node, for the next start
+	now   func() time.Time // for the next start
 }
 
 func newFixture(t *testing.T) *fixture {
@@ -94,7 +95,7 @@ func (h *fixture) start() {
 	h.Service = sandbox.New(sandbox.Config{
 		Node:        h.name,
 		Sizes:       []sandbox.Size{{Name: "small", VCPUs: 1, MemoryMB: 512}, {Name: "big", VCPUs: 4, MemoryMB: 8192, Dedicated: true}},
-		DefaultSize: "small", DefaultDisk: 2048, MaxDisk: 20480, KeepDestroyed: time.Hour, Pool: h.pool,
+		DefaultSize: "small", DefaultDisk: 2048, MaxDisk: 20480, KeepDestroyed: time.Hour, Pool: h.pool, Now: h.now,
 	}, gatedStore{h.db, h.gate}, gatedNode{h.node, h.gate}, h.what, slog.New(slog.DiscardHandler), nil)
 	ctx, stop := context.WithCancel(context.Background())
 	h.stop = stop
@@ -541,8 +542,28 @@ func TestPurge(t *testing.T) {
 			t.Fatal(err)
 		}
 		pass(50 * time.Minute)
+		h.Purge(context.Background())
 		h.get(sbx.ID)
 		pass(30 * time.Minute)
+		h.Purge(context.Background())
+		_, err := h.Get(context.Background(), org, sbx.ID)
+		wantCode(t, err, fault.NotFound, "sandbox_not_found")
+	})
+}
+
+// TestPurgeByOneClock checks that rows are old by the clock that the service is given.
+func TestPurgeByOneClock(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newFixture(t)
+		sbx := h.mustCreate(sandbox.Request{})
+		if err := h.Destroy(context.Background(), org, sbx.ID); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		h.crash()
+		h.now = func() time.Time { return time.Now().Add(2 * time.Hour) }
+		h.start()
+		h.Purge(context.Background())
 		_, err := h.Get(context.Background(), org, sbx.ID)
 		wantCode(t, err, fault.NotFound, "sandbox_not_found")
 	})

@@ -64,16 +64,13 @@ func (d *postgresDialect) startNumbering() {
 	d.fresh, d.stop, d.stopped = make(chan struct{}, 1), cancel, make(chan struct{})
 	go func() {
 		defer close(d.stopped)
-		tick, drop := time.NewTicker(numberInterval), time.NewTicker(commitsKept/10)
+		tick := time.NewTicker(numberInterval)
 		defer tick.Stop()
-		defer drop.Stop()
 		for {
 			select {
 			case <-ctx.Done():
 				return
 			case <-d.fresh:
-			case <-drop.C:
-				_ = d.dropCommits(ctx) // the next time finds them too
 			case <-tick.C:
 				// Without the mark on the disk a restore may go unnoticed by the next process; this one knows it.
 				_ = d.mark.save()

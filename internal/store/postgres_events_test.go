@@ -75,3 +75,25 @@ func TestPostgresNewEventsPlan(t *testing.T) {
 		}
 	}
 }
+
+// TestPurgeDropsCommits checks that a purge drops the rows of old transactions, and those alone.
+func TestPurgeDropsCommits(t *testing.T) {
+	db := openPostgres(t)
+	now := db.Now()
+	for _, at := range []time.Time{now.Add(-commitsKept - time.Minute), now.Add(-commitsKept + time.Minute)} {
+		if _, err := db.writer.ExecContext(t.Context(), insertFreeCommit, at.UnixMicro(), 1); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := db.Purge(t.Context(), start, start, 0); err != nil {
+		t.Fatal(err)
+	}
+	var old, young int
+	if err := db.reader.QueryRowContext(t.Context(), `SELECT COUNT(*) FILTER (WHERE at < $1),
+		COUNT(*) FILTER (WHERE at < $2) FROM commits`, now.Add(-commitsKept).UnixMicro(), now.Add(-time.Second).UnixMicro()).Scan(&old, &young); err != nil {
+		t.Fatal(err)
+	}
+	if old != 0 || young != 1 {
+		t.Errorf("%d old rows are left, and %d others, want 0 and 1", old, young)
+	}
+}

@@ -21,7 +21,8 @@ const (
 )
 
 // Purge implements [sandbox.Store]. It works in batches, so that creates run between them. After an
-// error it returns the number of sandboxes that it has dropped already.
+// error it returns the number of sandboxes that it has dropped already. It also drops what the dialect keeps of old
+// transactions.
 func (db *DB) Purge(ctx context.Context, over, now time.Time, most int) (int, error) {
 	defer db.took("purge", time.Now())
 	var p params
@@ -32,6 +33,9 @@ func (db *DB) Purge(ctx context.Context, over, now time.Time, most int) (int, er
 	})
 	if err != nil {
 		return 0, fmt.Errorf("dropping old idempotency keys: %w", err)
+	}
+	if err := db.dropCommits(ctx); err != nil {
+		return 0, fmt.Errorf("dropping old transactions: %w", err)
 	}
 	gone, err := db.purge(ctx, purgeOld, at(over))
 	if err != nil || most == 0 {

@@ -104,6 +104,8 @@ type dialect interface {
 	now(p *params, process time.Time) string
 	// present returns the time of the same clock, to some milliseconds, without asking the database.
 	present() time.Time
+	// dropCommits drops what is kept of transactions whose outcome no call asks for any more.
+	dropCommits(ctx context.Context) error
 	// setActivity writes the last activity of sandboxes that are not over, unless a later one is stored.
 	setActivity(ctx context.Context, tx *sql.Tx, last map[sandbox.ID]time.Time) error
 	// begin runs f in the transaction with which a session begins. It returns an error if the session may not begin, and

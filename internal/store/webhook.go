@@ -232,12 +232,13 @@ func (db *DB) EnabledWebhooks(ctx context.Context, orgID string) ([]webhook.Webh
 func (db *DB) EndIdle(ctx context.Context) (idle bool, err error) {
 	defer db.took("end_idle", time.Now())
 	const anyEnabled = "EXISTS (SELECT 1 FROM webhooks WHERE enabled)"
-	var enabled bool
-	if err := db.reader.QueryRowContext(ctx, "SELECT "+anyEnabled).Scan(&enabled); err != nil {
+	var enabled, consumes bool
+	if err := db.reader.QueryRowContext(ctx, "SELECT "+anyEnabled+
+		", EXISTS (SELECT 1 FROM event_consumers WHERE name = $1)", webhook.Consumer).Scan(&enabled, &consumes); err != nil {
 		return false, fmt.Errorf("looking for enabled webhooks: %w", err)
 	}
-	if enabled {
-		return false, nil
+	if enabled || !consumes { // a write would be repeated at each look of an idle server
+		return !enabled, nil
 	}
 	err = db.change(ctx, "DELETE FROM event_consumers WHERE name = $1 AND NOT "+anyEnabled, webhook.Consumer)
 	if err != nil {

@@ -304,5 +304,9 @@ func webhookConsumer(t *testing.T, db *DB) {
 	}
 	idle(true)
 	consumed(0, false)
+	writes := db.writes.Load()
 	idle(true)
+	if n := db.writes.Load() - writes; n != 0 {
+		t.Errorf("a server without webhooks has written %d times", n)
+	}
 }

@@ -30,8 +30,13 @@ func (s *Service) consume(ctx context.Context) {
 			s.cfg.Log.ErrorContext(ctx, "queueing events for webhooks; trying again", "error", err)
 			pause(ctx, troublePause)
 		case idle:
+			var others <-chan time.Time
+			if s.cfg.Shared {
+				others = time.After(sharedInterval)
+			}
 			select {
 			case <-s.changed:
+			case <-others:
 			case <-ctx.Done():
 			}
 		}
@@ -52,6 +57,9 @@ func (s *Service) take(ctx context.Context, events []event.Event) error {
 	queued := map[string][]Delivery{}
 	orgs := map[string]string{} // of the webhooks in queued
 	for _, e := range events {
+		if s.cfg.Shared && e.Type == event.WebhookDeleted {
+			s.deleted() // perhaps by another process
+		}
 		of, known := hooks[e.OrgID]
 		if !known {
 			var err error

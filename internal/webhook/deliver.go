@@ -23,9 +23,11 @@ const (
 	// not all come at the same moment.
 	jitter = 0.2
 
-	// refreshInterval is the time between looks for what is due that this process was not told of. A longer one delays
-	// what another server queued; each takes some milliseconds.
+	// refreshInterval is the time between looks for what is due that this process was not told of. Each takes some
+	// milliseconds. sharedInterval is that time if other processes may change webhooks: a longer one delays what they
+	// have enabled or queued again.
 	refreshInterval = 30 * time.Second
+	sharedInterval  = time.Second
 	// troublePause is the wait after an error of the store. With a shorter one, a receiver gets the same delivery again
 	// and again while its end cannot be written.
 	troublePause = 5 * time.Second
@@ -41,8 +43,12 @@ const (
 var delays = []time.Duration{5 * time.Second, 30 * time.Second, 2 * time.Minute, 10 * time.Minute, 30 * time.Minute,
 	time.Hour, 2 * time.Hour, 4 * time.Hour, maxDelay}
 
-// Run queues and makes deliveries until ctx ends, and waits for the attempts under way, which it breaks off.
+// Run queues and makes deliveries until ctx ends, and waits for the attempts under way, which it breaks off. Of the
+// processes with the same store one runs at a time: which lanes have an attempt is in its memory. Run may be called
+// again after it has returned.
 func (s *Service) Run(ctx context.Context) {
+	s.runs.Store(true) // before the store is read, so that no wake falls between
+	defer s.runs.Store(false)
 	var wg sync.WaitGroup
 	wg.Go(func() { s.consume(ctx) })
 	wg.Go(func() { s.trim(ctx) })
@@ -50,8 +56,11 @@ func (s *Service) Run(ctx context.Context) {
 	wg.Wait()
 }
 
-// wake makes the service look at a webhook again.
+// wake makes the service look at a webhook again. A service that does not run would never forget the webhook.
 func (s *Service) wake(w Webhook) {
+	if !s.runs.Load() {
+		return
+	}
 	s.queues.due(w.ID, w.OrgID, s.cfg.Now())
 	select {
 	case s.changed <- struct{}{}:
@@ -61,7 +70,11 @@ func (s *Service) wake(w Webhook) {
 
 // dispatch starts attempts in goroutines of wg until ctx ends.
 func (s *Service) dispatch(ctx context.Context, wg *sync.WaitGroup) {
-	refresh := time.NewTicker(refreshInterval)
+	interval := refreshInterval
+	if s.cfg.Shared {
+		interval = sharedInterval
+	}
+	refresh := time.NewTicker(interval)
 	defer refresh.Stop()
 	s.refresh(ctx)
 	for ctx.Err() == nil {

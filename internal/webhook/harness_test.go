@@ -135,32 +135,50 @@ type harness struct {
 	db    *store.DB
 	feed  *event.Feed
 	clock *clock
-	stop  func() // ends Run and closes the database; safe to repeat
+	leads chan struct{} // closed when Run has begun
+	stop  func()        // ends Run and closes the database; safe to repeat
 }
 
 // start opens the room as each start of a server does. change may be nil.
 func start(t *testing.T, path string, change func(*webhook.Config)) *harness {
 	t.Helper()
-	h := &harness{t: t, clock: &clock{}}
-	var err error
-	if h.db, err = store.Open(t.Context(), path); err != nil {
+	db, err := store.Open(t.Context(), path)
+	if err != nil {
 		t.Fatal(err)
 	}
+	return serve(t, db, "test", change)
+}
+
+// room returns the room of a server on a database, and what sends for it.
+func room(db *store.DB, server string, clock *clock, change func(*webhook.Config)) (*webhook.Service, *event.Feed,
+	*sender.Sender) {
 	log := slog.New(slog.DiscardHandler)
-	h.feed = event.New(event.Config{Keep: time.Hour, MaxFollowers: 2}, h.db, log)
-	h.db.OnEvents(h.feed.Wake)
-	cfg := webhook.Config{Concurrency: 16, Log: log, Now: h.clock.now}
+	feed := event.New(event.Config{Keep: time.Hour, MaxFollowers: 2, Shared: db.Shared()}, db, log)
+	db.OnEvents(feed.Wake)
+	cfg := webhook.Config{Concurrency: 16, Log: log, Now: clock.now, Shared: db.Shared()}
 	if change != nil {
 		change(&cfg)
 	}
-	post := sender.New(sender.Config{UserAgent: "cay/test", Permit: func(netip.AddrPort) error { return nil }})
-	h.Service = webhook.New(cfg, h.db, h.feed, post,
-		map[webhook.Format]webhook.Wire{webhook.Standard: webhook.NewStandard(encode)})
+	post := sender.New(sender.Config{UserAgent: "cay/" + server, Permit: func(netip.AddrPort) error { return nil }})
+	return webhook.New(cfg, db, feed, post,
+		map[webhook.Format]webhook.Wire{webhook.Standard: webhook.NewStandard(encode)}), feed, post
+}
+
+// serve opens the room of a server on a database, which it closes in the end. It delivers while the server leads.
+func serve(t *testing.T, db *store.DB, server string, change func(*webhook.Config)) *harness {
+	t.Helper()
+	h := &harness{t: t, clock: &clock{}, db: db, leads: make(chan struct{})}
+	var post *sender.Sender
+	h.Service, h.feed, post = room(db, server, h.clock, change)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
+	var once sync.Once
 	go func() {
 		defer close(done)
-		h.Run(ctx)
+		db.Lead(ctx, "cluster", server, func(ctx context.Context) {
+			once.Do(func() { close(h.leads) })
+			h.Run(ctx)
+		}, func(error) {})
 	}()
 	h.stop = sync.OnceFunc(func() {
 		cancel()

@@ -3,9 +3,7 @@ package webhook_test
 import (
 	"context"
 	"fmt"
-	"log/slog"
 	"net/http"
-	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -14,11 +12,9 @@ import (
 	"testing"
 	"time"
 
-	"github.com/cayhq/cay/internal/event"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/store"
 	"github.com/cayhq/cay/internal/webhook"
-	"github.com/cayhq/cay/internal/webhook/sender"
 )
 
 // childOf names the variable with the database that a child of TestKilled works on.
@@ -31,20 +27,23 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// deliverForever is the program of a child: a server that only delivers.
+// deliverForever is the program of a child: a server that only delivers, and is known by its process id.
 func deliverForever(path string) {
 	ctx := context.Background()
-	db, err := store.Open(ctx, path)
+	open := store.Open
+	if strings.HasPrefix(path, "postgres:") {
+		open = func(ctx context.Context, url string) (*store.DB, error) {
+			return store.OpenPostgres(ctx, store.PostgresConfig{URL: url, MaxConns: 8})
+		}
+	}
+	db, err := open(ctx, path)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
-	log := slog.New(slog.DiscardHandler)
-	feed := event.New(event.Config{Keep: time.Hour}, db, log)
-	db.OnEvents(feed.Wake)
-	post := sender.New(sender.Config{Permit: func(netip.AddrPort) error { return nil }})
-	webhook.New(webhook.Config{Concurrency: 16, Log: log}, db, feed, post,
-		map[webhook.Format]webhook.Wire{webhook.Standard: webhook.NewStandard(encode)}).Run(ctx)
+	server := fmt.Sprint(os.Getpid())
+	service, _, _ := room(db, server, &clock{}, nil)
+	db.Lead(ctx, "cluster", server, service.Run, func(err error) { fmt.Fprintln(os.Stderr, err) })
 }
 
 // TestKilled kills the server with SIGKILL in each delivery: before the receiver answers, or after that. In the end
@@ -89,7 +88,11 @@ func TestKilled(t *testing.T) {
 	})
 
 	const each = 12
-	w, ids := interrupted(t, path, r.URL, each)
+	db, err := store.Open(t.Context(), path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w, ids := interrupted(t, db, r.URL, 3, each)
 	kills := 0
 	for deadline := time.Now().Add(5 * patience); ; kills++ {
 		if time.Now().After(deadline) {
@@ -139,18 +142,16 @@ func startChild(t *testing.T, path string) (*exec.Cmd, <-chan struct{}) {
 	return cmd, ended
 }
 
-// interrupted makes a database with a webhook and sandboxes that have events whose deliveries are not queued yet.
-func interrupted(t *testing.T, path, url string, each int) (webhook.Webhook, []sandbox.ID) {
+// interrupted writes a webhook, and sandboxes that have events whose deliveries are not queued yet. It closes the
+// database.
+func interrupted(t *testing.T, db *store.DB, url string, sandboxes, each int) (webhook.Webhook, []sandbox.ID) {
 	t.Helper()
-	h := start(t, path, nil)
+	h := &harness{t: t, db: db}
 	h.org("org_a")
-	ids := []sandbox.ID{h.live("org_a"), h.live("org_a"), h.live("org_a")}
-	h.stop()
-	db, err := store.Open(t.Context(), path)
-	if err != nil {
-		t.Fatal(err)
+	var ids []sandbox.ID
+	for range sandboxes {
+		ids = append(ids, h.live("org_a"))
 	}
-	h = &harness{t: t, db: db}
 	w := webhook.Webhook{ID: "whk_test", OrgID: "org_a", URL: url, Format: webhook.Standard, CreatedAt: time.Now(),
 		Types: []string{"sandbox.egress_denied"}, Secret: "whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", Enabled: true,
 		EnabledAt: time.Now()}

@@ -246,3 +246,17 @@ func TestQueuesWait(t *testing.T) {
 			q.running)
 	}
 }
+
+// TestWakeWithoutRun checks that a service that makes no deliveries remembers no webhook that it has changed: another
+// process delivers.
+func TestWakeWithoutRun(t *testing.T) {
+	s := New(Config{Concurrency: 4}, nil, nil, nil, nil)
+	s.wake(Webhook{ID: "whk_a", OrgID: "org_a"})
+	if len(s.queues.all) != 0 {
+		t.Errorf("it remembers %d", len(s.queues.all))
+	}
+	s.runs.Store(true)
+	if s.wake(Webhook{ID: "whk_a", OrgID: "org_a"}); len(s.queues.all) != 1 {
+		t.Error("one that delivers forgets it")
+	}
+}

@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 	"unicode"
 	"unicode/utf8"
@@ -40,6 +41,8 @@ type Config struct {
 	Log    *slog.Logger
 	// Now tells the time by which deliveries are due. A nil Now is the clock of this machine.
 	Now func() time.Time
+	// Shared says that other processes write to the store too, so that the service looks for what they have changed.
+	Shared bool
 	// Observe learns of each attempt. It must not block; nil is none.
 	Observe func(outcome string, took time.Duration)
 }
@@ -65,6 +68,7 @@ type Service struct {
 	queues  *queues
 	changed chan struct{} // has room for one: a webhook was made, changed or deleted
 	dropped chan struct{} // has room for one: a webhook was deleted
+	runs    atomic.Bool   // deliveries are made by this process
 
 	mu sync.Mutex
 	// +checklocks:mu
@@ -230,11 +234,16 @@ func (s *Service) Delete(ctx context.Context, orgID, id string) error {
 		return err
 	}
 	s.wake(Webhook{ID: id, OrgID: orgID})
+	s.deleted()
+	return nil
+}
+
+// deleted makes trim look for a webhook that was deleted.
+func (s *Service) deleted() {
 	select {
 	case s.dropped <- struct{}{}:
 	default: // trim has not looked since the last one
 	}
-	return nil
 }
 
 // Deliveries returns a page of the deliveries of a webhook, those of the newest events first. Errors are as for Get.
