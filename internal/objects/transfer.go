@@ -247,10 +247,12 @@ func (p *parts) next(ctx context.Context, key string, buf []byte) (i int, body *
 	err error) {
 	check := crc32.New(castagnoli)
 	sums := io.Writer(check)
+	var soFar hash.Hash
 	if p.whole != nil {
 		p.inOrder.Lock()
 		defer p.inOrder.Unlock()
-		sums = io.MultiWriter(check, p.soFar)
+		soFar = p.soFar
+		sums = io.MultiWriter(check, soFar)
 	}
 	n := int(pieces(p.size))
 	i = int(p.taken.Add(1)) - 1
@@ -262,7 +264,7 @@ func (p *parts) next(ctx context.Context, key string, buf []byte) (i int, body *
 		p.taken.Store(int64(n)) // soFar lacks a part of this one
 		return i, nil, 0, wrongSum(key, err)
 	}
-	if p.whole != nil && i == n-1 && Sum(p.soFar.Sum(nil)) != *p.whole {
+	if soFar != nil && i == n-1 && Sum(soFar.Sum(nil)) != *p.whole {
 		return i, nil, 0, wrongSum(key, nil)
 	}
 	return i, body, check.Sum32(), nil
