@@ -63,6 +63,9 @@ func New(store Store, cfg Config) *Service {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
+	if cfg.Alone == nil {
+		cfg.Alone = func(ctx context.Context, _ string, f func(context.Context) error) error { return f(ctx) }
+	}
 	return &Service{cfg: cfg, store: store, uses: newUses(store, cfg.Log),
 		buckets: NewBuckets(cfg.Rate, cfg.Burst), failed: NewBuckets(cfg.FailedRate, cfg.FailedBurst),
 		orgs: NewBuckets(float64(cfg.OrgFactor)*cfg.Rate, cfg.OrgFactor*cfg.Burst)}
@@ -77,21 +80,18 @@ func (s *Service) Close(ctx context.Context) error { return s.uses.close(ctx) }
 // lost. Of several servers that call Bootstrap at once one makes the key and saves its secret, and
 // the others return when it has.
 func (s *Service) Bootstrap(ctx context.Context, save func(secret string) error) (made bool, err error) {
-	if s.cfg.Alone == nil {
-		return s.bootstrap(ctx, save)
-	}
 	for {
-		orgs, _, err := s.store.ListOrgs(ctx, 1, "")
-		if err != nil {
-			return false, fmt.Errorf("looking for organizations: %w", err)
-		}
-		if len(orgs) > 0 {
-			return false, nil
+		if begun, err := s.begun(ctx); begun || err != nil {
+			return false, err
 		}
 		done := false
-		err = s.cfg.Alone(ctx, "first key", func(ctx context.Context) (err error) {
+		err := s.cfg.Alone(ctx, "first key", func(ctx context.Context) error {
 			done = true
-			made, err = s.bootstrap(ctx, save) // another server may have made it since
+			begun, err := s.begun(ctx) // another server may have made it since
+			if err == nil && !begun {
+				err = s.makeFirst(ctx, save)
+				made = err == nil
+			}
 			return err
 		})
 		if err != nil || done {
@@ -108,23 +108,26 @@ func (s *Service) Bootstrap(ctx context.Context, save func(secret string) error)
 // bootstrapRetry is the time between two looks for the first key, which another server makes in some milliseconds.
 const bootstrapRetry = 50 * time.Millisecond
 
-func (s *Service) bootstrap(ctx context.Context, save func(secret string) error) (made bool, err error) {
+// begun reports whether there is an organization.
+func (s *Service) begun(ctx context.Context) (bool, error) {
 	orgs, _, err := s.store.ListOrgs(ctx, 1, "")
 	if err != nil {
 		return false, fmt.Errorf("looking for organizations: %w", err)
 	}
-	if len(orgs) > 0 {
-		return false, nil
-	}
+	return len(orgs) > 0, nil
+}
+
+// makeFirst makes the operator's organization and its first key.
+func (s *Service) makeFirst(ctx context.Context, save func(secret string) error) error {
 	org := Org{ID: newID("org_"), Name: OperatorOrg, Quota: s.cfg.Quota, CreatedAt: s.cfg.Now().UTC()}
 	key, secret := newKey(org.CreatedAt, org.ID, "first key of the server", []Scope{Admin}, 0, FormatCay)
 	if err := save(secret); err != nil {
-		return false, fmt.Errorf("saving the first key: %w", err)
+		return fmt.Errorf("saving the first key: %w", err)
 	}
 	if err := s.store.PutOrg(ctx, org, key); err != nil {
-		return false, fmt.Errorf("making the first organization: %w", err)
+		return fmt.Errorf("making the first organization: %w", err)
 	}
-	return true, nil
+	return nil
 }
 
 func newKey(now time.Time, orgID, name string, scopes []Scope, expiresIn time.Duration, f Format) (Key, string) {

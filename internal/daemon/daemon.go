@@ -242,10 +242,7 @@ func saveKey(dataDir string) func(secret string) error {
 func (s *server) openCore(ctx context.Context) error {
 	cfg := s.cfg
 	limits := limitsOf(cfg)
-	limits.Log, limits.Now = s.log, s.db.Now
-	if s.db.Shared() {
-		limits.Alone = s.db.Alone
-	}
+	limits.Log, limits.Now, limits.Alone = s.log, s.db.Now, s.db.Alone
 	s.auth = auth.New(s.db, limits)
 	s.onClose(s.auth.Close)
 	if _, err := s.auth.Bootstrap(ctx, saveKey(cfg.DataDir)); err != nil {

@@ -67,6 +67,16 @@ func oneByOne(ctx context.Context, db *store.DB) func(n int) error {
 	}
 }
 
+// counts adds to seen the events that oneByOne has written, in their order. It reports whether these were all.
+func counts(all []event.Event, seen *int) bool {
+	for _, e := range all {
+		if e.Name == fmt.Sprint(*seen) { // the others are of the organization
+			*seen++
+		}
+	}
+	return *seen == rounds
+}
+
 // TestFollowAnotherServer follows events that another server writes, each after the one before it was seen.
 func TestFollowAnotherServer(t *testing.T) {
 	writer, reader := twoFeeds(t)
@@ -75,13 +85,8 @@ func TestFollowAnotherServer(t *testing.T) {
 	seen, next := 0, oneByOne(ctx, writer)
 	q := event.Query{OrgID: "org_a", After: event.Oldest, Limit: 5}
 	err := reader.Follow(ctx, q, time.Hour, func(p event.Page) error {
-		for _, e := range p.Events {
-			if e.Name != fmt.Sprint(seen) {
-				continue // of the organization
-			}
-			if seen++; seen == rounds {
-				return errEnough
-			}
+		if counts(p.Events, &seen) {
+			return errEnough
 		}
 		return next(seen)
 	})
@@ -97,13 +102,8 @@ func TestConsumeAnotherServer(t *testing.T) {
 	defer cancel()
 	seen, next := 0, oneByOne(ctx, writer)
 	err := reader.Consume(ctx, "test", func(all []event.Event) error {
-		for _, e := range all {
-			if e.Name != fmt.Sprint(seen) {
-				continue // of the organization
-			}
-			if seen++; seen == rounds {
-				return errEnough
-			}
+		if counts(all, &seen) {
+			return errEnough
 		}
 		return next(seen)
 	})
