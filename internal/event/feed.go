@@ -30,6 +30,8 @@ type Page struct {
 
 // Store keeps the sequence.
 type Store interface {
+	// SettleEvents returns when the events that were written before can be read. If that fails, they can be read later.
+	SettleEvents(ctx context.Context)
 	// ReadEvents returns the page after q.After, or the one before q.Before. It looks at a bounded number of
 	// events, so that a page may be short, or empty, while there is more. Gone, code "events_gone", when events
 	// of the organization after q.After have been dropped, unless that is [Oldest].
@@ -196,8 +198,11 @@ func (f *Feed) watch(org string) <-chan struct{} {
 	return f.changed[org]
 }
 
-// Read returns a page. Errors are as [Store].ReadEvents's.
-func (f *Feed) Read(ctx context.Context, q Query) (Page, error) { return f.store.ReadEvents(ctx, q) }
+// Read returns a page, with the events of all that was done before. Errors are as [Store].ReadEvents's.
+func (f *Feed) Read(ctx context.Context, q Query) (Page, error) {
+	f.store.SettleEvents(ctx)
+	return f.store.ReadEvents(ctx, q)
+}
 
 // Last returns the place after which the organization has no event yet.
 func (f *Feed) Last(ctx context.Context, orgID string) (Seq, error) {

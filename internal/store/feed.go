@@ -92,6 +92,12 @@ func (db *DB) horizon(ctx context.Context, org string) (event.Seq, error) {
 	return s, nil
 }
 
+// SettleEvents implements [event.Store].
+func (db *DB) SettleEvents(ctx context.Context) {
+	defer db.took("settle_events", time.Now())
+	db.dialect.settleEvents(ctx)
+}
+
 // ReadEvents implements [event.Store].
 func (db *DB) ReadEvents(ctx context.Context, q event.Query) (event.Page, error) {
 	defer db.took("read_events", time.Now())

@@ -85,6 +85,7 @@ func testEventStore(t *testing.T, open func(t *testing.T) *DB) {
 		"pages":                  feedPages,
 		"order":                  feedOrder,
 		"new events":             feedNews,
+		"settling":               feedSettles,
 		"waking":                 feedWakes,
 		"trimming":               feedTrims,
 		"trimming and listings":  feedTrimsAndListings,
@@ -94,6 +95,22 @@ func testEventStore(t *testing.T, open func(t *testing.T) *DB) {
 			t.Parallel()
 			f(t, open(t))
 		})
+	}
+}
+
+// feedSettles reads an event right after it was written, while nothing else looks for events.
+func feedSettles(t *testing.T, db *DB) {
+	if d, ok := db.dialect.(*postgresDialect); ok {
+		d.stop()
+		<-d.stopped
+	}
+	for i := range 3 {
+		addEvents(t, db, 1, event.Event{OrgID: "org_a", At: start, Type: event.SandboxRunning})
+		db.SettleEvents(t.Context())
+		page, err := db.ReadEvents(t.Context(), event.Query{OrgID: "org_a", Limit: 10})
+		if err != nil || len(page.Events) != i+1 {
+			t.Errorf("after %d events the feed has %d, %v", i+1, len(page.Events), err)
+		}
 	}
 }
 

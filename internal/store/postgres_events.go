@@ -85,6 +85,12 @@ func (d *postgresDialect) startNumbering() {
 	}()
 }
 
+func (d *postgresDialect) settleEvents(ctx context.Context) {
+	if d.waiting(ctx) {
+		_ = d.number(ctx) // the goroutine tries again
+	}
+}
+
 // waiting reports whether events wait for their numbers. It writes nothing, so that an idle server lets the database's
 // log rest.
 func (d *postgresDialect) waiting(ctx context.Context) (wait bool) {

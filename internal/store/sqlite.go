@@ -194,6 +194,8 @@ func (d *sqliteDialect) execute(ctx context.Context, tx *sql.Tx, all []statement
 
 func (d *sqliteDialect) written(orgs []string) { d.db.woken(orgs) }
 
+func (d *sqliteDialect) settleEvents(context.Context) {} // their transactions number them
+
 func (d *sqliteDialect) present() time.Time { return time.Now().UTC() }
 
 func (d *sqliteDialect) now(p *params, process time.Time) string { return p.add(at(process)) }

@@ -99,6 +99,8 @@ type dialect interface {
 	// written learns of the end of a transaction that wrote events of organizations, and calls woken
 	// when these can be read.
 	written(orgs []string)
+	// settleEvents does what [DB.SettleEvents] promises.
+	settleEvents(ctx context.Context)
 	// now returns an SQL expression for the present time, for times that several machines compare: the time of the
 	// database if several machines can share it, and otherwise the process's time.
 	now(p *params, process time.Time) string
