@@ -17,6 +17,7 @@ const (
 	CodeDiskFull             = "disk_full"
 	CodeDuplicateField       = "duplicate_field"
 	CodeEgressFailed         = "egress_failed"
+	CodeElsewhere            = "elsewhere"
 	CodeEventsGone           = "events_gone"
 	CodeFileDenied           = "file_denied"
 	CodeFileNotFound         = "file_not_found"
@@ -60,6 +61,7 @@ const (
 	CodeNodeInUse            = "node_in_use"
 	CodeNodeNotFound         = "node_not_found"
 	CodeNodeRefused          = "node_refused"
+	CodeNodeUnreachable      = "node_unreachable"
 	CodeNotAWebsocket        = "not_a_websocket"
 	CodeNotReady             = "not_ready"
 	CodeNotTheOperator       = "not_the_operator"
@@ -143,13 +145,12 @@ const (
 
 // Codes of errors between rooms, which no API answers.
 const (
-	CodeBlobTooLarge    = "blob_too_large"
-	CodeInstanceInUse   = "instance_in_use"
-	CodeNoPooled        = "no_member" // an older word for a pooled sandbox
-	CodeNodeUnreachable = "node_unreachable"
-	CodeRangeInUse      = "range_in_use"
-	CodeSlotNotFound    = "slot_not_found"
-	CodeSnapshotState   = "snapshot_state"
+	CodeBlobTooLarge  = "blob_too_large"
+	CodeInstanceInUse = "instance_in_use"
+	CodeNoPooled      = "no_member" // an older word for a pooled sandbox
+	CodeRangeInUse    = "range_in_use"
+	CodeSlotNotFound  = "slot_not_found"
+	CodeSnapshotState = "snapshot_state"
 )
 
 // InvalidCode returns the code of an Invalid in a field: "invalid_" and the first element of the

@@ -93,6 +93,10 @@ type Error struct {
 	// Unavailable carry it.
 	RetryAfter time.Duration
 
+	// Node names the node that has what the call is for, if this one has not; "" otherwise. Servers decide by it, and
+	// users do not see it.
+	Node string
+
 	cause error // for the log; never shown to a user
 }
 
@@ -117,6 +121,13 @@ func (e *Error) Because(cause error) *Error {
 func (e *Error) After(d time.Duration) *Error {
 	c := *e
 	c.RetryAfter = d
+	return &c
+}
+
+// On returns a copy that names the node that has what the call is for.
+func (e *Error) On(node string) *Error {
+	c := *e
+	c.Node = node
 	return &c
 }
 

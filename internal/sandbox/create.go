@@ -118,6 +118,9 @@ func (s *Service) makeNew(ctx context.Context, c Caller, sbx Sandbox, m making) 
 
 // repeated answers a create that repeats an earlier one with the same key.
 func (s *Service) repeated(ctx context.Context, prior Sandbox, wait bool) (Sandbox, error) {
+	if err := s.held(prior); err != nil {
+		return Sandbox{}, err // its node knows whether it is still being made
+	}
 	if op := s.ops.on(prior.ID); wait && op != nil && op.kind == opCreate {
 		return await[Sandbox](ctx, op)
 	}

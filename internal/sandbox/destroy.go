@@ -29,6 +29,9 @@ func (s *Service) Destroy(ctx context.Context, orgID string, id ID) error {
 	if err != nil || sbx.State.Over() {
 		return err
 	}
+	if err := s.held(sbx); err != nil {
+		return err
+	}
 	claimed, done, left := make(chan struct{}), make(chan error), make(chan struct{})
 	defer close(left)
 	if !s.ops.spawn(func() {

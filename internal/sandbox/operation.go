@@ -272,7 +272,7 @@ func (o *operations) close(ctx context.Context) error {
 func operate[T any](ctx context.Context, s *Service, orgID string, id ID, kind opKind, may func(Sandbox) error,
 	work func(context.Context, Sandbox) (T, error)) (result T, err error) {
 	for {
-		sbx, err := s.Get(ctx, orgID, id)
+		sbx, err := s.getHeld(ctx, orgID, id)
 		if err == nil {
 			err = rules[kind].refuse(sbx)
 		}

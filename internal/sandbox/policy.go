@@ -96,6 +96,9 @@ func (s *Service) Traffic(ctx context.Context, sbx Sandbox) (*Traffic, error) {
 	if sbx.State.Status() != StatusRunning {
 		return nil, nil
 	}
+	if err := s.held(sbx); err != nil {
+		return nil, err
+	}
 	t, err := s.node.Traffic(ctx, sbx.ID)
 	if fault.Is(err, fault.Conflict) {
 		return nil, nil // the sandbox has just ended

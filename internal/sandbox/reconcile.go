@@ -277,6 +277,9 @@ func (s *Service) rest(ctx context.Context, row Sandbox, observed *Observed, a A
 // operation, and a running sandbox that was not adopted.
 func (s *Service) present(ctx context.Context, id ID) (Sandbox, error) {
 	sbx, err := s.store.Get(ctx, id)
+	if err == nil {
+		err = s.held(sbx) // settle would leave it as it is, and callers would ask again and again
+	}
 	if err != nil || !sbx.State.Claim() && (sbx.State != Running || s.live.tracked(sbx)) {
 		return sbx, err
 	}

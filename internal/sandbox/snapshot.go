@@ -151,17 +151,6 @@ func (s *Service) snapshotFailed(ctx context.Context, sbx Sandbox, cause error) 
 	return fault.New(fault.Internal, fault.CodeSnapshotFailed, "no snapshot of sandbox %s was made", sbx.ID).Because(cause)
 }
 
-// GetSnapshot returns a snapshot of the organization by name or ID. It returns NotFound, code
-// "snapshot_not_found", if there is none or it belongs to another organization.
-func (s *Service) GetSnapshot(ctx context.Context, orgID, nameOrID string) (Snapshot, error) {
-	return s.snapshots.get(ctx, orgID, nameOrID)
-}
-
-// ListSnapshots returns a page of the organization's snapshots.
-func (s *Service) ListSnapshots(ctx context.Context, f SnapshotFilter) ([]Snapshot, string, error) {
-	return s.store.ListSnapshots(ctx, f)
-}
-
 // DeleteSnapshot deletes a snapshot by name or ID. Sandboxes made from it continue. Sandboxes being
 // made from it are completed before its files are removed. Errors are those of GetSnapshot.
 func (s *Service) DeleteSnapshot(ctx context.Context, orgID, nameOrID string) error {

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"strings"
 	"sync"
 
 	"github.com/cayhq/cay/internal/fault"
@@ -15,6 +14,7 @@ import (
 // their files, makers included, so that none is removed while it is used.
 type snapshots struct {
 	holder string // the id of the node
+	rows   *Rows
 	store  SnapshotStore
 	node   NodeSnapshots
 	log    *slog.Logger
@@ -24,20 +24,12 @@ type snapshots struct {
 	uses map[SnapshotID]*snapshotUse
 }
 
-// get returns a ready snapshot of the organization by name or ID.
+// get returns a ready snapshot of the organization by name or ID. It returns Unavailable, code "elsewhere", if another
+// node holds it.
 func (s *snapshots) get(ctx context.Context, orgID, nameOrID string) (Snapshot, error) {
-	if !strings.HasPrefix(nameOrID, snapshotPrefix) {
-		if !snapshotName.MatchString(nameOrID) {
-			return Snapshot{}, noSnapshot(nameOrID)
-		}
-		return s.store.FindSnapshot(ctx, orgID, nameOrID)
-	}
-	if !SnapshotID(nameOrID).Valid() {
-		return Snapshot{}, noSnapshot(nameOrID)
-	}
-	snap, err := s.store.GetSnapshot(ctx, SnapshotID(nameOrID))
-	if err == nil && (snap.OrgID != orgID || snap.State != SnapshotReady) {
-		err = noSnapshot(nameOrID)
+	snap, err := s.rows.GetSnapshot(ctx, orgID, nameOrID)
+	if err == nil && snap.Holder.Node != s.holder {
+		err = elsewhere("snapshot "+string(snap.ID), snap.Holder)
 	}
 	return snap, err
 }

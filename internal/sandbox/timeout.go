@@ -12,7 +12,7 @@ import (
 // own; one above [MaxTimeout] is cut to it. Keepalive returns Conflict if the sandbox is not
 // ephemeral or not running.
 func (s *Service) Keepalive(ctx context.Context, orgID string, id ID, timeout *time.Duration) (Sandbox, error) {
-	sbx, err := s.Get(ctx, orgID, id)
+	sbx, err := s.getHeld(ctx, orgID, id)
 	if err != nil {
 		return Sandbox{}, err
 	}
@@ -40,7 +40,7 @@ func (s *Service) SetTimeout(ctx context.Context, orgID string, id ID, timeout t
 	if timeout > MaxTimeout {
 		return Sandbox{}, invalid("timeout", "must be at most %s", MaxTimeout)
 	}
-	sbx, err := s.Get(ctx, orgID, id)
+	sbx, err := s.getHeld(ctx, orgID, id)
 	if err != nil {
 		return Sandbox{}, err
 	}
@@ -63,7 +63,7 @@ func notEphemeral(sbx Sandbox) error {
 
 // SetFrontData replaces the data that a front stores with a sandbox that it created.
 func (s *Service) SetFrontData(ctx context.Context, orgID string, id ID, data string) (Sandbox, error) {
-	if _, err := s.Get(ctx, orgID, id); err != nil {
+	if _, err := s.getHeld(ctx, orgID, id); err != nil {
 		return Sandbox{}, err
 	}
 	return s.store.SetFrontData(ctx, id, data)

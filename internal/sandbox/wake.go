@@ -59,6 +59,9 @@ func (s *Service) Connect(ctx context.Context, c Caller, id ID, use Cause) (*Lea
 func (s *Service) Attach(ctx context.Context, id ID) (*Lease, error) {
 	for last := false; ; last = true {
 		sbx, err := s.GetAny(ctx, id)
+		if err == nil {
+			err = s.held(sbx)
+		}
 		if err != nil {
 			return nil, err
 		}
@@ -89,7 +92,7 @@ type runOptions struct {
 func (s *Service) running(ctx context.Context, c Caller, id ID, u runOptions) (Sandbox, *instance, error) {
 	for {
 		end := trace.Start(ctx, "find")
-		sbx, err := s.Get(ctx, c.OrgID, id)
+		sbx, err := s.getHeld(ctx, c.OrgID, id)
 		end()
 		if err != nil {
 			return Sandbox{}, nil, err
