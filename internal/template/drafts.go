@@ -342,9 +342,3 @@ func (s *Service) BuildState(ctx context.Context, org, templateID, buildID strin
 	}
 	return BuildState{}, noBuild(templateID, buildID)
 }
-
-// LogRest returns up to limit lines of the log of a template's newest build, oldest line first,
-// without its first skip lines. Lines that were dropped do not count.
-func (s *Service) LogRest(ctx context.Context, templateID string, skip, limit int) ([]LogLine, error) {
-	return s.store.TemplateLogRest(ctx, templateID, max(skip, 0), limit)
-}

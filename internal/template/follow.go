@@ -7,32 +7,6 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// logPage is the number of lines of a log read at once: one answer of a few hundred KB.
-const logPage = 2000
-
-// Log returns the log of a template's newest build, oldest line first.
-func (s *Service) Log(ctx context.Context, orgID, nameOrID string) ([]LogLine, error) {
-	t, err := s.store.GetTemplate(ctx, orgID, nameOrID)
-	if err != nil {
-		return nil, err
-	}
-	return s.readLog(ctx, t.ID)
-}
-
-// readLog returns the log of a template's newest build.
-func (s *Service) readLog(ctx context.Context, id string) ([]LogLine, error) {
-	var all []LogLine
-	for after := int64(0); ; after = all[len(all)-1].Seq {
-		lines, err := s.store.TemplateLog(ctx, id, after, logPage)
-		if err != nil {
-			return nil, fmt.Errorf("reading the log of template %s: %w", id, err)
-		}
-		if all = append(all, lines...); len(lines) < logPage {
-			return all, nil
-		}
-	}
-}
-
 // Follow calls emit with the lines of a template's newest build, existing ones first and then as
 // they are written, and returns the template when the build has ended. Of the build after it
 // passes only lines with numbers above seq; of another build, all. An error of emit ends it. If

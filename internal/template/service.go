@@ -67,6 +67,7 @@ type Config struct {
 
 // Service manages templates and their builds.
 type Service struct {
+	*Reader
 	cfg      Config
 	store    Store
 	builder  Builder
@@ -126,7 +127,8 @@ func New(cfg Config, store Store, builder Builder, contexts Contexts, users User
 		cfg.Observe = func(string, time.Duration) {}
 	}
 	cfg.Concurrent, cfg.PerOrg = max(cfg.Concurrent, 1), max(cfg.PerOrg, 1)
-	return &Service{cfg: cfg, store: store, builder: builder, contexts: contexts, users: users, log: log,
+	return &Service{Reader: NewReader(store), cfg: cfg, store: store, builder: builder, contexts: contexts, users: users,
+		log:     log,
 		budget:  contextBudget{lately: map[string]map[string]int64{}, putting: map[string]int64{}},
 		uploads: uploads{byOrg: map[string]map[string]*upload{}}, drafts: drafts{byOrg: map[string][]*draft{}},
 		assembling: turns{taken: map[string]chan struct{}{}},
@@ -203,16 +205,6 @@ func (s *Service) definition(name string) *Definition {
 		}
 	}
 	return nil
-}
-
-// Get returns a template that the organization may use, or NotFound, code "template_not_found".
-func (s *Service) Get(ctx context.Context, orgID, nameOrID string) (Template, error) {
-	return s.store.GetTemplate(ctx, orgID, nameOrID)
-}
-
-// List returns a page of the templates that the organization may use, newest first.
-func (s *Service) List(ctx context.Context, orgID string, limit int, cursor string) ([]Template, string, error) {
-	return s.store.ListTemplates(ctx, orgID, limit, cursor)
 }
 
 // Recheck makes Run soon check an image that could not be used. If it is gone, its tags are marked so,

@@ -232,16 +232,6 @@ func (s *Service) Untag(ctx context.Context, c Caller, nameOrID string, names []
 	return s.store.DeleteTags(ctx, t.ID, names)
 }
 
-// Tags returns the tags of a template that the organization may use, and the template.
-func (s *Service) Tags(ctx context.Context, orgID, nameOrID string) (Template, []Tag, error) {
-	t, err := s.store.GetTemplate(ctx, orgID, nameOrID)
-	if err != nil {
-		return Template{}, nil, err
-	}
-	tags, err := s.store.Tags(ctx, t.ID)
-	return t, tags, err
-}
-
 // cutTag splits a reference of a template with a tag; "" is the newest version.
 func cutTag(ref string) (nameOrID, tag string) {
 	nameOrID, tag, _ = strings.Cut(ref, ":")
