@@ -1,0 +1,31 @@
+package fleet
+
+import (
+	"cmp"
+	"context"
+	"math/rand/v2"
+	"slices"
+)
+
+// Place returns the nodes that take sandboxes, in the order in which a new one should be offered to them. What the rows
+// say may be seconds old, so a node may refuse.
+func (s *Service) Place(ctx context.Context) ([]ID, error) {
+	all, err := s.List(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return order(all), nil
+}
+
+// order returns the ready nodes, those with the fewest active sandboxes first. Creates that come at once see the same
+// rows, so equal nodes are shuffled.
+func order(all []Node) []ID {
+	ready := slices.DeleteFunc(slices.Clone(all), func(n Node) bool { return n.Status != Ready })
+	rand.Shuffle(len(ready), func(i, j int) { ready[i], ready[j] = ready[j], ready[i] })
+	slices.SortStableFunc(ready, func(a, b Node) int { return cmp.Compare(a.Active, b.Active) })
+	ids := make([]ID, len(ready))
+	for i, n := range ready {
+		ids[i] = n.ID
+	}
+	return ids
+}
