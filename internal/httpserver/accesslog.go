@@ -67,6 +67,8 @@ type entry struct {
 	Sandbox string // as the caller named it; "" is none
 	Code    string // of the problem that was answered; "" is none
 	Err     error
+
+	Forwarded bool // by a replica
 }
 
 // write writes the line of a request. It leaves out the query, which may hold a signature, paths
@@ -100,6 +102,9 @@ func (l *accessLog) write(r *http.Request, e entry) {
 	}
 	if e.Sandbox != "" {
 		attrs = append(attrs, slog.String("sandbox", cut(e.Sandbox, maxText)))
+	}
+	if e.Forwarded {
+		attrs = append(attrs, slog.Bool("forwarded", true))
 	}
 	if e.Code != "" {
 		attrs = append(attrs, slog.String("code", e.Code))

@@ -66,6 +66,7 @@ type Recorder struct {
 
 	control *http.ResponseController
 	call    *Call
+	made    string // the nonce with which a replica is told the sandbox that the call made; "" tells none
 	status  int
 	bytes   int64
 }
@@ -80,6 +81,9 @@ func (w *Recorder) Upgraded() { w.status = http.StatusSwitchingProtocols }
 func (w *Recorder) WriteHeader(status int) {
 	if w.status == 0 && (status >= 200 || status == http.StatusSwitchingProtocols) {
 		w.status = status
+		if w.made != "" && w.call.Sandbox != "" {
+			w.Header().Set(sandboxHeader, w.made+" "+w.call.Sandbox)
+		}
 	}
 	w.soon()
 	if w.OnHead != nil {

@@ -55,6 +55,7 @@ func (m *Misdirected) Error() string { return fmt.Sprintf("the node %q has it", 
 //   - Exhausted or Unavailable of the call's account, which is charged with ForwardCost;
 //   - Invalid, code "secret_in_path", if the path holds a key;
 //   - Invalid, code "incomplete_body", if the caller's body breaks off;
+//   - errRefused, if p was offered and the node has no room;
 //   - [Misdirected]. Forward has followed a first one itself, if the request has no body or a GetBody;
 //   - the error of the request's context if the caller left.
 //
@@ -86,6 +87,7 @@ func (f *Forwarder) Forward(w http.ResponseWriter, r *http.Request, node string,
 		again.Body = body
 		r = &again
 	}
+	p.Offered = false // that node alone can do it
 	return f.pass(w, r, other.Node, p)
 }
 
@@ -107,6 +109,7 @@ func (f *Forwarder) pass(w http.ResponseWriter, r *http.Request, node string, p 
 		ErrorLog:      slog.NewLogLogger(f.Log.Handler(), slog.LevelDebug),
 		Rewrite:       func(pr *httputil.ProxyRequest) { rewriteForward(pr, passage) },
 		ModifyResponse: func(resp *http.Response) error {
+			takeMade(CallOf(r), resp.Header, nonce)
 			return misdirected(resp, nonce)
 		},
 		ErrorHandler: func(_ http.ResponseWriter, _ *http.Request, failed error) { err = failed },
@@ -122,7 +125,7 @@ func (f *Forwarder) pass(w http.ResponseWriter, r *http.Request, node string, p 
 	maps.Copy(w.Header(), before)
 	var other *Misdirected
 	switch {
-	case errors.As(err, &other) || fault.As(err) != nil && !errors.Is(err, context.Canceled):
+	case errors.As(err, &other) || errors.Is(err, errRefused) || fault.As(err) != nil && !errors.Is(err, context.Canceled):
 		return err
 	case r.Context().Err() != nil:
 		if broken := CallOf(r).Body.Broken(); broken != nil {
@@ -132,7 +135,7 @@ func (f *Forwarder) pass(w http.ResponseWriter, r *http.Request, node string, p 
 	}
 	return fault.New(fault.Unavailable, fault.CodeNodeUnreachable,
 		"the connection to the node broke off before the answer; it is not known whether the call was done").
-		After(forwardRetry).Because(err)
+		After(forwardRetry).Because(fmt.Errorf("%w: %w", errBrokeOff, err))
 }
 
 // rewriteForward makes the request to the node.
@@ -228,16 +231,27 @@ func withoutKeys(list, separator string) string {
 	return strings.Join(kept, separator)
 }
 
-// misdirected returns the error for an answer of a node that names another. A node's name has at most 64 characters.
+// misdirected returns the error for an answer of a node that names another, or that leaves the request to others. A
+// node's name has at most 64 characters.
 func misdirected(resp *http.Response, nonce string) error {
-	if resp.StatusCode != http.StatusMisdirectedRequest {
-		return nil
-	}
 	node, ok := strings.CutPrefix(resp.Header.Get(nodeHeader), nonce+" ")
-	if !ok || node == "" || len(node) > 64 {
-		return nil // an application's answer
+	switch {
+	case !ok || node == "" || len(node) > 64: // an application's answer
+		return nil
+	case node == noNode && resp.StatusCode == http.StatusServiceUnavailable:
+		return errRefused
+	case resp.StatusCode == http.StatusMisdirectedRequest:
+		return &Misdirected{node}
 	}
-	return &Misdirected{node}
+	return nil
+}
+
+// takeMade takes the sandbox that a forwarded call made from the header of its answer.
+func takeMade(c *Call, h http.Header, nonce string) {
+	if id, ok := strings.CutPrefix(h.Get(sandboxHeader), nonce+" "); ok {
+		c.Sandbox = id
+		h.Del(sandboxHeader)
+	}
 }
 
 // forwarded is a ResponseWriter that records whether an answer has begun.

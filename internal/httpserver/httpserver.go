@@ -93,6 +93,8 @@ type Call struct {
 	Account  budget.Account // the memory that the call holds
 
 	payer string // the organization that OpenAccount was given
+	// refused, if not nil, does the call elsewhere after this server has refused it.
+	refused func(error) error
 
 	Code string // of the problem that was answered
 	Err  error  // for the log, when the server or the connection failed
@@ -114,6 +116,9 @@ func CallOf(r *http.Request) *Call { return r.Context().Value(callKey{}).(*Call)
 var saneID = regexp.MustCompile(`^[A-Za-z0-9._-]{1,128}$`)
 
 func (f *Front) requestID(r *http.Request) string {
+	if p, ok := PassageOf(r.Context()); ok {
+		return p.ID
+	}
 	if id := r.Header.Get("X-Request-Id"); f.TakesIDs && saneID.MatchString(id) {
 		return id
 	}
@@ -136,6 +141,9 @@ func (f *Front) Serve(w http.ResponseWriter, r *http.Request, do func(*Recorder,
 	}
 	r = r.WithContext(ctx)
 	rec := &Recorder{ResponseWriter: w, control: control, call: c}
+	if p, ok := PassageOf(r.Context()); ok && p.Sandbox == "" {
+		rec.made = p.Nonce
+	}
 	// Clear the write deadline of the previous answer on this connection. The writers of tests have no
 	// deadlines, so the error is ignored.
 	_ = control.SetWriteDeadline(time.Time{})
@@ -162,9 +170,25 @@ func (f *Front) Serve(w http.ResponseWriter, r *http.Request, do func(*Recorder,
 	}
 }
 
-// Fail answers an error. It counts one of a caller without a valid key against the caller's address.
+// Fail answers an error. It counts one of a caller without a valid key against the caller's address. A
+// forwarded request for what another node has is answered with that node; see [Misdirect].
 func (f *Front) Fail(w http.ResponseWriter, r *http.Request, err error) {
-	if fault.Is(err, fault.Unauthenticated) {
+	c := CallOf(r)
+	if next := c.refused; next != nil && refuses(err) {
+		c.refused = nil
+		if err = next(err); err == nil {
+			return
+		}
+	}
+	p, forwarded := PassageOf(r.Context())
+	switch why := fault.As(err); {
+	case forwarded && why != nil && why.Node != "":
+		c.Code = why.Code
+		Misdirect(w, r, why.Node)
+		return
+	case forwarded && p.Offered && refuses(err):
+		w.Header().Set(nodeHeader, p.Nonce+" "+noNode)
+	case fault.Is(err, fault.Unauthenticated) && !forwarded: // the replica has counted it
 		if over := f.Failed(r.RemoteAddr); over != nil {
 			err = over
 		}
@@ -204,17 +228,21 @@ func (f *Front) finish(w *Recorder, r *http.Request, took time.Duration) {
 		status = http.StatusOK
 	}
 	level := slog.LevelInfo
+	_, forwarded := PassageOf(r.Context())
 	switch {
 	case status == http.StatusInternalServerError:
 		level = slog.LevelError
 	case status == http.StatusServiceUnavailable:
 		level = slog.LevelWarn
+	case forwarded:
+		level = slog.LevelDebug // the replica has a line too
 	case f.Level != nil:
 		level = f.Level(c)
 	}
 	f.log.write(r, entry{
 		Level: level, ID: c.ID, Route: f.Name + c.Route, Status: status, Took: took, In: c.Body.Received(), Out: w.bytes,
 		Org: c.Org(), Key: c.Who.Key.ID, Sandbox: c.Sandbox, Code: c.Code, Err: c.Err,
+		Forwarded: forwarded,
 	})
 	if f.Done != nil {
 		f.Done(r, status, took)

@@ -20,7 +20,11 @@ const (
 	ownPrefix     = "Cay-"
 	passageHeader = "Cay-Passage"
 	nodeHeader    = "Cay-Node"
+	sandboxHeader = "Cay-Sandbox" // of an answer: the sandbox that a call made
 )
+
+// noNode stands for the name of a node in the header Cay-Node of a refusal. It is the name of none.
+const noNode = "-"
 
 // maxPassage bounds the content of the header Cay-Passage, in bytes of JSON. The names and scopes that it has take less
 // than 2 KiB.
@@ -35,6 +39,9 @@ type Passage struct {
 	Org     string         `json:"org"`               // pays for the request
 	Quota   auth.Quota     `json:"quota"`             // of Org
 	Sandbox string         `json:"sandbox,omitempty"` // that the request is for
+	Port    int            `json:"port,omitempty"`    // of the sandbox, for traffic
+	Shared  bool           `json:"shared,omitempty"`  // the host name that the caller used does not name the port
+	Offered bool           `json:"offered,omitempty"` // another node may do it if this one has no room
 
 	// Forward sets the rest.
 

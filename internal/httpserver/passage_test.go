@@ -27,6 +27,7 @@ func fullPassage() Passage {
 				Scopes: []auth.Scope{auth.Admin}, CreatedAt: at, ExpiresAt: at, RevokedAt: at, LastUsedAt: at},
 		},
 		Org: "org_1", Quota: auth.Quota{Sandboxes: 1, VCPUs: 2, MemoryMB: 3}, Sandbox: "sbx_1",
+		Port: 80, Shared: true, Offered: true,
 	}
 }
 

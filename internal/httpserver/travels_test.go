@@ -137,6 +137,9 @@ func TestMisdirected(t *testing.T) {
 	f := startFleet(t, map[string]http.Handler{
 		"n1": visit("n1", func(w http.ResponseWriter, r *http.Request) { Misdirect(w, r, r.Header.Get("Go-To")) }),
 		"n2": visit("n2", func(w http.ResponseWriter, r *http.Request) {
+			if p, _ := PassageOf(r.Context()); p.Offered {
+				t.Error("the node that has it is told that another could do it")
+			}
 			fmt.Fprint(w, "n2 got ", string(must(io.ReadAll(r.Body))))
 		}),
 		"n3": visit("n3", func(w http.ResponseWriter, r *http.Request) { Misdirect(w, r, "n1") }),
@@ -161,7 +164,7 @@ func TestMisdirected(t *testing.T) {
 				if c.again {
 					r.GetBody = func() (io.ReadCloser, error) { return io.NopCloser(strings.NewReader(c.body)), nil }
 				}
-				err := f.forwarder.Forward(w, r, "n1", Passage{ID: CallOf(r).ID, Front: "api"})
+				err := f.forwarder.Forward(w, r, "n1", Passage{ID: CallOf(r).ID, Front: "api", Offered: true})
 				var other *Misdirected
 				if errors.As(err, &other) {
 					if w.Header().Get("X-Request-Id") == "" {
