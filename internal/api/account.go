@@ -12,7 +12,7 @@ import (
 
 // ListSizes answers GET /v1/sizes.
 func (s *server) ListSizes(w http.ResponseWriter, r *http.Request) {
-	s.answer(w, r, http.StatusOK, SizeList{Sizes: each(s.Sandboxes.Sizes(), sizeOf)})
+	s.answer(w, r, http.StatusOK, SizeList{Sizes: each(s.Rows.Sizes(), sizeOf)})
 }
 
 // GetPool answers GET /v1/pool. The pool serves the templates of all organizations, so GetPool
@@ -23,12 +23,21 @@ func (s *server) GetPool(w http.ResponseWriter, r *http.Request) {
 			"only keys of the organization %q may read the pool", auth.OperatorOrg))
 		return
 	}
-	s.answer(w, r, http.StatusOK, Pool{Pool: each(s.Sandboxes.Pool(), func(p sandbox.PoolStatus) PoolEntry {
-		return PoolEntry{
-			Template: p.Template, TemplateVersion: p.Version, Size: p.Size,
-			Ready: p.Ready, Claimed: p.Claimed, Target: p.Target,
-		}
-	})})
+	pool := []PoolEntry{}
+	if s.Sandboxes != nil {
+		pool = each(s.Sandboxes.Pool(), func(p sandbox.PoolStatus) PoolEntry {
+			return PoolEntry{
+				Template: p.Template, TemplateVersion: p.Version, Size: p.Size,
+				Ready: p.Ready, Claimed: p.Claimed, Target: p.Target,
+			}
+		})
+	}
+	pool, err := s.withPoolsOfOthers(r, pool)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	s.answer(w, r, http.StatusOK, Pool{Pool: pool})
 }
 
 // GetMe answers GET /v1/me.

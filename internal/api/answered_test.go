@@ -495,6 +495,7 @@ func TestUploadLimitIsCounted(t *testing.T) {
 
 // TestDownloadBreaksOff checks that a client can tell a file that breaks off from a complete one.
 func TestDownloadBreaksOff(t *testing.T) {
+	notForwarded(t, "a replica that has got nothing yet answers 503")
 	h := newTestServer(t, withAgent(&streamAgent{fakeAgent: newFakeAgent()}))
 	path := "/v1/sandboxes/" + h.newSandbox(t).ID + "/files?path=/a"
 	r, err := http.NewRequestWithContext(t.Context(), "GET", h.url+path, nil)
@@ -556,6 +557,7 @@ func TestTemplates(t *testing.T) {
 }
 
 func TestLogAndMetrics(t *testing.T) {
+	notForwarded(t, "the node has the line and the numbers")
 	h := newTestServer(t)
 	sbx := h.newSandbox(t)
 	r := h.send(t, "PUT", "/v1/sandboxes/"+sbx.ID+"/files?path=/private/name", h.key, "0123456789",

@@ -36,12 +36,22 @@ import (
 	"github.com/cayhq/cay/internal/webhook"
 )
 
-// Sandboxes has the methods of the sandbox room that this package calls; [*sandbox.Service]
-// implements it.
-type Sandboxes interface {
-	Create(ctx context.Context, c sandbox.Caller, r sandbox.Request, once sandbox.Once, wait bool) (sandbox.Sandbox, error)
+// Rows has what any process can answer about sandboxes; [*sandbox.Rows] and [*sandbox.Service] implement it.
+type Rows interface {
 	Get(ctx context.Context, orgID string, id sandbox.ID) (sandbox.Sandbox, error)
 	List(ctx context.Context, f sandbox.Filter) ([]sandbox.Sandbox, string, error)
+	GetSnapshot(ctx context.Context, orgID, nameOrID string) (sandbox.Snapshot, error)
+	ListSnapshots(ctx context.Context, f sandbox.SnapshotFilter) ([]sandbox.Snapshot, string, error)
+	Events(ctx context.Context, orgID string, id sandbox.ID, limit int, cursor string) ([]sandbox.Event, string, error)
+	SetPublicPort(ctx context.Context, orgID string, id sandbox.ID, port int, public bool) error
+	PublicPorts(ctx context.Context, orgID string, id sandbox.ID) ([]int, error)
+	GetPort(ctx context.Context, id sandbox.ID, port int) (orgID string, public bool, err error)
+	Sizes() []sandbox.Size
+}
+
+// Sandboxes has the methods of the sandbox room that need the machine; [*sandbox.Service] implements it.
+type Sandboxes interface {
+	Create(ctx context.Context, c sandbox.Caller, r sandbox.Request, once sandbox.Once, wait bool) (sandbox.Sandbox, error)
 	Destroy(ctx context.Context, orgID string, id sandbox.ID) error
 	Keepalive(ctx context.Context, orgID string, id sandbox.ID, timeout *time.Duration) (sandbox.Sandbox, error)
 	Wake(ctx context.Context, c sandbox.Caller, id sandbox.ID) (sandbox.Sandbox, error)
@@ -50,30 +60,28 @@ type Sandboxes interface {
 	Checkpoint(ctx context.Context, orgID string, id sandbox.ID) (sandbox.Checkpoint, error)
 	SetEgress(ctx context.Context, orgID string, id sandbox.ID, e sandbox.Egress) (sandbox.Sandbox, error)
 	SaveSnapshot(ctx context.Context, orgID string, id sandbox.ID, name string) (sandbox.Snapshot, error)
-	GetSnapshot(ctx context.Context, orgID, nameOrID string) (sandbox.Snapshot, error)
-	ListSnapshots(ctx context.Context, f sandbox.SnapshotFilter) ([]sandbox.Snapshot, string, error)
 	DeleteSnapshot(ctx context.Context, orgID, nameOrID string) error
 	Fork(ctx context.Context, c sandbox.Caller, id sandbox.ID, r sandbox.ForkRequest) ([]sandbox.Child, error)
 	Traffic(ctx context.Context, sbx sandbox.Sandbox) (*sandbox.Traffic, error)
-	Events(ctx context.Context, orgID string, id sandbox.ID, limit int, cursor string) ([]sandbox.Event, string, error)
-	SetPublicPort(ctx context.Context, orgID string, id sandbox.ID, port int, public bool) error
-	PublicPorts(ctx context.Context, orgID string, id sandbox.ID) ([]int, error)
-	GetPort(ctx context.Context, id sandbox.ID, port int) (orgID string, public bool, err error)
-	Sizes() []sandbox.Size
 	Pool() []sandbox.PoolStatus
 }
 
-// Templates has the methods of the template room that this package calls; [*template.Service]
-// implements it.
-type Templates interface {
+// TemplateRows has what any process can answer about templates; [*template.Reader] and [*template.Service] implement
+// it.
+type TemplateRows interface {
 	Get(ctx context.Context, orgID, nameOrID string) (template.Template, error)
 	List(ctx context.Context, orgID string, limit int, cursor string) ([]template.Template, string, error)
+	Log(ctx context.Context, orgID, nameOrID string) ([]template.LogLine, error)
+}
+
+// Templates has the methods of the template room that only the server that builds has; [*template.Service] implements
+// it.
+type Templates interface {
 	Create(ctx context.Context, c template.Caller, r template.Request, source io.Reader) (template.Template, error)
 	Rebuild(ctx context.Context, c template.Caller, nameOrID string, r *template.Request,
 		source io.Reader) (template.Template, error)
 	Cancel(ctx context.Context, c template.Caller, nameOrID string) (template.Template, error)
 	Delete(ctx context.Context, c template.Caller, nameOrID string, force bool) error
-	Log(ctx context.Context, orgID, nameOrID string) ([]template.LogLine, error)
 	Follow(ctx context.Context, orgID, nameOrID, after string, seq int64,
 		emit func(build string, lines []template.LogLine) error) (template.Template, error)
 }
@@ -133,19 +141,26 @@ type Agent interface {
 	Processes
 }
 
-// Config configures the API. All fields but Expect, Ready, Stored, Names, Stopping, Hijacked and
+// Config configures the API. All fields but Expect, Ready, Stored, Names, Stopping, Hijacked, Relay and
 // Budget are required.
 type Config struct {
+	Rows         Rows
+	TemplateRows TemplateRows
+	Auth         Auth
+	Events       Events
+	Webhooks     Webhooks
+	Nodes        Nodes
+	Names        portproxy.Names // host names of ports; the zero value has none
+	Signer       portproxy.Signer
+
+	// These need a machine. Without one they are nil, and Relay must not be.
 	Sandboxes Sandboxes
 	Templates Templates
-	Auth      Auth
-	Events    Events
-	Webhooks  Webhooks
-	Nodes     Nodes
 	Agent     Agent
 	Ports     Ports
-	Names     portproxy.Names // host names of ports; the zero value has none
-	Signer    portproxy.Signer
+
+	// Relay sends calls to the nodes that can do them; nil does all calls here.
+	Relay *httpserver.Relay
 
 	// Expect returns a context for a call that will read the sandbox after its key, so that the store can read both at
 	// once. A nil Expect returns the context as it is.

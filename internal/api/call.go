@@ -2,6 +2,7 @@ package api
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
 	"net/http"
 	"net/url"
@@ -70,7 +71,8 @@ func levelOf(c *httpserver.Call) slog.Level {
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.front.Serve(w, r, func(w *httpserver.Recorder, r *http.Request) error {
 		w.OnHead = func(_ int, h http.Header) {
-			if c := callOf(r); c.timed {
+			// The times of a forwarded call are those of its node.
+			if c := callOf(r); c.timed && h["Server-Timing"] == nil {
 				spans := append(c.trace.Spans(), trace.Span{Name: "total", Took: time.Since(c.began)})
 				h.Set("Server-Timing", trace.ServerTiming(spans))
 			}
@@ -85,6 +87,10 @@ func (s *server) fail(w http.ResponseWriter, r *http.Request, err error) { s.fro
 
 func (s *server) serve(w http.ResponseWriter, r *http.Request) {
 	c := callOf(r)
+	if p, ok := httpserver.PassageOf(r.Context()); ok && p.Front != frontAPI && p.Front != frontPort {
+		s.fail(w, r, fmt.Errorf("a call was forwarded to the front %q, which this server does not have", p.Front))
+		return
+	}
 	id, named := sandboxIn(r.URL.Path)
 	if named {
 		c.Sandbox = string(id)
@@ -119,7 +125,9 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request) {
 		s.fail(w, r, err)
 		return
 	}
-	s.mux.ServeHTTP(w, r)
+	if r = s.relay(w, r, route, id); r != nil {
+		s.mux.ServeHTTP(w, r)
+	}
 }
 
 // sandboxIn returns the sandbox that a path names.
@@ -145,16 +153,21 @@ func (s *server) admit(r *http.Request, scope auth.Scope) error {
 func (s *server) admitKey(r *http.Request, key string, scope auth.Scope) error {
 	c := callOf(r)
 	defer trace.Start(r.Context(), "auth")()
-	who, err := s.Auth.Authenticate(r.Context(), key)
+	who, forwarded, err := httpserver.CallerOf(r, scope)
+	if !forwarded {
+		who, err = s.Auth.Authenticate(r.Context(), key)
+	}
 	if err != nil {
 		return err
 	}
 	c.Who = who
-	if err := s.Auth.Allow(who); err != nil {
-		return err
-	}
-	if scope != "" && !who.May(scope) {
-		return fault.New(fault.Denied, fault.CodeScopeMissing, "the key lacks the scope %s", scope)
+	if !forwarded { // otherwise the replica has done this too
+		if err := s.Auth.Allow(who); err != nil {
+			return err
+		}
+		if scope != "" && !who.May(scope) {
+			return httpserver.MissingScope(scope)
+		}
 	}
 	return callOf(r).OpenAccount(s.Budget, r, who.Org.ID, httpserver.CallCost)
 }

@@ -106,7 +106,7 @@ func FuzzFileParameters(f *testing.F) {
 func FuzzRequest(f *testing.F) {
 	h := newTestServer(f)
 	h.agent.fail = fault.New(fault.NotFound, fault.CodeFileNotFound, "no such file")
-	handler := New(Config{Sandboxes: h.sandboxes, Templates: nil, Auth: h.auth, Agent: h.agent,
+	handler := New(Config{Rows: h.sandboxes, Sandboxes: h.sandboxes, Auth: h.auth, Agent: h.agent,
 		Log: slog.New(slog.DiscardHandler), Registry: prometheus.NewRegistry(), Version: "fuzz"})
 	sbx := as[Sandbox](f, http.StatusCreated,
 		h.send(f, "POST", "/v1/sandboxes", h.key, `{"template":"python","mode":"persistent"}`)).ID

@@ -2,6 +2,7 @@ package api
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -106,7 +107,7 @@ func newTestServer(t testing.TB, options ...option) *testServer {
 	ports := portproxy.New(h.ports, log)
 	cfg := Config{
 		Ports: ports, Signer: portproxy.NewSigner("secret"),
-		Agent: h.agent, Templates: templates, Log: log, Version: "test", Registry: registry,
+		Agent: h.agent, TemplateRows: templates, Templates: templates, Log: log, Version: "test", Registry: registry,
 		Metrics: promhttp.HandlerFor(registry, promhttp.HandlerOpts{}),
 		Ready:   func() error { return h.ready }, Expect: db.Expect,
 	}
@@ -115,9 +116,7 @@ func newTestServer(t testing.TB, options ...option) *testServer {
 	}
 	h.auth = auth.New(db, authConfig)
 	h.sandboxes = sandbox.New(boxConfig, db, h.node, templates, log, nil)
-	if cfg.Sandboxes == nil {
-		cfg.Sandboxes = h.sandboxes
-	}
+	cfg.Sandboxes, cfg.Rows = h.sandboxes, cmp.Or[Rows](cfg.Rows, h.sandboxes)
 	cfg.Auth = h.auth
 	h.feed = event.New(event.Config{Keep: time.Hour, MaxFollowers: 2}, db, log)
 	db.OnEvents(h.feed.Wake)
@@ -149,6 +148,9 @@ func newTestServer(t testing.TB, options ...option) *testServer {
 
 	listener := httptest.NewUnstartedServer(nil)
 	h.server = New(cfg).(*server)
+	if throughReplica {
+		h.server = h.replicaOf(t, cfg, sandbox.NewRows(boxConfig, db), template.NewReader(db))
+	}
 	listener.Config = httpserver.Server("", h.server, log)
 	listener.Start()
 	h.url = listener.URL

@@ -50,6 +50,9 @@ var portPath = regexp.MustCompile(`^/v1/sandboxes/([^/]+)/ports/([0-9]{1,9})(/.*
 // portOf reports whether a request is for a port, by its host name or by its path. Of the paths
 // below a port, only the one that creates signed URLs belongs to the API.
 func (s *server) portOf(r *http.Request) (portRequest, bool) {
+	if p, ok := httpserver.PassageOf(r.Context()); ok {
+		return forwardedPort(r, p)
+	}
 	if port, id, ok := s.Names.Parse(r.Host); ok {
 		return portRequest{id: sandbox.ID(id), port: port, byHost: true}, true
 	}
@@ -59,6 +62,15 @@ func (s *server) portOf(r *http.Request) (portRequest, bool) {
 	}
 	port, _ := strconv.Atoi(m[2]) // cannot fail: nine digits at most
 	return portRequest{id: sandbox.ID(m[1]), port: port, path: m[3]}, true
+}
+
+// forwardedPort returns the port of a forwarded request, as the replica has found it: host names are the replica's.
+func forwardedPort(r *http.Request, p httpserver.Passage) (portRequest, bool) {
+	out := portRequest{id: sandbox.ID(p.Sandbox), port: p.Port, byHost: !p.Shared}
+	if m := portPath.FindStringSubmatch(r.URL.EscapedPath()); p.Shared && m != nil {
+		out.path = m[3]
+	}
+	return out, p.Front == frontPort
 }
 
 // servePort forwards a request to a port, if the caller may reach it.
@@ -83,6 +95,18 @@ func (s *server) servePort(w http.ResponseWriter, r *http.Request, p portRequest
 	if err := c.OpenAccount(s.Budget, r, caller.OrgID, httpserver.PortCost); err != nil {
 		s.fail(w, r, err)
 		return
+	}
+	if s.Relay.Forwards(r) {
+		node, err := s.holderOf(r, caller.OrgID, p.id)
+		if err != nil {
+			s.fail(w, r, err)
+			return
+		}
+		if s.Relay.Away(r, node) {
+			s.send(w, r, node, httpserver.Passage{Front: frontPort, Port: p.port, Shared: !p.byHost,
+				Quota: auth.Quota(caller.Quota)})
+			return
+		}
 	}
 	lease, err := s.Sandboxes.Connect(r.Context(), caller, p.id, sandbox.ForPort)
 	if err != nil {
@@ -114,6 +138,9 @@ func (s *server) mayReach(w http.ResponseWriter, r *http.Request, p portRequest)
 	if err := checkPort(p.port); err != nil {
 		return sandbox.Caller{}, false, err
 	}
+	if caller, forwarded, err := s.forwardedCaller(r); forwarded {
+		return caller, false, err
+	}
 	if key := keyOfPort(r); key != "" {
 		if err := s.admitKey(r, key, auth.Exec); err != nil {
 			return sandbox.Caller{}, false, err
@@ -124,7 +151,7 @@ func (s *server) mayReach(w http.ResponseWriter, r *http.Request, p portRequest)
 	if err != nil {
 		return sandbox.Caller{}, false, err
 	}
-	orgID, public, err := s.Sandboxes.GetPort(r.Context(), p.id, p.port)
+	orgID, public, err := s.Rows.GetPort(r.Context(), p.id, p.port)
 	if !signed && (fault.Is(err, fault.NotFound) || err == nil && !public) {
 		// A caller without a right must not learn which sandboxes exist either.
 		return sandbox.Caller{}, false, fault.New(fault.Unauthenticated, fault.CodeUnauthenticated,
@@ -141,6 +168,19 @@ func (s *server) mayReach(w http.ResponseWriter, r *http.Request, p portRequest)
 	}
 	org, err := s.Auth.Org(r.Context(), orgID)
 	return sandbox.Caller{OrgID: org.ID, Quota: sandbox.Quota(org.Quota)}, false, err
+}
+
+// forwardedCaller returns who makes a forwarded request to a port. The replica has checked the signature, or that the
+// port is public, if the caller has no key.
+func (s *server) forwardedCaller(r *http.Request) (caller sandbox.Caller, forwarded bool, err error) {
+	p, forwarded := httpserver.PassageOf(r.Context())
+	if !forwarded {
+		return sandbox.Caller{}, false, nil
+	}
+	if p.Who.Key.ID != "" {
+		callOf(r).Who, _, err = httpserver.CallerOf(r, auth.Exec)
+	}
+	return sandbox.Caller{OrgID: p.Org, Quota: sandbox.Quota(p.Quota)}, true, err
 }
 
 // keyOfPort returns the key of a request to a port, or "" if there is none. An Authorization header
@@ -233,7 +273,7 @@ func (s *server) SetPort(w http.ResponseWriter, r *http.Request, id SandboxID, p
 		err = fault.InvalidField("public", "is required")
 	}
 	if err == nil {
-		err = s.Sandboxes.SetPublicPort(r.Context(), callOf(r).Who.Org.ID, sandbox.ID(id), port, *in.Public)
+		err = s.Rows.SetPublicPort(r.Context(), callOf(r).Who.Org.ID, sandbox.ID(id), port, *in.Public)
 	}
 	s.answerPort(w, r, id, port, err)
 }
@@ -241,7 +281,7 @@ func (s *server) SetPort(w http.ResponseWriter, r *http.Request, id SandboxID, p
 func (s *server) answerPort(w http.ResponseWriter, r *http.Request, id SandboxID, port int, err error) {
 	var public []int
 	if err == nil {
-		public, err = s.Sandboxes.PublicPorts(r.Context(), callOf(r).Who.Org.ID, sandbox.ID(id))
+		public, err = s.Rows.PublicPorts(r.Context(), callOf(r).Who.Org.ID, sandbox.ID(id))
 	}
 	if err != nil {
 		s.fail(w, r, err)
@@ -270,7 +310,7 @@ func (s *server) portURL(r *http.Request, id string, port int) string {
 
 // ListPorts answers GET /v1/sandboxes/{id}/ports.
 func (s *server) ListPorts(w http.ResponseWriter, r *http.Request, id SandboxID) {
-	public, err := s.Sandboxes.PublicPorts(r.Context(), callOf(r).Who.Org.ID, sandbox.ID(id))
+	public, err := s.Rows.PublicPorts(r.Context(), callOf(r).Who.Org.ID, sandbox.ID(id))
 	if err != nil {
 		s.fail(w, r, err)
 		return
@@ -315,7 +355,7 @@ func (s *server) CreatePortURL(w http.ResponseWriter, r *http.Request, id Sandbo
 // notOver refuses a sandbox of the organization that is destroyed, so that nothing in it can be
 // reached.
 func (s *server) notOver(ctx context.Context, orgID string, id sandbox.ID) error {
-	sbx, err := s.Sandboxes.Get(ctx, orgID, id)
+	sbx, err := s.Rows.Get(ctx, orgID, id)
 	if err == nil && sbx.State.Status() == sandbox.StatusDestroyed {
 		err = fault.New(fault.Conflict, fault.CodeSandboxNotRunning, "sandbox %s is destroyed", id)
 	}

@@ -366,6 +366,7 @@ func (zeros) Read(p []byte) (int, error) {
 // TestAgentErrors returns every kind of error from inside the sandbox to every call that goes
 // there.
 func TestAgentErrors(t *testing.T) {
+	notForwarded(t, "the node's log has the reason")
 	h := newTestServer(t)
 	sbx := "/v1/sandboxes/" + h.newSandbox(t).ID
 	for _, c := range []struct {
@@ -440,15 +441,16 @@ func TestNoRoomAndLimits(t *testing.T) {
 
 // brokenCore returns errors that the real core should not return.
 type brokenCore struct {
-	Sandboxes
+	Rows
 	get func() (sandbox.Sandbox, error)
 }
 
 func (b brokenCore) Get(context.Context, string, sandbox.ID) (sandbox.Sandbox, error) { return b.get() }
 
 func TestInternalErrorsStayInside(t *testing.T) {
+	notForwarded(t, "it breaks the node's rows")
 	var core brokenCore
-	h := newTestServer(t, func(_ *auth.Config, _ *sandbox.Config, c *Config) { c.Sandboxes = &core })
+	h := newTestServer(t, func(_ *auth.Config, _ *sandbox.Config, c *Config) { c.Rows = &core })
 	for name, get := range map[string]func() (sandbox.Sandbox, error){
 		"an error": func() (sandbox.Sandbox, error) {
 			return sandbox.Sandbox{}, errors.New("opening /var/lib/secret: no such file")

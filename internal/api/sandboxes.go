@@ -138,7 +138,7 @@ func (s *server) ListSandboxes(w http.ResponseWriter, r *http.Request, params Li
 	}
 	answerList(s, w, r, "sandboxes", limit, cursor, func(limit int, cursor string) ([]sandbox.Sandbox, string, error) {
 		f.Limit, f.Cursor = limit, cursor
-		return s.Sandboxes.List(r.Context(), f)
+		return s.Rows.List(r.Context(), f)
 	}, s.sandboxOf)
 }
 
@@ -165,15 +165,17 @@ func statesOf(statuses []SandboxStatus) ([]sandbox.State, error) {
 
 // GetSandbox answers GET /v1/sandboxes/{id}.
 func (s *server) GetSandbox(w http.ResponseWriter, r *http.Request, id SandboxID) {
-	sbx, err := s.Sandboxes.Get(r.Context(), callOf(r).Who.Org.ID, sandbox.ID(id))
+	sbx, err := s.Rows.Get(r.Context(), callOf(r).Who.Org.ID, sandbox.ID(id))
 	if err != nil {
 		s.fail(w, r, err)
 		return
 	}
-	traffic, err := s.Sandboxes.Traffic(r.Context(), sbx)
-	if err != nil {
-		s.fail(w, r, err)
-		return
+	var traffic *sandbox.Traffic
+	if !s.Relay.Away(r, sbx.Holder.Node) { // otherwise its node cannot be reached
+		if traffic, err = s.Sandboxes.Traffic(r.Context(), sbx); err != nil {
+			s.fail(w, r, err)
+			return
+		}
 	}
 	out := s.sandboxOf(sbx)
 	out.Network = networkOf(traffic)
@@ -295,7 +297,7 @@ func (s *server) ListEvents(w http.ResponseWriter, r *http.Request, id SandboxID
 		s.fail(w, r, err)
 		return
 	}
-	events, next, err := s.Sandboxes.Events(r.Context(), callOf(r).Who.Org.ID, sandbox.ID(id), limit, cursor)
+	events, next, err := s.Rows.Events(r.Context(), callOf(r).Who.Org.ID, sandbox.ID(id), limit, cursor)
 	if err != nil {
 		s.fail(w, r, err)
 		return

@@ -53,13 +53,13 @@ func (s *server) ListSnapshots(w http.ResponseWriter, r *http.Request, params Li
 	}
 	answerList(s, w, r, "snapshots", limit, cursor, func(limit int, cursor string) ([]sandbox.Snapshot, string, error) {
 		f.Limit, f.Cursor = limit, cursor
-		return s.Sandboxes.ListSnapshots(r.Context(), f)
+		return s.Rows.ListSnapshots(r.Context(), f)
 	}, s.snapshotOf)
 }
 
 // GetSnapshot answers GET /v1/snapshots/{snapshot}.
 func (s *server) GetSnapshot(w http.ResponseWriter, r *http.Request, ref SnapshotRef) {
-	snap, err := s.Sandboxes.GetSnapshot(r.Context(), callOf(r).Who.Org.ID, ref)
+	snap, err := s.Rows.GetSnapshot(r.Context(), callOf(r).Who.Org.ID, ref)
 	if err != nil {
 		s.fail(w, r, err)
 		return

@@ -25,13 +25,13 @@ func (s *server) ListTemplates(w http.ResponseWriter, r *http.Request, params Li
 		return
 	}
 	answerList(s, w, r, "templates", limit, cursor, func(limit int, cursor string) ([]template.Template, string, error) {
-		return s.Templates.List(r.Context(), callOf(r).Who.Org.ID, limit, cursor)
+		return s.TemplateRows.List(r.Context(), callOf(r).Who.Org.ID, limit, cursor)
 	}, templateOf)
 }
 
 // GetTemplate answers GET /v1/templates/{template}.
 func (s *server) GetTemplate(w http.ResponseWriter, r *http.Request, ref TemplateRef) {
-	t, err := s.Templates.Get(r.Context(), callOf(r).Who.Org.ID, ref)
+	t, err := s.TemplateRows.Get(r.Context(), callOf(r).Who.Org.ID, ref)
 	s.answerTemplate(w, r, http.StatusOK, t, err)
 }
 
@@ -263,7 +263,7 @@ func (s *server) GetTemplateLogs(w http.ResponseWriter, r *http.Request, ref Tem
 		s.followTemplate(w, r, ref, params.LastEventID)
 		return
 	}
-	lines, err := s.Templates.Log(r.Context(), callOf(r).Who.Org.ID, ref)
+	lines, err := s.TemplateRows.Log(r.Context(), callOf(r).Who.Org.ID, ref)
 	if err == nil {
 		err = callOf(r).Account.Take(sizeOfLines(lines))
 	}
@@ -300,7 +300,7 @@ func (s *server) followTemplate(w http.ResponseWriter, r *http.Request, ref Temp
 		return
 	}
 	org := callOf(r).Who.Org.ID
-	if _, err := s.Templates.Get(r.Context(), org, ref); err != nil {
+	if _, err := s.TemplateRows.Get(r.Context(), org, ref); err != nil {
 		s.fail(w, r, err) // a status can still be sent
 		return
 	}

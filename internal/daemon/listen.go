@@ -39,7 +39,8 @@ func (s *server) listen(ctx context.Context) error {
 	handler := api.New(api.Config{
 		Stopping: stopping, Hijacked: &hijacked,
 		Ports: s.ports, Names: names, Signer: portproxy.NewSigner(secret),
-		Sandboxes: s.sandboxes, Templates: s.templates, Auth: s.auth, Events: s.events, Webhooks: s.webhooks, Nodes: s.nodes, Agent: s.node.Agents(),
+		Rows: s.sandboxes, TemplateRows: s.templates, Sandboxes: s.sandboxes, Templates: s.templates,
+		Auth: s.auth, Events: s.events, Webhooks: s.webhooks, Nodes: s.nodes, Agent: s.node.Agents(),
 		Expect: s.db.Expect, Budget: s.budget, Ready: func() error { return s.db.Ping(ctx) }, Stored: s.stored,
 		Metrics: metrics, Registry: s.registry, Log: s.log, Version: s.version,
 	})
