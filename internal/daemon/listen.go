@@ -189,7 +189,8 @@ func (s *server) openE2B(ctx context.Context, names portproxy.Names, next http.H
 	if err != nil {
 		return nil, err
 	}
-	return e2b.New(e2b.Config{Sandboxes: s.sandboxes, Templates: s.templates, Auth: s.auth, Agent: s.node.Agents(),
+	return e2b.New(e2b.Config{Rows: s.sandboxes, TemplateRows: s.templates,
+		Sandboxes: s.sandboxes, Templates: s.templates, Auth: s.auth, Agent: s.node.Agents(),
 		Events: s.events, Webhooks: s.webhooks, Ports: s.ports, Samples: s.samples, Names: names, Secret: []byte(secret), Budget: s.budget, Log: s.log,
 		Registry: s.registry}, next), nil
 }

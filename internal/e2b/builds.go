@@ -57,7 +57,7 @@ func (s *Handler) announce(w http.ResponseWriter, r *http.Request) error {
 		given = []string{template.DefaultTag}
 	}
 	tags := slices.DeleteFunc(slices.Clone(given), func(tag string) bool { return tag == template.DefaultTag })
-	size, err := sizeFor(s.Sandboxes.Sizes(), in.CPUCount, in.MemoryMB)
+	size, err := sizeFor(s.Rows.Sizes(), in.CPUCount, in.MemoryMB)
 	if err != nil {
 		return err
 	}
@@ -401,7 +401,7 @@ func (s *Handler) buildStatus(w http.ResponseWriter, r *http.Request) error {
 	}
 	out.Status = statusOf(state.Status)
 	if state.Template != "" {
-		lines, err := s.Templates.LogRest(r.Context(), state.Template, offset, min(limit, logPage))
+		lines, err := s.TemplateRows.LogRest(r.Context(), state.Template, offset, min(limit, logPage))
 		if err != nil {
 			return err
 		}

@@ -20,8 +20,22 @@ import (
 // network lists.
 const maxBody = 1 << 20
 
-// route is an operation of the control API: the scopes that a key needs, and its handler.
+// location says which server of a cluster does the calls of a route.
+type location int
+
+// The locations. The zero value is none, so that each route is decided about.
+const (
+	anywhere           location = iota + 1 // any server, from rows
+	holder                                 // the node that has the sandbox
+	eachHolder                             // the nodes that have the sandboxes, each for its own
+	placed                                 // a node with room for another sandbox
+	builder                                // the node that builds templates
+	snapshotOrTemplate                     // the node that has the snapshot of the name, or the builder without one
+)
+
+// route is an operation of the control API: which server does it, the scopes that a key needs, and its handler.
 type route struct {
+	at     location
 	scopes []auth.Scope
 	answer func(http.ResponseWriter, *http.Request) error
 }
@@ -34,7 +48,7 @@ const olderBuilds = "templates are built with POST /v3/templates and what follow
 
 // notSupported returns a route that answers 501 with the text.
 func notSupported(what string) route {
-	return route{answer: func(http.ResponseWriter, *http.Request) error { return unsupported(what) }}
+	return route{at: anywhere, answer: func(http.ResponseWriter, *http.Request) error { return unsupported(what) }}
 }
 
 // table returns all routes of the control API.
@@ -45,43 +59,43 @@ func (s *Handler) table() map[string]route {
 	older := notSupported(olderBuilds)
 	volumes, secrets := notSupported("this server has no volumes"), notSupported("this server keeps no secrets")
 	return map[string]route{
-		"POST /sandboxes":                            {write, s.create(createV1)},
-		"POST /v2/sandboxes":                         {write, s.create(createV2)},
-		"GET /sandboxes":                             {read, s.list(listedAs(stateRunning))},
-		"GET /v2/sandboxes":                          {read, s.list(nil)},
-		"GET /sandboxes/metrics":                     {read, s.latestMetrics},
-		"GET /sandboxes/{id}":                        {read, s.get},
-		"DELETE /sandboxes/{id}":                     {write[:1], s.kill},
-		"POST /sandboxes/{id}/timeout":               {write[:1], s.setTimeout},
-		"POST /sandboxes/{id}/refreshes":             {write[:1], s.refresh},
-		"POST /sandboxes/{id}/pause":                 {write[:1], s.pause},
-		"POST /sandboxes/{id}/connect":               {write, s.connect},
-		"POST /v2/sandboxes/{id}/connect":            {write, s.connect},
-		"POST /sandboxes/{id}/resume":                {write, s.resume},
-		"GET /sandboxes/{id}/metrics":                {read, s.metrics},
-		"PUT /sandboxes/{id}/network":                {write[:1], s.setNetwork},
-		"GET /sandboxes/{id}/logs":                   {read, s.logs(logsV1)},
-		"GET /v2/sandboxes/{id}/logs":                {read, s.logs(logsV2)},
-		"POST /sandboxes/{id}/fork":                  {write, s.fork},
-		"POST /v2/sandboxes/{id}/fork":               {write, s.fork},
-		"POST /sandboxes/{id}/snapshots":             {write[:1], s.snapshot},
-		"GET /snapshots":                             {read, s.listSnapshots},
-		"DELETE /templates/{ref}":                    {write[:1], s.deleteTemplate},
-		"GET /templates":                             {[]auth.Scope{auth.TemplatesRead}, s.listTemplates},
-		"GET /v2/templates":                          {[]auth.Scope{auth.TemplatesRead}, s.listTemplates},
-		"GET /templates/aliases/{alias}":             {[]auth.Scope{auth.TemplatesRead}, s.templateAlias},
+		"POST /sandboxes":                            {placed, write, s.create(createV1)},
+		"POST /v2/sandboxes":                         {placed, write, s.create(createV2)},
+		"GET /sandboxes":                             {anywhere, read, s.list(listedAs(stateRunning))},
+		"GET /v2/sandboxes":                          {anywhere, read, s.list(nil)},
+		"GET /sandboxes/metrics":                     {eachHolder, read, s.latestMetrics},
+		"GET /sandboxes/{id}":                        {anywhere, read, s.get},
+		"DELETE /sandboxes/{id}":                     {holder, write[:1], s.kill},
+		"POST /sandboxes/{id}/timeout":               {holder, write[:1], s.setTimeout},
+		"POST /sandboxes/{id}/refreshes":             {holder, write[:1], s.refresh},
+		"POST /sandboxes/{id}/pause":                 {holder, write[:1], s.pause},
+		"POST /sandboxes/{id}/connect":               {holder, write, s.connect},
+		"POST /v2/sandboxes/{id}/connect":            {holder, write, s.connect},
+		"POST /sandboxes/{id}/resume":                {holder, write, s.resume},
+		"GET /sandboxes/{id}/metrics":                {holder, read, s.metrics},
+		"PUT /sandboxes/{id}/network":                {holder, write[:1], s.setNetwork},
+		"GET /sandboxes/{id}/logs":                   {anywhere, read, s.logs(logsV1)},
+		"GET /v2/sandboxes/{id}/logs":                {anywhere, read, s.logs(logsV2)},
+		"POST /sandboxes/{id}/fork":                  {holder, write, s.fork},
+		"POST /v2/sandboxes/{id}/fork":               {holder, write, s.fork},
+		"POST /sandboxes/{id}/snapshots":             {holder, write[:1], s.snapshot},
+		"GET /snapshots":                             {anywhere, read, s.listSnapshots},
+		"DELETE /templates/{ref}":                    {snapshotOrTemplate, write[:1], s.deleteTemplate},
+		"GET /templates":                             {anywhere, []auth.Scope{auth.TemplatesRead}, s.listTemplates},
+		"GET /v2/templates":                          {anywhere, []auth.Scope{auth.TemplatesRead}, s.listTemplates},
+		"GET /templates/aliases/{alias}":             {anywhere, []auth.Scope{auth.TemplatesRead}, s.templateAlias},
 		"GET /templates/{ref}":                       older,
 		"PATCH /templates/{ref}":                     notSupported("a template belongs to its organization: it cannot be published"),
 		"PATCH /v2/templates/{ref}":                  notSupported("a template belongs to its organization: it cannot be published"),
 		"POST /templates":                            older,
 		"POST /v2/templates":                         older,
-		"POST /v3/templates":                         {builds, s.announce},
-		"GET /templates/{ref}/files/{hash}":          {builds, s.uploadLink},
-		"POST /v2/templates/{ref}/builds/{build}":    {builds, s.build},
-		"GET /templates/{ref}/builds/{build}/status": {[]auth.Scope{auth.TemplatesRead}, s.buildStatus},
-		"POST /templates/tags":                       {builds, s.assignTags},
-		"DELETE /templates/tags":                     {builds, s.removeTags},
-		"GET /templates/{ref}/{what}":                {[]auth.Scope{auth.TemplatesRead}, s.listTags},
+		"POST /v3/templates":                         {builder, builds, s.announce},
+		"GET /templates/{ref}/files/{hash}":          {builder, builds, s.uploadLink},
+		"POST /v2/templates/{ref}/builds/{build}":    {builder, builds, s.build},
+		"GET /templates/{ref}/builds/{build}/status": {builder, []auth.Scope{auth.TemplatesRead}, s.buildStatus},
+		"POST /templates/tags":                       {builder, builds, s.assignTags},
+		"DELETE /templates/tags":                     {builder, builds, s.removeTags},
+		"GET /templates/{ref}/{what}":                {anywhere, []auth.Scope{auth.TemplatesRead}, s.listTags},
 		"/templates/{ref}/{rest...}":                 older,
 		"/v2/templates/{rest...}":                    older,
 		"POST /templates/{ref}":                      older,
@@ -95,13 +109,13 @@ func (s *Handler) table() map[string]route {
 		"/api-keys/":                                 notSupported("keys are made with POST /v1/api-keys or `cay keys create --format e2b`"),
 		"/nodes":                                     notSupported("the operator reads GET /v1/pool and the metrics"),
 		"/nodes/":                                    notSupported("the operator reads GET /v1/pool and the metrics"),
-		"GET /events/sandboxes":                      {read, s.allEvents},
-		"GET /events/sandboxes/{id}":                 {read, s.sandboxEvents},
-		"POST /events/webhooks":                      {admin, s.createWebhook},
-		"GET /events/webhooks":                       {admin, s.listWebhooks},
-		"GET /events/webhooks/{webhook}":             {admin, s.getWebhook},
-		"PATCH /events/webhooks/{webhook}":           {admin, s.changeWebhook},
-		"DELETE /events/webhooks/{webhook}":          {admin, s.deleteWebhook},
+		"GET /events/sandboxes":                      {anywhere, read, s.allEvents},
+		"GET /events/sandboxes/{id}":                 {anywhere, read, s.sandboxEvents},
+		"POST /events/webhooks":                      {anywhere, admin, s.createWebhook},
+		"GET /events/webhooks":                       {anywhere, admin, s.listWebhooks},
+		"GET /events/webhooks/{webhook}":             {anywhere, admin, s.getWebhook},
+		"PATCH /events/webhooks/{webhook}":           {anywhere, admin, s.changeWebhook},
+		"DELETE /events/webhooks/{webhook}":          {anywhere, admin, s.deleteWebhook},
 		"/events/webhooks/{webhook}/{rest...}":       notSupported("deliveries are read with GET /v1/webhooks/{webhook}/deliveries"),
 		"/events/":                                   notSupported("this server does not know this call about events"),
 	}
@@ -153,8 +167,10 @@ func (s *Handler) admitted(w http.ResponseWriter, r *http.Request, route route) 
 		return err
 	}
 	principal := callOf(r).Who
-	if err := s.Auth.Allow(principal); err != nil {
-		return err
+	if _, forwarded := httpserver.PassageOf(r.Context()); !forwarded { // otherwise the replica has taken it
+		if err := s.Auth.Allow(principal); err != nil {
+			return err
+		}
 	}
 	for _, scope := range route.scopes {
 		if err := may(r, scope); err != nil {
@@ -164,19 +180,26 @@ func (s *Handler) admitted(w http.ResponseWriter, r *http.Request, route route) 
 	if err := callOf(r).OpenAccount(s.Budget, r, principal.Org.ID, httpserver.CallCost); err != nil {
 		return err
 	}
-	return route.answer(w, r)
+	here, err := s.relay(w, r, route.at)
+	if here == nil || err != nil {
+		return err
+	}
+	return route.answer(w, here)
 }
 
 // may returns an error if the key lacks a scope.
 func may(r *http.Request, scope auth.Scope) error {
 	if !callOf(r).Who.May(scope) {
-		return fault.New(fault.Denied, fault.CodeScopeMissing, "the key lacks the scope %s", scope)
+		return httpserver.MissingScope(scope)
 	}
 	return nil
 }
 
 func (s *Handler) authenticate(r *http.Request) error {
-	principal, err := s.Auth.Authenticate(r.Context(), r.Header.Get("X-API-Key"))
+	principal, forwarded, err := httpserver.CallerOf(r)
+	if !forwarded {
+		principal, err = s.Auth.Authenticate(r.Context(), r.Header.Get("X-API-Key"))
+	}
 	if fault.Is(err, fault.Unauthenticated) {
 		return fault.New(fault.Unauthenticated, fault.CodeUnauthenticated,
 			"a valid API key is needed in the header X-API-Key")
@@ -233,7 +256,7 @@ func noSandbox(id sandbox.ID) error {
 // present returns a sandbox of the caller's organization. One that has ended, or that belongs to
 // another organization, is not found.
 func (s *Handler) present(r *http.Request, id sandbox.ID) (sandbox.Sandbox, error) {
-	sb, err := s.Sandboxes.Get(r.Context(), orgOf(r), id)
+	sb, err := s.Rows.Get(r.Context(), orgOf(r), id)
 	if err != nil {
 		return sb, hidden(err, id)
 	}

@@ -154,7 +154,7 @@ const defaultUser = "user"
 
 // getTemplate returns a template by its name or id. Case does not matter, as in E2B.
 func (s *Handler) getTemplate(ctx context.Context, org, nameOrID string) (template.Template, error) {
-	return s.Templates.Get(ctx, org, strings.ToLower(nameOrID))
+	return s.TemplateRows.Get(ctx, org, strings.ToLower(nameOrID))
 }
 
 // templateRef returns the core's name or id for a reference of this API, and its tag; "" is the default

@@ -34,13 +34,22 @@ import (
 	"github.com/cayhq/cay/internal/template"
 )
 
-// Sandboxes has the methods of [*sandbox.Service] that this package calls.
-type Sandboxes interface {
-	Create(ctx context.Context, c sandbox.Caller, r sandbox.Request, once sandbox.Once, wait bool) (sandbox.Sandbox, error)
+// Rows has what any process can answer about sandboxes; [*sandbox.Rows] and [*sandbox.Service] implement it.
+type Rows interface {
 	Get(ctx context.Context, orgID string, id sandbox.ID) (sandbox.Sandbox, error)
 	GetAny(ctx context.Context, id sandbox.ID) (sandbox.Sandbox, error)
 	Living(ctx context.Context) ([]sandbox.ID, error)
 	List(ctx context.Context, f sandbox.Filter) ([]sandbox.Sandbox, string, error)
+	GetSnapshot(ctx context.Context, orgID, nameOrID string) (sandbox.Snapshot, error)
+	ListSnapshots(ctx context.Context, f sandbox.SnapshotFilter) ([]sandbox.Snapshot, string, error)
+	Sizes() []sandbox.Size
+	SizeOf(name string, diskMB int) (sandbox.Size, int)
+	Events(ctx context.Context, orgID string, id sandbox.ID, limit int, cursor string) ([]sandbox.Event, string, error)
+}
+
+// Sandboxes has the methods of [*sandbox.Service] that this package calls and that need the machine.
+type Sandboxes interface {
+	Create(ctx context.Context, c sandbox.Caller, r sandbox.Request, once sandbox.Once, wait bool) (sandbox.Sandbox, error)
 	Destroy(ctx context.Context, orgID string, id sandbox.ID) error
 	SetTimeout(ctx context.Context, orgID string, id sandbox.ID, timeout time.Duration,
 		later bool) (sandbox.Sandbox, error)
@@ -53,17 +62,20 @@ type Sandboxes interface {
 	Connect(ctx context.Context, c sandbox.Caller, id sandbox.ID, use sandbox.Cause) (*sandbox.Lease, error)
 	Fork(ctx context.Context, c sandbox.Caller, id sandbox.ID, r sandbox.ForkRequest) ([]sandbox.Child, error)
 	SaveSnapshot(ctx context.Context, orgID string, id sandbox.ID, name string) (sandbox.Snapshot, error)
-	ListSnapshots(ctx context.Context, f sandbox.SnapshotFilter) ([]sandbox.Snapshot, string, error)
 	DeleteSnapshot(ctx context.Context, orgID, nameOrID string) error
-	Sizes() []sandbox.Size
-	SizeOf(name string, diskMB int) (sandbox.Size, int)
-	Events(ctx context.Context, orgID string, id sandbox.ID, limit int, cursor string) ([]sandbox.Event, string, error)
 }
 
-// Templates has the methods of [*template.Service] that this package calls.
-type Templates interface {
+// TemplateRows has what any process can answer about templates; [*template.Reader] and [*template.Service] implement
+// it.
+type TemplateRows interface {
 	Get(ctx context.Context, orgID, nameOrID string) (template.Template, error)
 	List(ctx context.Context, orgID string, limit int, cursor string) ([]template.Template, string, error)
+	Tags(ctx context.Context, orgID, nameOrID string) (template.Template, []template.Tag, error)
+	LogRest(ctx context.Context, templateID string, skip, limit int) ([]template.LogLine, error)
+}
+
+// Templates has the methods of [*template.Service] that this package calls and that only the server that builds has.
+type Templates interface {
 	Delete(ctx context.Context, c template.Caller, nameOrID string, force bool) error
 	Announce(ctx context.Context, c template.Caller, a template.Announcement) (template.Draft, error)
 	HasUpload(orgID, name string) bool
@@ -77,8 +89,6 @@ type Templates interface {
 	BuildState(ctx context.Context, orgID, templateID, buildID string) (template.BuildState, error)
 	Tag(ctx context.Context, c template.Caller, nameOrID, from string, names []string) (buildID string, err error)
 	Untag(ctx context.Context, c template.Caller, nameOrID string, names []string) error
-	Tags(ctx context.Context, orgID, nameOrID string) (template.Template, []template.Tag, error)
-	LogRest(ctx context.Context, templateID string, skip, limit int) ([]template.LogLine, error)
 }
 
 // Auth has the methods of [*auth.Service] that this package calls.
@@ -100,17 +110,25 @@ type Ports interface {
 	Serve(w http.ResponseWriter, r *http.Request, to portproxy.Destination) error
 }
 
-// Config configures a Handler. Every field but Budget is required.
+// Config configures a Handler. Every field but Budget and Relay is required.
 type Config struct {
+	Rows         Rows
+	TemplateRows TemplateRows
+	Auth         Auth
+	Events       Events
+	Webhooks     Webhooks
+	Names        portproxy.Names // host names of ports, if the operator has a domain for them
+
+	// These need a machine. Without one they are nil, and Relay must not be.
 	Sandboxes Sandboxes
 	Templates Templates
-	Auth      Auth
-	Events    Events
-	Webhooks  Webhooks
 	Agent     Agent
 	Ports     Ports
 	Samples   Samples
-	Names     portproxy.Names // host names of ports, if the operator has a domain for them
+
+	// Relay sends calls to the nodes that can do them; nil does all calls here.
+	Relay *httpserver.Relay
+
 	// Secret is the key that tokens are derived from, at least 16 random bytes. It must stay the
 	// same when the server restarts, or clients lose their sandboxes.
 	Secret []byte
@@ -161,6 +179,10 @@ var roots = []string{"/sandboxes", "/v2", "/v3", "/snapshots", "/templates", "/v
 
 // ServeHTTP answers a request, or passes it to the next handler.
 func (s *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if p, ok := httpserver.PassageOf(r.Context()); ok {
+		s.serveForwarded(w, r, p)
+		return
+	}
 	to, err := destination(r)
 	switch {
 	case err != nil:

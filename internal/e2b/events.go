@@ -152,7 +152,7 @@ func (p *eventPicker) take(e sandbox.Event) (full bool, err error) {
 	}
 	sb, known := p.rows[e.SandboxID]
 	if !known {
-		sb, err = p.s.Sandboxes.Get(p.r.Context(), orgOf(p.r), e.SandboxID)
+		sb, err = p.s.Rows.Get(p.r.Context(), orgOf(p.r), e.SandboxID)
 		if err != nil && !fault.Is(err, fault.NotFound) {
 			return false, err
 		}

@@ -60,6 +60,9 @@ type harness struct {
 	portErr error // of Serve
 }
 
+// nodeID is the id of the harness's node.
+const nodeID = "abcdef"
+
 // contextLimit bounds contexts and uploads of the harness, in bytes.
 const contextLimit = 1 << 20
 
@@ -94,15 +97,25 @@ func (b *buffer) String() string {
 	return b.b.String()
 }
 
+// openStore opens the records of the harness's node.
+func openStore(t *testing.T) *store.DB {
+	t.Helper()
+	db, err := store.Open(t.Context(), filepath.Join(t.TempDir(), "cay.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := db.StartSession(t.Context(), nodeID, false); err != nil {
+		t.Fatal(err)
+	}
+	return db
+}
+
 func newHarness(t *testing.T) *harness {
 	t.Helper()
 	ctx := t.Context()
 	h := &harness{t: t, node: nodetest.NewFake(), log: &buffer{}}
 	log := slog.New(slog.NewTextHandler(h.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
-	db, err := store.Open(ctx, filepath.Join(t.TempDir(), "cay.db"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	db := openStore(t)
 	contexts, err := blob.Open(filepath.Join(t.TempDir(), "contexts"), 0)
 	if err != nil {
 		t.Fatal(err)
@@ -112,9 +125,9 @@ func newHarness(t *testing.T) *harness {
 		contexts, db, log)
 	h.templates, h.db = templates, db
 	h.auth = auth.New(db, auth.Config{Quota: auth.Quota{Sandboxes: 10}, Log: log})
-	h.sandboxes = sandbox.New(sandbox.Config{Sizes: []sandbox.Size{{Name: "small", VCPUs: 1, MemoryMB: 512}},
-		DefaultSize: "small",
-		DefaultDisk: 2048, MaxDisk: 8192, KeepDestroyed: time.Hour, MaxSnapshots: 10}, db, h.node, templates, log, nil)
+	settings := sandbox.Config{Node: nodeID, Sizes: []sandbox.Size{{Name: "small", VCPUs: 1, MemoryMB: 512}},
+		DefaultSize: "small", DefaultDisk: 2048, MaxDisk: 8192, KeepDestroyed: time.Hour, MaxSnapshots: 10}
+	h.sandboxes = sandbox.New(settings, db, h.node, templates, log, nil)
 	var first string
 	if _, err := h.auth.Bootstrap(ctx, func(secret string) error { first = secret; return nil }); err != nil {
 		t.Fatal(err)
@@ -146,8 +159,14 @@ func newHarness(t *testing.T) *harness {
 	feed := event.New(event.Config{}, db, log)
 	db.OnEvents(feed.Wake)
 	stopHooks := h.openHooks(feed, log)
-	h.handler = New(Config{Sandboxes: h.sandboxes, Templates: templates, Auth: h.auth, Agent: h.agents,
-		Events: feed, Webhooks: h.hooks, Ports: h, Samples: sampler.New(h.sandboxes, h.agents, log), Names: portproxy.Names{Domain: "boxes.example", Scheme: "https"}, Secret: []byte("0123456789abcdef"), Log: log, Registry: prometheus.NewRegistry()}, next)
+	cfg := Config{Rows: h.sandboxes, TemplateRows: templates,
+		Sandboxes: h.sandboxes, Templates: templates, Auth: h.auth, Agent: h.agents, Events: feed, Webhooks: h.hooks, Ports: h,
+		Samples: sampler.New(h.sandboxes, h.agents, log), Names: portproxy.Names{Domain: "boxes.example", Scheme: "https"},
+		Secret: []byte("0123456789abcdef"), Log: log, Registry: prometheus.NewRegistry()}
+	h.handler = New(cfg, next)
+	if throughReplica {
+		h.handler = h.replicaOf(cfg, sandbox.NewRows(settings, db), template.NewReader(db), next)
+	}
 	listener := httptest.NewServer(h.handler)
 	h.url = listener.URL
 	t.Cleanup(func() {
@@ -274,4 +293,12 @@ func (h *harness) row(id string) sandbox.Sandbox {
 		h.t.Fatal(err)
 	}
 	return sb
+}
+
+// serve serves a handler until the test ends.
+func serve(t *testing.T, h http.Handler) (url string) {
+	t.Helper()
+	listener := httptest.NewServer(h)
+	t.Cleanup(listener.Close)
+	return listener.URL
 }

@@ -32,7 +32,7 @@ func (s *Handler) list(states []sandbox.State) func(http.ResponseWriter, *http.R
 		}
 		return answerPage(w, r, f.Limit, f.Cursor, func(limit int, cursor string) ([]sandbox.Sandbox, string, error) {
 			f.Limit, f.Cursor = limit, cursor
-			return s.Sandboxes.List(r.Context(), f)
+			return s.Rows.List(r.Context(), f)
 		}, listed)
 	}
 }
@@ -135,7 +135,7 @@ func (s *Handler) templateFilter(r *http.Request, ref string) (name string, vers
 	if tag == "" {
 		return name, 0, nil
 	}
-	t, tags, err := s.Templates.Tags(r.Context(), orgOf(r), name)
+	t, tags, err := s.TemplateRows.Tags(r.Context(), orgOf(r), name)
 	switch {
 	case fault.Is(err, fault.NotFound):
 		return ref, 0, nil
@@ -219,7 +219,7 @@ func (s *Handler) listTemplates(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	return answerPage(w, r, limit, cursor, func(limit int, cursor string) ([]template.Template, string, error) {
-		return s.Templates.List(r.Context(), orgOf(r), limit, cursor)
+		return s.TemplateRows.List(r.Context(), orgOf(r), limit, cursor)
 	}, s.templateOf)
 }
 
@@ -228,7 +228,7 @@ func (s *Handler) templateOf(t template.Template) templateBody {
 	if updated.IsZero() {
 		updated = t.CreatedAt
 	}
-	size, disk := s.Sandboxes.SizeOf(t.Size.Name, t.DiskMB)
+	size, disk := s.Rows.SizeOf(t.Size.Name, t.DiskMB)
 	return templateBody{TemplateID: t.ID, BuildID: t.BuildID, Public: t.Builtin(), Aliases: []string{t.Name},
 		Names:    []string{t.Name},
 		CPUCount: size.VCPUs, MemoryMB: size.MemoryMB, DiskSizeMB: disk, BuildStatus: statusOf(t.Status), BuildCount: t.Version,
@@ -251,7 +251,7 @@ func statusOf(s template.Status) string {
 // templateAlias answers GET /templates/aliases/{alias}.
 func (s *Handler) templateAlias(w http.ResponseWriter, r *http.Request) error {
 	name, tag := templateRef(r.PathValue("alias"))
-	t, tags, err := s.Templates.Tags(r.Context(), orgOf(r), strings.ToLower(name))
+	t, tags, err := s.TemplateRows.Tags(r.Context(), orgOf(r), strings.ToLower(name))
 	if err != nil {
 		return err
 	}

@@ -97,7 +97,7 @@ func (s *Handler) events(r *http.Request, id sandbox.ID) ([]sandbox.Event, error
 	var all []sandbox.Event
 	cursor := ""
 	for {
-		page, next, err := s.Sandboxes.Events(r.Context(), orgOf(r), id, maxPage, cursor)
+		page, next, err := s.Rows.Events(r.Context(), orgOf(r), id, maxPage, cursor)
 		if err != nil {
 			return nil, err
 		}

@@ -1,13 +1,18 @@
 package e2b
 
 import (
+	"encoding/json"
+	"fmt"
+	"maps"
 	"net/http"
+	"net/url"
 	"strconv"
 	"strings"
 	"time"
 
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/httpserver"
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
@@ -78,7 +83,7 @@ func (s *Handler) latestMetrics(w http.ResponseWriter, r *http.Request) error {
 	if len(names) == 0 || len(names) > maxMetricIDs {
 		return fault.InvalidField("sandbox_ids", "must name 1 to %d sandboxes", maxMetricIDs)
 	}
-	out := map[string]metricBody{}
+	out, away := map[string]metricBody{}, map[string][]string{}
 	for _, name := range names {
 		id := sandbox.ID(idPrefix + name)
 		sb, err := s.present(r, id)
@@ -88,13 +93,49 @@ func (s *Handler) latestMetrics(w http.ResponseWriter, r *http.Request) error {
 		if err != nil {
 			return err
 		}
+		if node := sb.Holder.Node; s.Relay.Away(r, node) {
+			away[node] = append(away[node], name)
+			continue
+		}
 		s.Samples.Follow(id, orgOf(r))
 		if m, ok := s.Samples.Latest(id); ok {
 			out[name] = metricOf(m, sb.Size.VCPUs)
 		}
 	}
-	reply(w, r, http.StatusOK, map[string]any{"sandboxes": out})
+	if err := s.metricsAway(r, away, out); err != nil {
+		return err
+	}
+	reply(w, r, http.StatusOK, metricsBody{out})
 	return nil
+}
+
+// metricsBody is the answer with the latest samples.
+type metricsBody struct {
+	Sandboxes map[string]metricBody `json:"sandboxes"`
+}
+
+// maxMetric is more than the size of a sample in an answer, in bytes.
+const maxMetric = 512
+
+// metricsAway adds the latest samples of sandboxes that other nodes have, whose names it is given by node. It
+// leaves out those of a node that does not answer.
+func (s *Handler) metricsAway(r *http.Request, names map[string][]string, out map[string]metricBody) error {
+	if len(names) == 0 {
+		return nil
+	}
+	queries := map[string]string{}
+	for node, of := range names {
+		queries[node] = url.Values{"sandbox_ids": {strings.Join(of, ",")}}.Encode()
+	}
+	passage := httpserver.Passage{Front: frontControl}
+	return s.Relay.Gather(r, queries, maxMetric*(1+maxMetricIDs), passage, func(body []byte) error {
+		var got metricsBody
+		if err := json.Unmarshal(body, &got); err != nil {
+			return fmt.Errorf("decoding metrics: %w", err)
+		}
+		maps.Copy(out, got.Sandboxes)
+		return nil
+	})
 }
 
 func unixSeconds(text, field string, otherwise int64) (int64, error) {

@@ -30,7 +30,7 @@ func (s *Handler) leaves(r *http.Request, to place) bool {
 	if _, _, ok := s.Names.Parse(r.Host); !ok || to.port == envdPort || len(r.Header.Values(idHeader)) > 0 {
 		return false
 	}
-	sb, err := s.Sandboxes.GetAny(r.Context(), to.sandbox())
+	sb, err := s.Rows.GetAny(r.Context(), to.sandbox())
 	return err != nil || !s.mayReach(r, sb, optionsOf(sb))
 }
 
@@ -47,11 +47,20 @@ func (s *Handler) servePort(w http.ResponseWriter, r *http.Request, sb sandbox.S
 	if !takesTraffic(sb, opts) {
 		return gone{to, notFoundText, false}
 	}
-	if !s.mayReach(r, sb, opts) {
+	if _, forwarded := httpserver.PassageOf(r.Context()); !forwarded && !s.mayReach(r, sb, opts) {
 		return errPrivate
 	}
 	if err := callOf(r).OpenAccount(s.Budget, r, sb.OrgID, httpserver.PortCost); err != nil {
 		return err
+	}
+	for _, own := range []string{idHeader, portHeader, trafficHeader} {
+		r.Header.Del(own)
+	}
+	if s.isToken(r.Header.Get(agentapi.TokenHeader), envdToken, sb.ID) { // clients send it to every port
+		r.Header.Del(agentapi.TokenHeader)
+	}
+	if s.Relay.Away(r, sb.Holder.Node) {
+		return s.sendTraffic(w, r, sb, opts, to)
 	}
 	lease, err := s.lease(r.Context(), sb, opts, sandbox.ForPort)
 	if err != nil {
@@ -59,12 +68,6 @@ func (s *Handler) servePort(w http.ResponseWriter, r *http.Request, sb sandbox.S
 	}
 	defer lease.Release()
 	s.Samples.Follow(sb.ID, sb.OrgID)
-	for _, own := range []string{idHeader, portHeader, trafficHeader} {
-		r.Header.Del(own)
-	}
-	if s.isToken(r.Header.Get(agentapi.TokenHeader), envdToken, sb.ID) { // clients send it to every port
-		r.Header.Del(agentapi.TokenHeader)
-	}
 	clear(w.Header()) // the application sets its own
 	host := strings.ReplaceAll(opts.hostMask(), "${PORT}", strconv.Itoa(to.port))
 	err = s.Ports.Serve(w, r, portproxy.Destination{Target: target(lease.Sandbox), Port: to.port, Host: host,

@@ -108,7 +108,7 @@ func (s *Handler) listSnapshots(w http.ResponseWriter, r *http.Request) error {
 	if id := q.Get("sandboxID"); id != "" {
 		f.SandboxID = sandbox.ID(idPrefix + id)
 	}
-	all, next, err := s.Sandboxes.ListSnapshots(r.Context(), f)
+	all, next, err := s.Rows.ListSnapshots(r.Context(), f)
 	if err != nil {
 		return pageError(err)
 	}

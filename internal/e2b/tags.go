@@ -78,7 +78,7 @@ func (s *Handler) listTags(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	t, tags, err := s.Templates.Tags(r.Context(), orgOf(r), strings.ToLower(name))
+	t, tags, err := s.TemplateRows.Tags(r.Context(), orgOf(r), strings.ToLower(name))
 	if err != nil {
 		return err
 	}

@@ -119,7 +119,7 @@ func (s *Handler) signed(w http.ResponseWriter, r *http.Request) error {
 			"there are too many requests with URLs that name no sandbox; use the host name %d-ID, or the headers %s and %s",
 			envdPort, idHeader, portHeader).After(wait)
 	}
-	ids, err := s.Sandboxes.Living(r.Context())
+	ids, err := s.Rows.Living(r.Context())
 	if err != nil {
 		return err
 	}

@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/httpserver"
 	"github.com/cayhq/cay/internal/portproxy"
@@ -54,7 +55,7 @@ func served(r *http.Request) bool {
 // traffic passes a request to a port of a sandbox.
 func (s *Handler) traffic(w http.ResponseWriter, r *http.Request, to place) error {
 	callOf(r).names(to.sandbox())
-	sb, err := s.Sandboxes.GetAny(r.Context(), to.sandbox())
+	sb, err := s.Rows.GetAny(r.Context(), to.sandbox())
 	if fault.Is(err, fault.NotFound) {
 		return gone{to, notFoundText, false}
 	}
@@ -83,6 +84,10 @@ func (s *Handler) traffic(w http.ResponseWriter, r *http.Request, to place) erro
 	if err := callOf(r).OpenAccount(s.Budget, r, sb.OrgID, trafficCost); err != nil {
 		return err // before waking the sandbox
 	}
+	if s.Relay.Away(r, sb.Holder.Node) {
+		r.Header.Del(agentapi.TokenHeader)
+		return s.sendTraffic(w, r, sb, opts, to)
+	}
 	lease, err := s.lease(r.Context(), sb, opts, useOf(r.URL.Path))
 	if err != nil {
 		return goneError(err, to)
@@ -99,7 +104,8 @@ func takesTraffic(sb sandbox.Sandbox, o options) bool {
 
 // admitEnvd checks the token, or the signature that replaces it.
 func (s *Handler) admitEnvd(r *http.Request, sb sandbox.Sandbox, o options) error {
-	if r.URL.Path == "/health" || o.open(sb) {
+	_, forwarded := httpserver.PassageOf(r.Context()) // which the replica admitted
+	if forwarded || r.URL.Path == "/health" || o.open(sb) {
 		return nil
 	}
 	given := r.Header.Values(agentapi.TokenHeader)
@@ -127,11 +133,20 @@ func (s *Handler) lease(ctx context.Context, sb sandbox.Sandbox, o options, use 
 	if err == nil || !o.wakes(sb) || !fault.Is(err, fault.Conflict) {
 		return lease, err
 	}
-	org, err := s.Auth.Org(ctx, sb.OrgID)
+	quota, err := s.quotaOf(ctx, sb)
 	if err != nil {
 		return nil, err
 	}
-	return s.Sandboxes.Connect(ctx, sandbox.Caller{OrgID: org.ID, Quota: sandbox.Quota(org.Quota)}, sb.ID, use)
+	return s.Sandboxes.Connect(ctx, sandbox.Caller{OrgID: sb.OrgID, Quota: sandbox.Quota(quota)}, sb.ID, use)
+}
+
+// quotaOf returns the quota under which traffic wakes a sandbox: that of its organization.
+func (s *Handler) quotaOf(ctx context.Context, sb sandbox.Sandbox) (auth.Quota, error) {
+	if p, ok := httpserver.PassageOf(ctx); ok {
+		return p.Quota, nil
+	}
+	org, err := s.Auth.Org(ctx, sb.OrgID)
+	return org.Quota, err
 }
 
 // goneError returns the answer for a sandbox that existed a moment ago.
@@ -150,12 +165,8 @@ func target(sb sandbox.Sandbox) agentapi.Target {
 // a later failure breaks the connection.
 func (s *Handler) forward(w http.ResponseWriter, r *http.Request, sb sandbox.Sandbox, to place) error {
 	var failed error
-	if procedures[r.URL.Path] {
-		ctx, cancel := context.WithCancel(r.Context())
-		defer cancel()
-		defer context.AfterFunc(s.stopped, cancel)()
-		r = r.WithContext(ctx)
-	}
+	r, stop := s.untilHangup(r)
+	defer stop()
 	p := httputil.ReverseProxy{
 		Transport:     s.Agent.Transport(target(sb), procedures[r.URL.Path]),
 		FlushInterval: -1, // pass on each message at once; clients wait for the first
@@ -209,10 +220,21 @@ func (s *Handler) forward(w http.ResponseWriter, r *http.Request, sb sandbox.San
 	return goneError(failed, to)
 }
 
+// untilHangup returns a request to the agent that ends with [Handler.Hangup] if it is for a stream. Call stop when it
+// is answered.
+func (s *Handler) untilHangup(r *http.Request) (_ *http.Request, stop func()) {
+	if !procedures[r.URL.Path] {
+		return r, func() {}
+	}
+	ctx, cancel := context.WithCancel(r.Context())
+	release := context.AfterFunc(s.stopped, cancel)
+	return r.WithContext(ctx), func() { release(); cancel() }
+}
+
 // unanswered returns the error for a request that the agent did not answer: the sandbox has gone,
 // or does not work as it should.
 func (s *Handler) unanswered(r *http.Request, sb sandbox.Sandbox, to place) error {
-	now, err := s.Sandboxes.GetAny(context.WithoutCancel(r.Context()), sb.ID)
+	now, err := s.Rows.GetAny(context.WithoutCancel(r.Context()), sb.ID)
 	if err == nil && now.State == sandbox.Running && now.Run == sb.Run {
 		return gone{to, "The sandbox is running but does not answer", true}
 	}

@@ -65,6 +65,27 @@ func (s *Handler) uploader(ctx context.Context, key string) (auth.Principal, err
 	return who, err
 }
 
+// admitUpload returns the owner of the key that an upload's URL was signed for.
+func (s *Handler) admitUpload(r *http.Request, hash string) (auth.Principal, error) {
+	if who, forwarded, err := httpserver.CallerOf(r, auth.TemplatesWrite); forwarded {
+		return who, err
+	}
+	q := r.URL.Query()
+	key, until := q.Get("key"), q.Get("expires")
+	if !same(q.Get("signature"), s.uploadSum(key, hash, until)) {
+		return auth.Principal{}, fault.New(fault.Unauthenticated, fault.CodeUnauthenticated, "the URL has no valid signature")
+	}
+	if end, err := strconv.ParseInt(until, 10, 64); err != nil || time.Now().Unix() > end {
+		return auth.Principal{}, fault.New(fault.Unauthenticated, fault.CodeUnauthenticated,
+			"the URL is no longer valid: ask for another")
+	}
+	who, err := s.uploader(r.Context(), key)
+	if err == nil {
+		err = s.Auth.Allow(who)
+	}
+	return who, err
+}
+
 // upload answers PUT /templates/{ref}/files/{hash}, to which clients send no key: the signature in
 // the URL opens it, for as long as the key that it was made for lives.
 func (s *Handler) upload(w http.ResponseWriter, r *http.Request) error {
@@ -72,27 +93,20 @@ func (s *Handler) upload(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	q := r.URL.Query()
-	key, until := q.Get("key"), q.Get("expires")
-	if !same(q.Get("signature"), s.uploadSum(key, hash, until)) {
-		return fault.New(fault.Unauthenticated, fault.CodeUnauthenticated, "the URL has no valid signature")
-	}
-	if end, err := strconv.ParseInt(until, 10, 64); err != nil || time.Now().Unix() > end {
-		return fault.New(fault.Unauthenticated, fault.CodeUnauthenticated, "the URL is no longer valid: ask for another")
-	}
-	who, err := s.uploader(r.Context(), key)
+	who, err := s.admitUpload(r, hash)
 	if err != nil {
 		return err
 	}
 	callOf(r).Who = who
-	if err := s.Auth.Allow(who); err != nil {
-		return err
-	}
 	if err := callOf(r).OpenAccount(s.Budget, r, who.Org.ID, httpserver.CallCost); err != nil {
 		return err
 	}
+	here, err := s.relay(w, r, builder)
+	if here == nil || err != nil {
+		return err
+	}
 	// An upload may take an hour, in which its key may be revoked.
-	still := func(ctx context.Context) error { _, err := s.uploader(ctx, key); return err }
+	still := func(ctx context.Context) error { _, err := s.uploader(ctx, who.Key.ID); return err }
 	if err := s.Templates.PutUpload(r.Context(), who.Org.ID, hash, r.Body, r.ContentLength, still); err != nil {
 		if broken := callOf(r).Body.Broken(); broken != nil {
 			return broken
