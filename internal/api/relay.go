@@ -107,7 +107,7 @@ func (s *server) withPoolsOfOthers(r *http.Request, pool []PoolEntry) ([]PoolEnt
 			queries[node] = ""
 		}
 	}
-	err = s.Relay.Gather(r, queries, maxPool, httpserver.Passage{Front: frontAPI}, func(body []byte) error {
+	err = s.Relay.Gather(r, queries, maxPool, httpserver.Passage{Front: frontAPI}, func(_ string, body []byte) error {
 		var got Pool
 		if err := json.Unmarshal(body, &got); err != nil {
 			return fmt.Errorf("decoding a pool: %w", err)

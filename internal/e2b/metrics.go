@@ -3,7 +3,6 @@ package e2b
 import (
 	"encoding/json"
 	"fmt"
-	"maps"
 	"net/http"
 	"net/url"
 	"strconv"
@@ -128,12 +127,16 @@ func (s *Handler) metricsAway(r *http.Request, names map[string][]string, out ma
 		queries[node] = url.Values{"sandbox_ids": {strings.Join(of, ",")}}.Encode()
 	}
 	passage := httpserver.Passage{Front: frontControl}
-	return s.Relay.Gather(r, queries, maxMetric*(1+maxMetricIDs), passage, func(body []byte) error {
+	return s.Relay.Gather(r, queries, maxMetric*(1+maxMetricIDs), passage, func(node string, body []byte) error {
 		var got metricsBody
 		if err := json.Unmarshal(body, &got); err != nil {
 			return fmt.Errorf("decoding metrics: %w", err)
 		}
-		maps.Copy(out, got.Sandboxes)
+		for _, name := range names[node] {
+			if m, ok := got.Sandboxes[name]; ok {
+				out[name] = m
+			}
+		}
 		return nil
 	})
 }

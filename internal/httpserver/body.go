@@ -181,10 +181,16 @@ func Refuse(w http.ResponseWriter, r *http.Request, status int, code string, ans
 		return
 	}
 	if more {
-		_ = control.Flush() // the caller may have left, and then the body ends too
-		if !drained(control, r) {
-			closeAfter(w)
-		}
+		readRest(w, r)
+	}
+}
+
+// readRest sends what was answered, and then reads the rest of the request's body, within limits.
+func readRest(w http.ResponseWriter, r *http.Request) {
+	control := http.NewResponseController(w)
+	_ = control.Flush() // the caller may have left, and then the body ends too
+	if !drained(control, r) {
+		closeAfter(w)
 	}
 }
 

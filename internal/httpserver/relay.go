@@ -91,11 +91,11 @@ func (c *Call) passage(p Passage) Passage {
 	return p
 }
 
-// Gather sends a GET of the call's path to several nodes at once, to each with its query, and calls take with the
-// body of each answer, one after the other. It leaves out a node that does not answer with 200, or with more than
-// limit bytes. Nothing of the call's head travels. Errors are those of the call's account.
+// Gather sends a GET of the call's path to several nodes at once, to each with its query, and calls take with each node
+// and the body of its answer, one after the other. It leaves out a node that does not answer with 200, or with more
+// than limit bytes. Nothing of the call's head travels. Errors are those of the call's account.
 func (l *Relay) Gather(r *http.Request, queries map[string]string, limit int64, p Passage,
-	take func(body []byte) error) error {
+	take func(node string, body []byte) error) error {
 	account := &CallOf(r).Account
 	held := int64(len(queries)) * (ForwardCost + limit)
 	if err := account.Take(held); err != nil {
@@ -110,7 +110,7 @@ func (l *Relay) Gather(r *http.Request, queries map[string]string, limit int64, 
 			if err == nil {
 				mu.Lock()
 				defer mu.Unlock()
-				err = take(body)
+				err = take(node, body)
 			}
 			if err != nil {
 				l.Forwarder.Log.WarnContext(r.Context(), "leaving out what a node has", "node", node, "error", err)

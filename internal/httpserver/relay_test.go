@@ -3,6 +3,8 @@ package httpserver
 import (
 	"context"
 	"errors"
+	"fmt"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"testing"
@@ -151,6 +153,42 @@ func TestRelayEndsAtTheNode(t *testing.T) {
 	} {
 		if got := c.relay.Away(c.r, c.node); got != c.want {
 			t.Errorf("%s: %v", name, got)
+		}
+	}
+}
+
+// TestGather asks five nodes, of which one fails, one answers too much and one has no connection.
+func TestGather(t *testing.T) {
+	answer := func(status int, body string) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if r.Method != http.MethodGet || r.URL.Path != "/v1/what" || r.Header.Get("X-Api-Key") != "" {
+				t.Errorf("a node got %s %s with %v", r.Method, r.URL, r.Header)
+			}
+			w.WriteHeader(status)
+			fmt.Fprint(w, body, r.URL.RawQuery)
+		})
+	}
+	f := startFleet(t, map[string]http.Handler{"n1": answer(200, "one "), "n2": answer(200, "two "),
+		"n3": answer(503, ""), "n4": answer(200, "0123456789")})
+	relay := &Relay{Forwarder: f.forwarder}
+	queries := map[string]string{"n1": "a=1", "n2": "a=2", "n3": "", "n4": "", "n5": ""}
+	for limit, want := range map[int64]map[string]string{
+		10: {"n1": "one a=1", "n2": "two a=2", "n4": "0123456789"},
+		9:  {"n1": "one a=1", "n2": "two a=2"},
+	} {
+		got := map[string]string{}
+		front := frontOf(func(_ *Recorder, r *http.Request) error {
+			return relay.Gather(r, queries, limit, Passage{Front: "api"}, func(node string, body []byte) error {
+				got[node] = string(body)
+				return nil
+			})
+		})
+		r := httptest.NewRequest("GET", "/v1/what?a=3", nil)
+		r.Header.Set("X-API-Key", "secret")
+		w := httptest.NewRecorder()
+		front.ServeHTTP(w, r)
+		if w.Code != 200 || !maps.Equal(got, want) {
+			t.Errorf("of at most %d bytes: %d, %v, want %v", limit, w.Code, got, want)
 		}
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/caytest"
 	"github.com/cayhq/cay/internal/httpserver"
 	"github.com/cayhq/cay/internal/link"
@@ -28,12 +29,10 @@ func Linked(t testing.TB, nodes map[string]http.Handler) *httpserver.Forwarder {
 	t.Helper()
 	quiet := slog.New(slog.DiscardHandler)
 	authority := caytest.NewAuthority(t)
-	server, err := authority.ServerConfig(replicaName)
-	if err != nil {
-		t.Fatal(err)
-	}
-	hub := link.NewHub(link.HubConfig{TLS: server, MaxConns: 100, Log: quiet,
-		Peer: func(_ context.Context, c *x509.Certificate) (string, error) { return c.Subject.CommonName, nil }})
+	hub := link.NewHub(link.HubConfig{TLS: caytest.Each(authority.ServerConfig(replicaName)), MaxConns: 100, Log: quiet,
+		Origin: auth.Address, Peer: func(_ context.Context, c *x509.Certificate, _ string) (string, error) {
+			return c.Subject.CommonName, nil
+		}})
 	l, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -46,11 +45,8 @@ func Linked(t testing.TB, nodes map[string]http.Handler) *httpserver.Forwarder {
 		return nil
 	}
 	for id, h := range nodes {
-		client, err := authority.ClientConfig(id, replicaName)
-		if err != nil {
-			t.Fatal(err)
-		}
-		n := link.NewNode(link.NodeConfig{TLS: client, MaxConns: 100, Log: quiet})
+		n := link.NewNode(link.NodeConfig{TLS: caytest.Each(authority.ClientConfig(id, replicaName)), Session: "s1",
+			MaxConns: 100, Log: quiet})
 		until(t, func(ctx context.Context) error {
 			return n.Serve(ctx, func() []string { return []string{l.Addr().String()} }, httpserver.Admit(isReplica, h))
 		})
