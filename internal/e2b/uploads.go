@@ -80,10 +80,11 @@ func (s *Handler) admitUpload(r *http.Request, hash string) (auth.Principal, err
 			"the URL is no longer valid: ask for another")
 	}
 	who, err := s.uploader(r.Context(), key)
-	if err == nil {
-		err = s.Auth.Allow(who)
+	if err != nil {
+		return who, err
 	}
-	return who, err
+	callOf(r).Who = who // a refusal below is that of a known caller
+	return who, s.Auth.Allow(who)
 }
 
 // upload answers PUT /templates/{ref}/files/{hash}, to which clients send no key: the signature in

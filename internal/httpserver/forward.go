@@ -102,10 +102,6 @@ func (f *Forwarder) pass(w http.ResponseWriter, r *http.Request, node string, p 
 	// The node may answer before it has read the whole request. HTTP/2 writers do not need it, and fail.
 	_ = http.NewResponseController(w).EnableFullDuplex()
 	a := &forwarded{ResponseWriter: w}
-	out := *r
-	if r.Body != nil && r.Body != http.NoBody {
-		out.Body = &lentBody{body: r.Body}
-	}
 	proxy := &httputil.ReverseProxy{
 		Transport:     f.Via(node),
 		FlushInterval: -1,
@@ -118,9 +114,9 @@ func (f *Forwarder) pass(w http.ResponseWriter, r *http.Request, node string, p 
 		},
 		ErrorHandler: func(_ http.ResponseWriter, _ *http.Request, failed error) { err = failed },
 	}
-	proxy.ServeHTTP(a, &out)
+	proxy.ServeHTTP(a, r)
 	if err == nil && a.status >= http.StatusBadRequest && worthReading(r, "") {
-		readRest(w, r)
+		readRest(w, r) // ReverseProxy leaves the body open
 	}
 	switch {
 	case err == nil || a.hijacked: // a caller that has upgraded sees its connection end
@@ -259,31 +255,6 @@ func takeMade(c *Call, h http.Header, nonce string) {
 		c.Sandbox = id
 		h.Del(sandboxHeader)
 	}
-}
-
-// lentBody is a caller's body in the hands of a client of HTTP, which closes it. The rest can still be read then.
-type lentBody struct {
-	mu sync.Mutex
-	// +checklocks:mu
-	body io.Reader
-}
-
-// Read implements [io.Reader].
-func (b *lentBody) Read(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.body == nil {
-		return 0, http.ErrBodyReadAfterClose
-	}
-	return b.body.Read(p)
-}
-
-// Close takes the body back. It waits for a Read in another goroutine, so that the body knows of its error.
-func (b *lentBody) Close() error {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.body = nil
-	return nil
 }
 
 // forwarded is a ResponseWriter that records whether an answer has begun.

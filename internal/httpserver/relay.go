@@ -70,7 +70,7 @@ func (l *Relay) BuilderAway(r *http.Request) (node string, away bool, err error)
 // "elsewhere".
 func (l *Relay) Send(w http.ResponseWriter, r *http.Request, node string, p Passage) error {
 	c := CallOf(r)
-	if c.Body.stall.Load() == 0 {
+	if p.Port == 0 && c.Body.stall.Load() == 0 { // programs may take bodies of any slowness
 		c.Body.Piecewise(c.Patience.Stall)
 	}
 	err := l.Forwarder.Forward(w, r, node, c.passage(p))
@@ -185,11 +185,17 @@ func (l *Relay) offer(w http.ResponseWriter, r *http.Request, nodes []string, p 
 		}
 		rest := nodes[i+1:]
 		if l.here(node) {
-			if len(rest) > 0 {
-				CallOf(r).refused = func(err error) error {
+			CallOf(r).refused = func(err error) error {
+				has := fault.As(err).Node // of the snapshot, or of the sandbox of an earlier create
+				if has == "" {
 					_, err = l.offer(w, r, rest, p, err)
 					return err
 				}
+				if again.Body, err = r.GetBody(); err != nil {
+					return err
+				}
+				p.Offered = false
+				return l.Send(w, &again, has, p)
 			}
 			return &again, nil
 		}
@@ -218,6 +224,9 @@ func refuses(err error) bool {
 	f := fault.As(err)
 	if f == nil || f.Kind != fault.Unavailable {
 		return false
+	}
+	if f.Node != "" {
+		return true
 	}
 	switch f.Code {
 	case fault.CodeNoCapacity, fault.CodeShuttingDown, fault.CodeImageUnavailable:

@@ -4,9 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"net/http"
 	"net/http/httptest"
+	"strings"
 	"testing"
 
 	"github.com/cayhq/cay/internal/auth"
@@ -153,6 +155,44 @@ func TestRelayEndsAtTheNode(t *testing.T) {
 	} {
 		if got := c.relay.Away(c.r, c.node); got != c.want {
 			t.Errorf("%s: %v", name, got)
+		}
+	}
+}
+
+// TestOwnRefusalGoesOn has this server refuse a create that it was to try first.
+func TestOwnRefusalGoesOn(t *testing.T) {
+	node := func(name string) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			p, _ := PassageOf(r.Context())
+			fmt.Fprintf(w, "%s got %s, offered %t", name, must(io.ReadAll(r.Body)), p.Offered)
+		})
+	}
+	f := startFleet(t, map[string]http.Handler{"n1": node("n1"), "n2": node("n2")})
+	full := fault.New(fault.Unavailable, fault.CodeNoCapacity, "full")
+	for name, c := range map[string]struct {
+		nodes  []string
+		err    error
+		status int
+		want   string
+	}{
+		"full":            {[]string{"n0", "n1", "n2"}, full, 200, "n1 got body, offered true"},
+		"full, the last":  {[]string{"n0"}, full, 503, fault.CodeNoCapacity},
+		"has it":          {[]string{"n0", "n1"}, fault.New(fault.Unavailable, fault.CodeElsewhere, "").On("n2"), 200, "n2 got body, offered false"},
+		"has it, is gone": {[]string{"n0", "n1"}, fault.New(fault.Unavailable, fault.CodeElsewhere, "").On("n9"), 503, fault.CodeNodeUnreachable},
+		"invalid":         {[]string{"n0", "n1"}, fault.InvalidField("a", "b"), 400, "invalid_a"},
+	} {
+		relay := &Relay{Self: "n0", Forwarder: f.forwarder,
+			Nodes: func(context.Context) ([]string, error) { return c.nodes, nil }}
+		w := httptest.NewRecorder()
+		frontOf(func(w *Recorder, r *http.Request) error {
+			here, err := relay.Place(w, r, 100, Passage{Front: "api"})
+			if here == nil || err != nil {
+				t.Errorf("%s: this server is not tried first: %v", name, err)
+			}
+			return c.err
+		}).ServeHTTP(w, httptest.NewRequest("POST", "/", strings.NewReader("body")))
+		if w.Code != c.status || w.Body.String() != c.want {
+			t.Errorf("%s: %d %q, want %d %q", name, w.Code, w.Body, c.status, c.want)
 		}
 	}
 }
