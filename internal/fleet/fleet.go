@@ -36,7 +36,8 @@ type Node struct {
 
 	// JoinedAt is the time at which the machine got its present key; zero for a server that never joined.
 	JoinedAt time.Time
-	// SeenAt and LeaseUntil are those of the node's session; zero without one.
+	// Session is the node's newest, with the times of its lease; all are zero without one.
+	Session            string
 	SeenAt, LeaseUntil time.Time
 
 	Sandboxes int // that are not over
@@ -51,6 +52,8 @@ type About struct {
 	VCPUs        int    `json:"vcpus"`
 	MemoryMB     int    `json:"memory_mb"`     // 0 if unknown
 	MaxSandboxes int    `json:"max_sandboxes"` // the operator's limit
+	// Address is the host:port at which other servers reach this one, if it forwards calls; "" if it does not.
+	Address string `json:"address,omitempty"`
 }
 
 // Status says what can be expected of a node. It follows from its row and the time.
@@ -144,6 +147,12 @@ type Service struct {
 	store Store
 
 	mu sync.Mutex // held while orders are written and carried out, so that the last ones written hold
+	// obeyed has the orders that were carried out, as a row has them; the zero value is none.
+	// +checklocks:mu
+	obeyed struct {
+		cordoned bool
+		drainBy  time.Time
+	}
 }
 
 // New returns a Service. Call [Service.Register] before others.
@@ -158,11 +167,34 @@ func (s *Service) Register(ctx context.Context, name string, labels map[string]s
 	if err != nil {
 		return fmt.Errorf("registering the node %s: %w", s.cfg.Self, err)
 	}
-	if orders := n.ordersAt(s.cfg.Now()); orders != (Orders{}) {
+	if !n.CordonedAt.IsZero() {
 		s.cfg.Log.InfoContext(ctx, "this node is cordoned and takes no sandboxes", "name", n.Name, "since", n.CordonedAt)
-		s.cfg.Obey(orders)
+		s.obey(n)
 	}
 	return nil
+}
+
+// Follow carries out the orders to this process's node that other servers have written.
+func (s *Service) Follow(ctx context.Context) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n, err := s.store.GetNode(ctx, s.cfg.Self)
+	if err != nil {
+		return err
+	}
+	if s.obeyed.cordoned != !n.CordonedAt.IsZero() || !s.obeyed.drainBy.Equal(n.DrainBy) {
+		s.cfg.Log.InfoContext(ctx, "another server has changed the orders to this node", "since", n.CordonedAt,
+			"drain_by", n.DrainBy)
+		s.obey(n)
+	}
+	return nil
+}
+
+// obey carries out the orders of a row of this process's node.
+// +checklocks:s.mu
+func (s *Service) obey(n Node) {
+	s.obeyed.cordoned, s.obeyed.drainBy = !n.CordonedAt.IsZero(), n.DrainBy
+	s.cfg.Obey(n.ordersAt(s.cfg.Now()))
 }
 
 // Get returns a node by its name or id. It returns NotFound, code "node_not_found", if there is none.
@@ -223,7 +255,7 @@ func (s *Service) setCordon(ctx context.Context, idOrName string, on bool, drain
 	n = s.shown(n)
 	s.cfg.Log.InfoContext(ctx, "node "+string(n.Status), "node", n.ID, "name", n.Name, "drain_by", n.DrainBy)
 	if n.ID == s.cfg.Self {
-		s.cfg.Obey(n.ordersAt(s.cfg.Now()))
+		s.obey(n)
 	}
 	return n, nil
 }

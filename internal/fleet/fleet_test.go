@@ -187,6 +187,39 @@ func TestOrdersToOthers(t *testing.T) {
 	}
 }
 
+// TestOrdersByOthers has another server write orders to this process's node.
+func TestOrdersByOthers(t *testing.T) {
+	f := newFixture(t)
+	other := fleet.New(fleet.Config{Self: "other1", Now: f.db.Now, Log: slog.New(slog.DiscardHandler)}, f.db)
+	follow := func(want int) {
+		t.Helper()
+		for range 2 { // the second call finds nothing new
+			if err := f.Follow(t.Context()); err != nil || len(f.orders) != want {
+				t.Errorf("%d orders, %v, want %d: %v", len(f.orders), err, want, f.orders)
+			}
+		}
+	}
+	follow(0)
+	if _, err := other.Drain(t.Context(), "host", time.Hour); err != nil {
+		t.Fatal(err)
+	}
+	follow(1)
+	if o := f.last(t); !o.Cordoned || o.Drain <= 0 {
+		t.Errorf("the order is %+v", o)
+	}
+	if _, err := other.Uncordon(t.Context(), "host"); err != nil {
+		t.Fatal(err)
+	}
+	follow(2)
+	if o := f.last(t); o != (fleet.Orders{}) {
+		t.Errorf("the order is %+v", o)
+	}
+	if _, err := f.Cordon(t.Context(), "host"); err != nil { // its own
+		t.Fatal(err)
+	}
+	follow(3)
+}
+
 func TestNames(t *testing.T) {
 	for host, want := range map[string]string{"": "node", "web-1": "web-1", "Web_1.Example.COM": "web-1.example.com",
 		"-x-": "x", "...": "node", "ü": "node", "a" + strings.Repeat("-", 70) + "b": "a",

@@ -66,6 +66,9 @@ type JoinStore interface {
 	// "unauthenticated" for a token that does not exist and "token_expired"; Conflict, codes "token_used" and
 	// "node_exists", if the name is taken; and Denied, code "node_refused".
 	Join(ctx context.Context, tokenHash string, n Node, keySum string) (Node, error)
+	// EnrollNode gives a node another key and ends its session. It returns Denied, code "node_refused", if there is none
+	// or it was removed.
+	EnrollNode(ctx context.Context, id ID, keySum string) error
 	// CheckNode returns Denied, code "node_refused", unless the node exists, is not removed and has the key. Otherwise it
 	// returns the node's newest session, also if its lease is over, or "" if it has begun none or has ended it.
 	CheckNode(ctx context.Context, id ID, keySum string) (session string, err error)
@@ -138,7 +141,7 @@ func (s *Service) NewToken(ctx context.Context, by, rejoin string, settings Toke
 		if err != nil {
 			return "", expires, err
 		}
-		if n.JoinedAt.IsZero() {
+		if n.JoinedAt.IsZero() || n.Address != "" {
 			return "", expires, fault.InvalidField("rejoin", "the node %s has not joined with a token", n.Name)
 		}
 		rejoin = n.ID

@@ -7,9 +7,12 @@ import (
 
 // TestOrder checks which nodes a new sandbox is offered to, and that equal ones take turns.
 func TestOrder(t *testing.T) {
-	all := []Node{{ID: "full", Status: Ready, Active: 9}, {ID: "gone", Status: Unreachable},
-		{ID: "a", Status: Ready, Active: 1}, {ID: "cordoned", Status: Cordoned}, {ID: "b", Status: Ready, Active: 1},
-		{ID: "draining", Status: Draining}, {ID: "drained", Status: Drained}, {ID: "empty", Status: Ready}}
+	at := func(id ID, status Status, active int) Node {
+		return Node{ID: id, Status: status, Active: active, About: About{Address: "10.0.0.1:7443"}}
+	}
+	all := []Node{at("full", Ready, 9), at("gone", Unreachable, 0), at("a", Ready, 1), at("cordoned", Cordoned, 0),
+		at("b", Ready, 1), at("draining", Draining, 0), at("drained", Drained, 0), at("empty", Ready, 0),
+		{ID: "joined", Status: Ready}}
 	first := map[ID]bool{}
 	for range 200 {
 		got := order(all)

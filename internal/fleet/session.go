@@ -2,6 +2,7 @@ package fleet
 
 import (
 	"context"
+	"fmt"
 	"regexp"
 	"time"
 
@@ -81,6 +82,19 @@ func checkSession(session string) error {
 		return fault.InvalidField("session", "must be 16 to 64 letters and digits")
 	}
 	return nil
+}
+
+// Enroll gives the node of this process another key and begins a session of it, which ends the one before. A server
+// that signs certificates needs no token.
+func (s *Service) Enroll(ctx context.Context, keySum, session string) error {
+	if s.cfg.CA == nil {
+		return errNotFleet
+	}
+	if err := s.store.EnrollNode(ctx, s.cfg.Self, keySum); err != nil {
+		return fmt.Errorf("enrolling the node %s: %w", s.cfg.Self, err)
+	}
+	_, err := s.Begin(ctx, Identity{Cluster: s.cfg.CA.Cluster(), Node: s.cfg.Self, KeySum: keySum}, session)
+	return err
 }
 
 // Begin begins a session of a node, which each server of it does once with a random name. While another session of the

@@ -2,6 +2,7 @@ package noderpc
 
 import (
 	"context"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"io"
@@ -108,7 +109,13 @@ func identity(r *http.Request) (fleet.Identity, error) {
 		return fleet.Identity{}, fault.New(fault.Unauthenticated, fault.CodeUnauthenticated,
 			"this call needs a node's certificate")
 	}
-	id, err := pki.IdentityOf(r.TLS.PeerCertificates[0])
+	return NodeOf(r.TLS.PeerCertificates[0])
+}
+
+// NodeOf returns the node whose certificate TLS has verified. It returns Denied, code "node_refused", for a certificate
+// that is not a node's or has expired since.
+func NodeOf(c *x509.Certificate) (fleet.Identity, error) {
+	id, err := pki.IdentityOf(c)
 	switch {
 	case err != nil:
 		return fleet.Identity{}, fault.New(fault.Denied, fault.CodeNodeRefused, "%s", err)

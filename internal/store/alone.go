@@ -54,6 +54,11 @@ func (db *DB) Lead(ctx context.Context, name, server string, f func(ctx context.
 	}
 }
 
+// Leader returns the server that leads a name or did last, or found false if none has. With SQLite none is noted.
+func (db *DB) Leader(ctx context.Context, name string) (server string, found bool, err error) {
+	return db.Setting(ctx, "leader_"+name)
+}
+
 // follow waits until the leader before this one has noticed that it leads no more. A server follows itself at once: its
 // f has returned, or died with its process.
 func (db *DB) follow(ctx context.Context, name, server string) error {

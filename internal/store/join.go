@@ -122,21 +122,46 @@ func usedToken(ctx context.Context, tx *sql.Tx, hash, keySum string, now time.Ti
 	return scanNode(tx.QueryRowContext(ctx, getNode, by), by)
 }
 
-// rejoin gives a node another key and ends its session.
+// rejoin gives a node another key, ends its session, and writes what is known about it.
 func rejoin(ctx context.Context, tx *sql.Tx, id fleet.ID, about fleet.About, keySum string,
 	now time.Time) (fleet.Node, error) {
-	r, err := tx.ExecContext(ctx, `UPDATE nodes SET key_sum = $1, about = $2, joined_at = $3
-		WHERE id = $4 AND removed_at IS NULL`, keySum, jsonColumn{&about}, at(now), id)
-	if err != nil {
+	if err := enroll(ctx, tx, id, keySum, now); err != nil {
 		return fleet.Node{}, err
 	}
-	if n, err := r.RowsAffected(); err != nil || n == 0 {
-		return fleet.Node{}, errors.Join(err, fleet.Refused("it was removed"))
-	}
-	if _, err := tx.ExecContext(ctx, "DELETE FROM node_leases WHERE node_id = $1", id); err != nil {
+	if _, err := tx.ExecContext(ctx, "UPDATE nodes SET about = $1 WHERE id = $2", jsonColumn{&about}, id); err != nil {
 		return fleet.Node{}, err
 	}
 	return scanNode(tx.QueryRowContext(ctx, getNode, id), id)
+}
+
+// enroll gives a node another key and ends its session.
+func enroll(ctx context.Context, tx *sql.Tx, id fleet.ID, keySum string, now time.Time) error {
+	r, err := tx.ExecContext(ctx, "UPDATE nodes SET key_sum = $1, joined_at = $2 WHERE id = $3 AND removed_at IS NULL",
+		keySum, at(now), id)
+	if err != nil {
+		return err
+	}
+	if n, err := r.RowsAffected(); err != nil || n == 0 {
+		return errors.Join(err, fleet.Refused("it was removed"))
+	}
+	_, err = tx.ExecContext(ctx, "DELETE FROM node_leases WHERE node_id = $1", id)
+	return err
+}
+
+// EnrollNode implements [fleet.Store].
+func (db *DB) EnrollNode(ctx context.Context, id fleet.ID, keySum string) error {
+	defer db.took("enroll_node", time.Now())
+	err := db.write(ctx, func(tx *sql.Tx) error {
+		now, err := db.nowIn(ctx, tx)
+		if err != nil {
+			return err
+		}
+		return enroll(ctx, tx, id, keySum, now)
+	})
+	if err != nil {
+		return fmt.Errorf("giving node %s a key: %w", id, err)
+	}
+	return nil
 }
 
 // checkNode returns an error unless the node exists, is not removed and has the key, and otherwise its newest session.

@@ -64,6 +64,7 @@ func (j *joining) refused(id, key string) {
 func testJoinStore(t *testing.T, open func(t *testing.T) *DB) {
 	for name, f := range map[string]func(*joining, *DB){
 		"joining": joinsOnce, "joining again": joinsAgain, "leases": leasesHold, "removing": nodesAreRemoved,
+		"enrolling": nodesAreEnrolled,
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -180,6 +181,30 @@ func leasesHold(j *joining, _ *DB) {
 	if _, err = st.BeginLease(ctx, n.ID, "key1", "session3", time.Hour); err != nil {
 		j.Errorf("a session after the end of another: %v", err)
 	}
+}
+
+func nodesAreEnrolled(j *joining, db *DB) {
+	ctx, st := j.Context(), j.st
+	self := holderOfTests.Node
+	for _, key := range []string{"key1", "key2"} {
+		if err := st.EnrollNode(ctx, self, key); err != nil {
+			j.Fatal(err)
+		}
+		j.session(self, key, "")
+		n, err := st.BeginLease(ctx, self, key, "sessionof"+key, time.Hour)
+		if err != nil || n.Session != "sessionof"+key || n.JoinedAt.IsZero() {
+			j.Errorf("the session with %s: %+v, %v", key, n, err)
+		}
+	}
+	j.refused(self, "key1")
+	_, err := st.ExtendLease(ctx, self, "key2", "sessionofkey1", time.Hour)
+	wantFault(j.T, err, fault.Denied, "node_refused")
+	wantFault(j.T, st.EnrollNode(ctx, "absent", "key1"), fault.Denied, "node_refused")
+	n := j.join("gone", "key3")
+	if err := st.RemoveNode(ctx, n.ID); err != nil {
+		j.Fatal(err)
+	}
+	wantFault(j.T, st.EnrollNode(ctx, n.ID, "key3"), fault.Denied, "node_refused")
 }
 
 func nodesAreRemoved(j *joining, db *DB) {

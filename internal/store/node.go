@@ -16,7 +16,8 @@ const (
 	// unfinishedOn counts the sandboxes of a node that are not over.
 	unfinishedOn = "SELECT COUNT(*) FROM sandboxes WHERE sandboxes.node_id = nodes.id AND sandboxes.ended_at IS NULL"
 	// nodeColumns lists the columns of nodeFields, in the same order.
-	nodeColumns = "id, name, about, labels, started_at, cordoned_at, drain_by, joined_at, seen_at, until, " +
+	nodeColumns = "id, name, about, labels, started_at, cordoned_at, drain_by, joined_at, " +
+		"COALESCE(session, ''), seen_at, until, " +
 		"(" + unfinishedOn + "), (" + unfinishedOn + " AND sandboxes.state <> '" + string(sandbox.Suspended) + "')"
 	nodesWithLeases = " FROM nodes LEFT JOIN node_leases ON node_leases.node_id = nodes.id WHERE removed_at IS NULL"
 	// theNode finds the id of the node with the id or, if there is none, the name $1.
@@ -29,7 +30,7 @@ const (
 // nodeFields returns where to scan n's columns to.
 func nodeFields(n *fleet.Node) []any {
 	return []any{&n.ID, &n.Name, jsonColumn{&n.About}, jsonColumn{&n.Labels}, timeColumn{&n.StartedAt},
-		timeColumn{&n.CordonedAt}, timeColumn{&n.DrainBy}, timeColumn{&n.JoinedAt}, timeColumn{&n.SeenAt},
+		timeColumn{&n.CordonedAt}, timeColumn{&n.DrainBy}, timeColumn{&n.JoinedAt}, &n.Session, timeColumn{&n.SeenAt},
 		timeColumn{&n.LeaseUntil}, &n.Sandboxes, &n.Active}
 }
 
