@@ -214,6 +214,9 @@ func (t *turns) leave(org string) {
 // nothing: the inputs come with BuildDraft. Errors: Invalid with the field; Conflict, code
 // fault.CodeTemplateExists, for the name of a built-in template.
 func (s *Service) Announce(ctx context.Context, c Caller, a Announcement) (Draft, error) {
+	if err := s.mayBuild(); err != nil {
+		return Draft{}, err
+	}
 	if err := checkName(a.Name); err != nil {
 		return Draft{}, err
 	}
@@ -251,6 +254,9 @@ func (s *Service) HasDraft(org, templateID, buildID string) error {
 // is cancelled. Errors are those of Create, NotFound, code "template_not_found", and [PartError].
 func (s *Service) BuildDraft(ctx context.Context, c Caller, templateID, buildID string, r Request, dockerfile string,
 	parts []Part) (_ Template, err error) {
+	if err := s.mayBuild(); err != nil {
+		return Template{}, err
+	}
 	d, err := s.drafts.claim(c.OrgID, templateID, buildID)
 	if err != nil {
 		return Template{}, err

@@ -13,6 +13,9 @@ import (
 // the server stops it gives Unavailable, code "stopping".
 func (s *Service) Follow(ctx context.Context, orgID, nameOrID, after string, seq int64,
 	emit func(build string, lines []LogLine) error) (Template, error) {
+	if err := s.mayBuild(); err != nil {
+		return Template{}, err
+	}
 	t, err := s.store.GetTemplate(ctx, orgID, nameOrID)
 	if err != nil {
 		return Template{}, err
@@ -40,6 +43,9 @@ func (s *Service) Follow(ctx context.Context, orgID, nameOrID, after string, seq
 		}
 		if !t.Queued() {
 			return t, nil
+		}
+		if err := s.mayBuild(); err != nil {
+			return Template{}, err
 		}
 		select {
 		case <-changed:

@@ -29,6 +29,9 @@ func (s *Service) Create(ctx context.Context, c Caller, r Request, source io.Rea
 // create is Create with the IDs of the template and of its build.
 func (s *Service) create(ctx context.Context, c Caller, r Request, source io.Reader, id, build string) (Template,
 	error) {
+	if err := s.mayBuild(); err != nil {
+		return Template{}, err
+	}
 	if err := r.check(s.cfg, source != nil); err != nil {
 		return Template{}, err
 	}
@@ -111,6 +114,9 @@ func isTar(head []byte) bool {
 // operator any build.
 func (s *Service) Rebuild(ctx context.Context, c Caller, nameOrID string, r *Request,
 	source io.Reader) (Template, error) {
+	if err := s.mayBuild(); err != nil {
+		return Template{}, err
+	}
 	t, err := s.store.GetTemplate(ctx, c.OrgID, nameOrID)
 	if err != nil {
 		return Template{}, err
@@ -254,6 +260,9 @@ func (s *Service) Cancel(ctx context.Context, c Caller, nameOrID string) (Templa
 
 // cancel is Cancel with a reason.
 func (s *Service) cancel(ctx context.Context, c Caller, nameOrID, why string) (Template, error) {
+	if err := s.mayBuild(); err != nil {
+		return Template{}, err
+	}
 	t, err := s.store.GetTemplate(ctx, c.OrgID, nameOrID)
 	if err != nil {
 		return Template{}, err
@@ -306,6 +315,9 @@ func (s *Service) withdraw(template, build string) {
 // it gives Conflict, code "template_in_use", unless force is set; they continue with their image.
 // For a built-in template it gives Denied, code "template_builtin".
 func (s *Service) Delete(ctx context.Context, c Caller, nameOrID string, force bool) error {
+	if err := s.mayBuild(); err != nil {
+		return err
+	}
 	t, err := s.store.GetTemplate(ctx, c.OrgID, nameOrID)
 	if err != nil {
 		return err

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/cayhq/cay/internal/fault"
@@ -26,6 +27,11 @@ const (
 	// collectEvery is the interval at which unused images and contexts are removed and the images
 	// of built-in templates checked. A longer one keeps replaced images on the disk longer.
 	collectEvery = time.Hour
+	// askedEvery is the interval at which a server that builds for others looks for what they ask for. A longer one delays
+	// the first sandbox of a built-in template.
+	askedEvery = time.Second
+	// suspectsEvery is the interval at which a server that does not build looks after images that could not be used.
+	suspectsEvery = 10 * time.Second
 	// writeTimeout bounds recording a build's end while cay stops. If it is not recorded, the
 	// next start finds out by itself.
 	writeTimeout = 5 * time.Second
@@ -60,6 +66,10 @@ type Config struct {
 	Timeout      time.Duration // per build; 0 is DefaultTimeout
 	MaxDisk      int64         // bytes per build; 0 is the builder's own limit
 
+	// Shared says that other servers use the same templates. Then the Service builds only between Register and the end of
+	// Run, and Run looks for builds that the others have asked for.
+	Shared bool
+
 	// Observe, if not nil, is called with the result of each build ("ready", "failed",
 	// "cancelled") and its duration.
 	Observe func(result string, took time.Duration)
@@ -80,6 +90,8 @@ type Service struct {
 	drafts  drafts
 	// assembling is held while a context is put together from uploads.
 	assembling turns
+
+	follows atomic.Bool // another server builds
 
 	wake   chan struct{} // holds one token: the queue or the retries changed
 	hangup chan struct{} // closed by Hangup
@@ -127,7 +139,7 @@ func New(cfg Config, store Store, builder Builder, contexts Contexts, users User
 		cfg.Observe = func(string, time.Duration) {}
 	}
 	cfg.Concurrent, cfg.PerOrg = max(cfg.Concurrent, 1), max(cfg.PerOrg, 1)
-	return &Service{Reader: NewReader(store), cfg: cfg, store: store, builder: builder, contexts: contexts, users: users,
+	s := &Service{Reader: NewReader(store), cfg: cfg, store: store, builder: builder, contexts: contexts, users: users,
 		log:     log,
 		budget:  contextBudget{lately: map[string]map[string]int64{}, putting: map[string]int64{}},
 		uploads: uploads{byOrg: map[string]map[string]*upload{}}, drafts: drafts{byOrg: map[string][]*draft{}},
@@ -137,6 +149,28 @@ func New(cfg Config, store Store, builder Builder, contexts Contexts, users User
 		retry:   retries{due: map[string]retry{}, delay: map[string]time.Duration{}},
 		secrets: map[string]Credentials{}, watched: map[string]chan struct{}{}, suspect: map[string]bool{},
 		checking: map[string]bool{}}
+	s.follows.Store(cfg.Shared)
+	return s
+}
+
+// endLead leaves the builds to another server, and ends each Follow.
+func (s *Service) endLead() {
+	s.follows.Store(true)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for id, changed := range s.watched {
+		close(changed)
+		delete(s.watched, id)
+	}
+}
+
+// mayBuild returns Unavailable, code "not_ready", while another server builds the templates.
+func (s *Service) mayBuild() error {
+	if s.follows.Load() {
+		return fault.New(fault.Unavailable, fault.CodeNotReady, "another server builds the templates now; try again").
+			After(time.Second)
+	}
+	return nil
 }
 
 // Ready implements [sandbox.Templates]; a name may have a tag, as in "app:v1". It moves a template that
@@ -188,6 +222,9 @@ func (s *Service) prepare(ctx context.Context, t Template) (Template, error) {
 			return nil
 		}); err != nil {
 			return Template{}, fmt.Errorf("asking for template %s: %w", t.Name, err)
+		}
+		if s.follows.Load() {
+			return t, nil // the server that builds finds the row
 		}
 		s.enqueue(ctx, builtinOrder(t))
 	}
@@ -280,6 +317,14 @@ func (t *Template) end(status Status, why *BuildError) {
 func (s *Service) Run(ctx context.Context) error {
 	tick := time.NewTicker(collectEvery)
 	defer tick.Stop()
+	var asked <-chan time.Time
+	if s.cfg.Shared {
+		look := time.NewTicker(askedEvery)
+		defer look.Stop()
+		asked = look.C
+		defer s.endLead()
+	}
+	strays := map[string]time.Time{}
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	collected := false
@@ -305,6 +350,8 @@ func (s *Service) Run(ctx context.Context) error {
 		case <-ctx.Done():
 		case <-s.wake:
 		case <-retry:
+		case <-asked:
+			s.takeAsked(ctx, strays)
 		case <-tick.C:
 			s.lookAfter(ctx)
 			s.collect(ctx)

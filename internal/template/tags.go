@@ -141,6 +141,9 @@ func (s *Service) own(ctx context.Context, c Caller, nameOrID string) (Template,
 // built-in template.
 func (s *Service) Tag(ctx context.Context, c Caller, nameOrID, from string, names []string) (buildID string,
 	err error) {
+	if err := s.mayBuild(); err != nil {
+		return "", err
+	}
 	if err := checkTags(names); err != nil {
 		return "", err
 	}
@@ -222,6 +225,9 @@ func TooManyTags(name string) error {
 
 // Untag removes tags of a template; those that it does not have are no error.
 func (s *Service) Untag(ctx context.Context, c Caller, nameOrID string, names []string) error {
+	if err := s.mayBuild(); err != nil {
+		return err
+	}
 	if err := checkTags(names); err != nil {
 		return err
 	}

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -21,6 +23,41 @@ func (s *Service) lookAfter(ctx context.Context) {
 		}
 		if t.Version > 0 || t.Queued() {
 			s.enqueue(ctx, builtinOrder(t))
+		}
+	}
+}
+
+// KeepUp removes images and contexts that nothing needs, and looks after images that could not be used, while another
+// server builds and until ctx ends. It needs [Config.Shared].
+func (s *Service) KeepUp(ctx context.Context) {
+	look, tick := time.NewTicker(suspectsEvery), time.NewTicker(collectEvery)
+	defer look.Stop()
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-look.C:
+			if s.follows.Load() {
+				s.checkOwn(ctx)
+			}
+		case <-tick.C:
+			if s.follows.Load() {
+				s.collect(ctx)
+			}
+		}
+	}
+}
+
+// checkOwn checks the suspect images of this machine, which drops a damaged one: the next create fetches it again.
+func (s *Service) checkOwn(ctx context.Context) {
+	s.mu.Lock()
+	suspects := slices.Collect(maps.Keys(s.suspect))
+	clear(s.suspect)
+	s.mu.Unlock()
+	for _, image := range suspects {
+		if err := s.builder.Check(ctx, image); err != nil && ctx.Err() == nil {
+			s.log.Warn("an image of this machine cannot be used", "image", image, "error", err)
 		}
 	}
 }

@@ -114,6 +114,9 @@ func (s *Service) HasUpload(org, name string) bool { return s.uploads.get(org, n
 // still upload when all bytes have come; an error of it refuses the upload.
 func (s *Service) PutUpload(ctx context.Context, org, name string, r io.Reader, length int64,
 	still func(context.Context) error) error {
+	if err := s.mayBuild(); err != nil {
+		return err
+	}
 	blob, err := s.putContext(ctx, org, r, length)
 	if err != nil {
 		return err
