@@ -87,7 +87,7 @@ var mayImport = map[string]struct {
 	"internal/archive": {[]string{"fault", "objects", "sandbox"},
 		"an adapter: it copies checkpoints to a bucket, and keeps the core's rows of the copies"},
 	"internal/daemon": {[]string{"api", "archive", "auth", "blob", "budget", "buildkit", "cgroup", "config", "e2b",
-		"egressproxy", "embedded", "event", "fault", "fleet", "hostfile", "httpserver", "image", "imagebuild", "network", "node", "noderpc", "objects", "pki", "portproxy", "sampler", "sandbox", "store",
+		"egressproxy", "embedded", "event", "fault", "fleet", "hostfile", "httpserver", "image", "imagebuild", "link", "network", "node", "noderpc", "objects", "pki", "portproxy", "sampler", "sandbox", "store",
 		"template", "webhook", "webhook/*"}, "all wiring is here, and the adapters between rooms that do not know each other"},
 	"internal/cli": {[]string{"config", "daemon"}, "the verbs use sdk/go; those that run a server or look at this machine use daemon"},
 

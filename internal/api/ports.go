@@ -103,7 +103,9 @@ func (s *server) servePort(w http.ResponseWriter, r *http.Request, p portRequest
 			return
 		}
 		if s.Relay.Away(r, node) {
-			s.send(w, r, node, httpserver.Passage{Front: frontPort, Port: p.port, Shared: !p.byHost,
+			ctx, stop := s.untilStop(r.Context())
+			defer stop()
+			s.send(w, r.WithContext(ctx), node, httpserver.Passage{Front: frontPort, Port: p.port, Shared: !p.byHost,
 				Quota: auth.Quota(caller.Quota)})
 			return
 		}

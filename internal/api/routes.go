@@ -50,7 +50,7 @@ var routes = map[string]access{
 	"POST /v1/sandboxes/{id}/fork":       {at: holder, scope: auth.SandboxesWrite},
 	"GET /v1/sandboxes/{id}/events":      {at: anywhere, scope: auth.SandboxesRead, query: []string{"limit", "cursor"}},
 
-	"POST /v1/sandboxes/{id}/tunnel":           {at: holder, scope: auth.Exec, query: []string{"port"}},
+	"POST /v1/sandboxes/{id}/tunnel":           {at: holder, scope: auth.Exec, query: []string{"port"}, endless: true},
 	"GET /v1/sandboxes/{id}/ports":             {at: anywhere, scope: auth.SandboxesRead},
 	"GET /v1/sandboxes/{id}/ports/{port}":      {at: anywhere, scope: auth.SandboxesRead},
 	"PUT /v1/sandboxes/{id}/ports/{port}":      {at: anywhere, scope: auth.SandboxesWrite},

@@ -55,7 +55,7 @@ func (c *Config) Check() error {
 	if err := c.Node.check(); err != nil {
 		return err
 	}
-	if err := c.Fleet.check(); err != nil {
+	if err := c.Fleet.check(c.Store.URL != ""); err != nil {
 		return err
 	}
 	if err := c.Memory.check(); err != nil {

@@ -81,16 +81,30 @@ func (n Node) check() error {
 // Fleet lets other machines join. An empty Listen lets none, and makes nothing for it.
 type Fleet struct {
 	Listen     string `toml:"listen"`
+	Advertise  string `toml:"advertise"`
 	SecretFile string `toml:"secret_file"`
 }
 
-// check refuses a listener without the secret that seals the authority of its certificates.
-func (f Fleet) check() error {
+// check refuses a listener without the secret that seals the authority of its certificates, and one of which other
+// servers with the same records would not know where it is.
+func (f Fleet) check(shared bool) error {
 	if f.Listen == "" {
+		if f.Advertise != "" {
+			return errors.New("fleet.advertise: needs fleet.listen")
+		}
 		return nil
 	}
-	if _, _, err := net.SplitHostPort(f.Listen); err != nil {
+	host, _, err := net.SplitHostPort(f.Listen)
+	if err != nil {
 		return fmt.Errorf("fleet.listen: must be host:port, not %q", f.Listen)
+	}
+	if a, err := netip.ParseAddr(host); shared && f.Advertise == "" && (host == "" || err == nil && a.IsUnspecified()) {
+		return fmt.Errorf("fleet.listen: %q does not say where other servers find this one: set fleet.advertise to a "+
+			"host:port that they reach", f.Listen)
+	}
+	if host, port, err := net.SplitHostPort(f.Advertise); f.Advertise != "" &&
+		(err != nil || host == "" || port == "" || port == "0") {
+		return fmt.Errorf("fleet.advertise: must be host:port, not %q", f.Advertise)
 	}
 	if f.SecretFile == "" {
 		return errors.New("fleet.listen: needs fleet.secret_file, a file of openssl rand -hex 32 that only root can read")

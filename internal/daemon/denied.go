@@ -3,6 +3,7 @@ package daemon
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -16,6 +17,7 @@ import (
 	"time"
 
 	"github.com/cayhq/cay/internal/config"
+	"github.com/cayhq/cay/internal/fleet"
 	"github.com/cayhq/cay/internal/objects"
 	"github.com/cayhq/cay/internal/store"
 )
@@ -58,8 +60,8 @@ func isPrivate(a netip.Addr) bool {
 }
 
 // denied knows the destinations that no sandbox may reach because of the settings: network.always_deny, the addresses
-// of the database, and the private addresses of the bucket's S3 server. It follows the names of both. One goroutine at
-// a time uses it.
+// of the database, the private addresses of the bucket's S3 server, and those of a fleet's other servers. It follows
+// the names of all three. One goroutine at a time uses it.
 type denied struct {
 	fixed  []netip.Prefix
 	names  []*deniedName
@@ -72,7 +74,8 @@ type denied struct {
 // deniedName is a name whose addresses are denied.
 type deniedName struct {
 	setting, host string
-	which         func(netip.Addr) bool // returns true for an address that is to be denied
+	lookup        func(ctx context.Context) ([]netip.Addr, error) // nil looks host up
+	which         func(netip.Addr) bool                           // returns true for an address that is to be denied
 	// lost has the known addresses, and when the name lost them; zero if the last answer has them.
 	lost map[netip.Addr]time.Time
 	// trouble reports that the last lookup failed, which was logged.
@@ -166,6 +169,29 @@ func (d *denied) add(setting, host string, which func(netip.Addr) bool) {
 	d.names = append(d.names, &deniedName{setting: setting, host: host, which: which, lost: map[netip.Addr]time.Time{}})
 }
 
+// addServers denies the addresses of the other servers of a fleet, which nodes returns with this one, self.
+func (d *denied) addServers(self string, nodes func(context.Context) ([]fleet.Node, error)) {
+	lookup := func(ctx context.Context) (all []netip.Addr, err error) {
+		list, err := nodes(ctx)
+		errs := []error{err}
+		for _, n := range list {
+			host, _, err := net.SplitHostPort(n.Address)
+			if n.ID == self || err != nil {
+				continue
+			}
+			if a, err := netip.ParseAddr(host); err == nil {
+				all = append(all, a)
+				continue
+			}
+			of, err := d.lookup(ctx, host)
+			all, errs = append(all, of...), append(errs, err)
+		}
+		return all, errors.Join(errs...)
+	}
+	d.names = append(d.names, &deniedName{setting: "fleet.advertise", host: "the other servers", lookup: lookup,
+		which: func(netip.Addr) bool { return true }, lost: map[netip.Addr]time.Time{}})
+}
+
 // reachable reports whether sandboxes could reach an address without a rule: they have no IPv6, and never reach the
 // loopback.
 func reachable(a netip.Addr) bool { return a.Is4() && !a.IsLoopback() }
@@ -209,7 +235,13 @@ func (d *denied) lookUp(ctx context.Context) {
 	answers, errs := make([][]netip.Addr, len(d.names)), make([]error, len(d.names))
 	var group sync.WaitGroup
 	for i, n := range d.names {
-		group.Go(func() { answers[i], errs[i] = d.lookup(limited, n.host) })
+		group.Go(func() {
+			if n.lookup != nil {
+				answers[i], errs[i] = n.lookup(limited)
+			} else {
+				answers[i], errs[i] = d.lookup(limited, n.host)
+			}
+		})
 	}
 	group.Wait()
 	if ctx.Err() != nil {
@@ -217,8 +249,8 @@ func (d *denied) lookUp(ctx context.Context) {
 	}
 	for i, n := range d.names {
 		log := d.log.With("setting", n.setting, "name", n.host)
-		if errs[i] == nil {
-			errs[i] = n.learn(answers[i], time.Now(), log)
+		if errs[i] == nil || len(answers[i]) > 0 {
+			errs[i] = errors.Join(errs[i], n.learn(answers[i], errs[i] == nil, time.Now(), log))
 		}
 		n.forget(time.Now(), log)
 		switch {
@@ -232,8 +264,8 @@ func (d *denied) lookUp(ctx context.Context) {
 	}
 }
 
-// learn takes the addresses of an answer.
-func (n *deniedName) learn(answer []netip.Addr, now time.Time, log *slog.Logger) (err error) {
+// learn takes the addresses of an answer. With a whole one, the name has lost those that are not in it.
+func (n *deniedName) learn(answer []netip.Addr, whole bool, now time.Time, log *slog.Logger) (err error) {
 	has := map[netip.Addr]bool{}
 	for _, a := range answer {
 		if a = a.Unmap(); reachable(a) && n.which(a) {
@@ -245,7 +277,7 @@ func (n *deniedName) learn(answer []netip.Addr, now time.Time, log *slog.Logger)
 		}
 	}
 	for a, lost := range n.lost {
-		if lost.IsZero() && !has[a] {
+		if whole && lost.IsZero() && !has[a] {
 			n.lost[a] = now
 		}
 	}

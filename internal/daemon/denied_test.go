@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/cayhq/cay/internal/config"
+	"github.com/cayhq/cay/internal/fleet"
 	"github.com/cayhq/cay/internal/store"
 )
 
@@ -270,6 +271,34 @@ func TestDeniedIsBounded(t *testing.T) {
 			t.Errorf("the first address is %s, want %s: the name has lost the others before", list[0], want)
 		}
 	})
+}
+
+// TestServersAreDenied checks that no sandbox reaches another server of the fleet, and that its own is no matter of it.
+func TestServersAreDenied(t *testing.T) {
+	d, err := newDenied(config.Config{}, testLog(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.lookup = names{"b.example": addresses("192.0.2.2", "127.0.0.1", "fd00::7")}.lookup
+	at := func(id, address string) fleet.Node { return fleet.Node{ID: id, About: fleet.About{Address: address}} }
+	nodes := []fleet.Node{at("self", "192.0.2.9:1"), at("a", "192.0.2.1:7000"), at("b", "b.example:7000"), at("c", "")}
+	d.addServers("self", func(context.Context) ([]fleet.Node, error) { return nodes, nil })
+	first, err := d.open(t.Context(), "")
+	if err != nil || fmt.Sprint(first) != "[192.0.2.1/32 192.0.2.2/32]" {
+		t.Errorf("denied are %v, %v", first, err)
+	}
+	nodes = append(nodes, at("d", "8.8.8.8:7000"))
+	var then []netip.Prefix
+	d.update(t.Context(), func(_ context.Context, all []netip.Prefix) error { then = all; return nil })
+	if fmt.Sprint(then) != "[8.8.8.8/32 192.0.2.1/32 192.0.2.2/32]" {
+		t.Errorf("with another server %v are denied", then)
+	}
+	// A name that cannot be looked up takes nothing from the others.
+	nodes = []fleet.Node{at("b", "unknown.example:7000"), at("e", "192.0.2.5:7000")}
+	d.update(t.Context(), func(_ context.Context, all []netip.Prefix) error { then = all; return nil })
+	if fmt.Sprint(then) != "[8.8.8.8/32 192.0.2.1/32 192.0.2.2/32 192.0.2.5/32]" {
+		t.Errorf("with a server without an address %v are denied", then)
+	}
 }
 
 // TestNothingToFollow checks that a server without names to follow has nothing that runs.

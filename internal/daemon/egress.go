@@ -27,6 +27,9 @@ func (s *server) openNetwork(ctx context.Context) (*network.Network, error) {
 	if s.denied, err = newDenied(s.cfg, s.log); err != nil {
 		return nil, err
 	}
+	if inFleet(s.cfg) {
+		s.denied.addServers(s.instance, s.db.ListNodes)
+	}
 	deny, err := s.denied.open(ctx, string(s.cfg.Store.URL))
 	if err != nil {
 		return nil, err

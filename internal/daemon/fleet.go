@@ -1,16 +1,18 @@
 package daemon
 
 import (
+	"cmp"
 	"context"
+	"crypto/rand"
 	"fmt"
 	"net"
-	"net/http"
 	"os"
 	"strings"
-	"sync"
+	"sync/atomic"
 	"time"
 
-	"github.com/cayhq/cay/internal/httpserver"
+	"github.com/cayhq/cay/internal/fleet"
+	"github.com/cayhq/cay/internal/link"
 	"github.com/cayhq/cay/internal/noderpc"
 	"github.com/cayhq/cay/internal/pki"
 	"github.com/cayhq/cay/internal/store"
@@ -18,9 +20,19 @@ import (
 
 // fleetRooms has what a server needs that other machines may join.
 type fleetRooms struct {
-	ca     noderpc.CA
-	signer *pki.Authority
-	keeper *pki.Keeper // of this server's own certificate
+	ca       noderpc.CA
+	signer   *pki.Authority
+	listener net.Listener
+	hub      *link.Hub
+	replica  *pki.Keeper // of the certificate that nodes see
+	stop     func()      // ends the serving of other servers' calls
+
+	// These are set in a fleet, where this server's node serves the calls that other servers get.
+	node    *pki.Keeper // of the certificate that other servers see
+	session string
+	address string                   // at which other servers reach this one
+	others  atomic.Pointer[[]string] // addresses of the other servers
+	linked  map[fleet.ID]bool        // nodes that a look has found before; used by one goroutine
 }
 
 // openFleet opens the authority of the cluster, which the first server makes, and gets this server a certificate. It
@@ -52,23 +64,39 @@ func (s *server) openFleet(ctx context.Context) error {
 	for _, a := range all {
 		f.ca.Trusted += a.Certificate
 	}
+	if f.replica, err = s.newKeeper(f, pki.Replica); err != nil {
+		return err
+	}
+	if f.listener, err = net.Listen("tcp", s.cfg.Fleet.Listen); err != nil {
+		return fmt.Errorf("listening for other machines: %w", err)
+	}
+	s.onClose(func(context.Context) error { _ = f.listener.Close(); return nil }) // also of one that is served
+	s.fleet = f
+	if !inFleet(s.cfg) {
+		return nil
+	}
+	f.session, f.address = rand.Text(), cmp.Or(s.cfg.Fleet.Advertise, f.listener.Addr().String())
+	f.others.Store(new([]string))
+	f.linked = map[fleet.ID]bool{}
+	f.node, err = s.newKeeper(f, pki.Node)
+	return err
+}
+
+// newKeeper returns a certificate of this server in a role, for a new key.
+func (s *server) newKeeper(f *fleetRooms, role pki.Role) (*pki.Keeper, error) {
 	key, err := pki.NewKey()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	request, err := pki.NewRequest(key)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	chain, authorities, err := s.signOwn(f, request)
+	chain, authorities, err := s.signOwn(f, role, request)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	if f.keeper, err = pki.NewKeeper(key, chain, authorities); err != nil {
-		return err
-	}
-	s.fleet = f
-	return nil
+	return pki.NewKeeper(key, chain, authorities)
 }
 
 // firstAuthority makes the authority of a new cluster, or returns the one that another server has made meanwhile.
@@ -86,9 +114,9 @@ func (s *server) firstAuthority(ctx context.Context, secret []byte) (store.Autho
 		Sealed: sealed})
 }
 
-// signOwn returns a certificate of this server for the key of a request.
-func (s *server) signOwn(f *fleetRooms, request []byte) (chain, authorities string, err error) {
-	id := pki.Identity{Cluster: s.session.Cluster, Role: pki.Replica, ID: s.instance}
+// signOwn returns a certificate of this server in a role for the key of a request.
+func (s *server) signOwn(f *fleetRooms, role pki.Role, request []byte) (chain, authorities string, err error) {
+	id := pki.Identity{Cluster: s.session.Cluster, Role: role, ID: s.instance}
 	chain, _, err = f.signer.Sign(request, id, s.db.Now())
 	return chain, f.ca.Trusted, err
 }
@@ -114,45 +142,21 @@ func readSecret(path string) ([]byte, error) {
 	return []byte(secret), nil
 }
 
-// nodeTimeout limits the time to read a call of a node and to answer it. A call has some KiB; a longer time lets a
-// stranger keep it open for longer.
-const nodeTimeout = 30 * time.Second
-
-// nodeStreams limits the concurrent calls on one connection. A node makes a few; more let a stranger make the server
-// hold more bodies, of 64 KiB each.
-const nodeStreams = 8
-
-// serveFleet serves the calls of nodes, and renews this server's certificate until ctx ends. failed gets the error with
-// which the serving ends.
-func (s *server) serveFleet(ctx context.Context, wg *sync.WaitGroup, failed chan<- error) (*http.Server, error) {
-	l, err := net.Listen("tcp", s.cfg.Fleet.Listen)
-	if err != nil {
-		return nil, fmt.Errorf("listening for nodes: %w", err)
+// renewOwn renews a certificate of this server until ctx ends.
+func (s *server) renewOwn(ctx context.Context, k *pki.Keeper, role pki.Role) {
+	renew := func(_ context.Context, request []byte) (string, string, error) {
+		return s.signOwn(s.fleet, role, request)
 	}
-	handler := noderpc.NewHandler(noderpc.Config{Nodes: s.nodes, Failed: s.auth.Failed, Log: s.log})
-	srv := httpserver.Server(s.cfg.Fleet.Listen, handler, s.log)
-	srv.TLSConfig = s.fleet.keeper.ServerConfig("h2")
-	srv.Protocols = new(http.Protocols)
-	srv.Protocols.SetHTTP2(true)
-	srv.ReadTimeout, srv.WriteTimeout = nodeTimeout, nodeTimeout
-	srv.HTTP2.MaxConcurrentStreams = nodeStreams
-	go func() { failed <- srv.ServeTLS(l, "", "") }()
-	wg.Go(func() { s.renewOwn(ctx) })
-	s.log.InfoContext(ctx, "machines may join", "listen", l.Addr().String(), "cluster", s.session.Cluster)
-	return srv, nil
-}
-
-// renewOwn renews this server's certificate until ctx ends.
-func (s *server) renewOwn(ctx context.Context) {
-	renew := func(_ context.Context, request []byte) (string, string, error) { return s.signOwn(s.fleet, request) }
-	failed := func(err error) { s.log.ErrorContext(ctx, "renewing this server's certificate", "error", err) }
+	failed := func(err error) {
+		s.log.ErrorContext(ctx, "renewing this server's certificate", "role", role, "error", err)
+	}
 	for {
-		err := s.fleet.keeper.Run(ctx, renew, failed)
+		err := k.Run(ctx, renew, failed)
 		if ctx.Err() != nil {
 			return
 		}
 		failed(err) // the machine was paused, or its clock set: this server can sign another one
-		if err := s.replaceOwn(); err != nil {
+		if err := s.replaceOwn(k, role); err != nil {
 			failed(err)
 		}
 		select {
@@ -164,14 +168,14 @@ func (s *server) renewOwn(ctx context.Context) {
 }
 
 // replaceOwn signs another certificate of this server, also if its own has expired.
-func (s *server) replaceOwn() error {
-	request, err := s.fleet.keeper.Request()
+func (s *server) replaceOwn(k *pki.Keeper, role pki.Role) error {
+	request, err := k.Request()
 	if err != nil {
 		return err
 	}
-	chain, authorities, err := s.signOwn(s.fleet, request)
+	chain, authorities, err := s.signOwn(s.fleet, role, request)
 	if err != nil {
 		return err
 	}
-	return s.fleet.keeper.Replace(chain, authorities)
+	return k.Replace(chain, authorities)
 }

@@ -36,15 +36,16 @@ func (s *server) listen(ctx context.Context) error {
 	stopping, hangup := context.WithCancel(context.WithoutCancel(ctx))
 	defer hangup()
 	var hijacked sync.WaitGroup
+	relay := s.relay()
 	handler := api.New(api.Config{
 		Stopping: stopping, Hijacked: &hijacked,
 		Ports: s.ports, Names: names, Signer: portproxy.NewSigner(secret),
 		Rows: s.sandboxes, TemplateRows: s.templates, Sandboxes: s.sandboxes, Templates: s.templates,
 		Auth: s.auth, Events: s.events, Webhooks: s.webhooks, Nodes: s.nodes, Agent: s.node.Agents(),
 		Expect: s.db.Expect, Budget: s.budget, Ready: func() error { return s.db.Ping(ctx) }, Stored: s.stored,
-		Metrics: metrics, Registry: s.registry, Log: s.log, Version: s.version,
+		Metrics: metrics, Registry: s.registry, Log: s.log, Version: s.version, Relay: relay,
 	})
-	e2bHandler, err := s.openE2B(ctx, names, handler)
+	e2bHandler, err := s.openE2B(ctx, names, relay, handler)
 	if err != nil {
 		return errors.Join(err, listener.Close())
 	}
@@ -72,7 +73,7 @@ func (s *server) listen(ctx context.Context) error {
 	}
 	failed := make(chan error, 3)
 	go func() { failed <- servers[0].Serve(listener) }()
-	more, err := s.serveMore(work, &wg, metrics, failed)
+	more, err := s.serveMore(work, &wg, metrics, handler, failed)
 	servers = append(servers, more...)
 	if err != nil {
 		for _, srv := range servers {
@@ -96,13 +97,17 @@ func (s *server) listen(ctx context.Context) error {
 			_ = srv.Close() // what Shutdown could not wait for
 		}
 	}
+	if s.fleet != nil {
+		s.fleet.stop() // so that no call begins that waitFor does not know
+	}
 	waitFor(closing, &hijacked)
 	return nil
 }
 
-// serveMore serves the metrics and the calls of nodes on addresses of their own, if the settings name these. It returns
-// the servers that it has begun, also with an error. failed gets the errors with which their serving ends.
-func (s *server) serveMore(ctx context.Context, wg *sync.WaitGroup, metrics http.Handler,
+// serveMore serves the metrics and other machines on addresses of their own, if the settings name these. Calls that
+// other servers send go to handler. It returns the servers that it has begun, also with an error. failed gets the
+// errors with which their serving ends.
+func (s *server) serveMore(ctx context.Context, wg *sync.WaitGroup, metrics, handler http.Handler,
 	failed chan<- error) (all []*http.Server, err error) {
 	if s.cfg.MetricsListen != "" {
 		srv, err := s.serveMetrics(metrics, failed)
@@ -112,11 +117,7 @@ func (s *server) serveMore(ctx context.Context, wg *sync.WaitGroup, metrics http
 		all = append(all, srv)
 	}
 	if s.fleet != nil {
-		srv, err := s.serveFleet(ctx, wg, failed)
-		if err != nil {
-			return all, err
-		}
-		all = append(all, srv)
+		s.fleet.stop = s.serveFleet(ctx, wg, handler, failed)
 	}
 	return all, nil
 }
@@ -137,8 +138,31 @@ func (s *server) serveMetrics(metrics http.Handler, failed chan<- error) (*http.
 // runCore runs the work of the core rooms in goroutines of wg until ctx ends.
 func (s *server) runCore(ctx context.Context, wg *sync.WaitGroup) {
 	wg.Go(func() { s.sandboxes.Run(ctx) })
-	wg.Go(func() { _ = s.templates.Run(ctx) }) // returns nil
+	wg.Go(func() { s.build(ctx) })
 	wg.Go(func() { s.lead(ctx) })
+}
+
+// leadBuilds is the name of the lead of the server that builds the templates of a fleet.
+const leadBuilds = "builds"
+
+// build builds templates until ctx ends. In a fleet it does so while this server leads builds, and looks after the
+// server's images otherwise.
+func (s *server) build(ctx context.Context) {
+	if !inFleet(s.cfg) {
+		_ = s.templates.Run(ctx) // returns nil
+		return
+	}
+	var kept sync.WaitGroup
+	defer kept.Wait()
+	kept.Go(func() { s.templates.KeepUp(ctx) })
+	s.db.Lead(ctx, leadBuilds, s.instance, func(ctx context.Context) {
+		if err := s.templates.Register(ctx); err != nil {
+			s.log.ErrorContext(ctx, "beginning to build templates", "error", err)
+			return
+		}
+		s.log.InfoContext(ctx, "this server builds the templates of the fleet")
+		_ = s.templates.Run(ctx)
+	}, func(err error) { s.log.Warn("this server does not build templates, and will try again", "error", err) })
 }
 
 // lead does the work of which one of the servers with the same records does all, while this server leads and until ctx
@@ -181,7 +205,8 @@ func waitFor(ctx context.Context, wg *sync.WaitGroup) {
 
 // openE2B returns the handler for E2B's clients, which hands all other requests to next. It returns nil if the
 // API for them is turned off.
-func (s *server) openE2B(ctx context.Context, names portproxy.Names, next http.Handler) (*e2b.Handler, error) {
+func (s *server) openE2B(ctx context.Context, names portproxy.Names, relay *httpserver.Relay,
+	next http.Handler) (*e2b.Handler, error) {
 	if !s.cfg.E2B.Enabled {
 		return nil, nil
 	}
@@ -192,7 +217,7 @@ func (s *server) openE2B(ctx context.Context, names portproxy.Names, next http.H
 	return e2b.New(e2b.Config{Rows: s.sandboxes, TemplateRows: s.templates,
 		Sandboxes: s.sandboxes, Templates: s.templates, Auth: s.auth, Agent: s.node.Agents(),
 		Events: s.events, Webhooks: s.webhooks, Ports: s.ports, Samples: s.samples, Names: names, Secret: []byte(secret), Budget: s.budget, Log: s.log,
-		Registry: s.registry}, next), nil
+		Registry: s.registry, Relay: relay}, next), nil
 }
 
 // portNames returns the host names of ports: those of the operator's domain. With the domain "localhost" a server that

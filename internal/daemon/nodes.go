@@ -38,12 +38,22 @@ func (s *server) openNodes(ctx context.Context) error {
 	if err := unix.Sysinfo(&info); err != nil {
 		return fmt.Errorf("reading the machine's memory: %w", err)
 	}
+	if inFleet(s.cfg) {
+		about.Address = s.fleet.address
+	}
 	about.MemoryMB = int(info.Totalram * uint64(info.Unit) >> 20)
 	name := cmp.Or(s.cfg.Node.Name, fleet.NameOf(host))
 	err = s.nodes.Register(ctx, name, labels, about)
 	if fault.Is(err, fault.Conflict) && s.cfg.Node.Name == "" {
 		// Another machine has this host name. A host must not stop for a name that nobody chose.
 		err = s.nodes.Register(ctx, fleet.NameOf(s.instance+"-"+host), labels, about)
+	}
+	if err != nil || s.fleet == nil {
+		return err
+	}
+	s.openHub()
+	if inFleet(s.cfg) {
+		err = s.enroll(ctx)
 	}
 	return err
 }

@@ -18,7 +18,7 @@ import (
 	"github.com/cayhq/cay/internal/template"
 )
 
-// openTemplates opens the templates and registers the built-in ones.
+// openTemplates opens the templates, and registers the built-in ones of a server that is alone.
 func (s *server) openTemplates(ctx context.Context) (*template.Service, error) {
 	builtins, err := template.Builtins()
 	if err != nil {
@@ -32,7 +32,8 @@ func (s *server) openTemplates(ctx context.Context) (*template.Service, error) {
 	cfg := template.Config{Builtins: builtins, Prepare: s.cfg.Templates.Prepare, MaxDiskMB: s.cfg.Sandbox.MaxDiskMB,
 		MaxTemplates: s.cfg.Templates.MaxPerOrg, ContextLimit: int64(s.cfg.Build.ContextLimitMB) << 20,
 		ContextTotal: int64(s.cfg.Build.ContextsMB) << 20, Concurrent: s.cfg.Build.Concurrent, PerOrg: s.cfg.Build.PerOrg,
-		Timeout: time.Duration(s.cfg.Build.Timeout), MaxDisk: int64(s.cfg.Build.DiskMB) << 20, Observe: s.observeBuilds()}
+		Timeout: time.Duration(s.cfg.Build.Timeout), MaxDisk: int64(s.cfg.Build.DiskMB) << 20, Observe: s.observeBuilds(),
+		Shared: inFleet(s.cfg)}
 	for _, size := range s.cfg.Sandbox.Sizes {
 		cfg.Sizes = append(cfg.Sizes, size.Name)
 	}
@@ -42,6 +43,9 @@ func (s *server) openTemplates(ctx context.Context) (*template.Service, error) {
 		Context: buildkit.Limits{Bytes: int64(s.cfg.Build.ContextLimitMB) << 20}, MaxDisk: int64(s.cfg.Build.DiskMB) << 20})
 	templates := template.New(cfg, s.db, builder, s.contexts, s.db,
 		s.log.With(slog.String("room", "template")))
+	if inFleet(s.cfg) {
+		return templates, nil // the server that leads builds registers
+	}
 	return templates, templates.Register(ctx)
 }
 

@@ -60,7 +60,7 @@ func (s *Handler) servePort(w http.ResponseWriter, r *http.Request, sb sandbox.S
 		r.Header.Del(agentapi.TokenHeader)
 	}
 	if s.Relay.Away(r, sb.Holder.Node) {
-		return s.sendTraffic(w, r, sb, opts, to)
+		return s.sendTraffic(w, r, sb, to)
 	}
 	lease, err := s.lease(r.Context(), sb, opts, sandbox.ForPort)
 	if err != nil {

@@ -73,18 +73,14 @@ func (s *Handler) snapshotOrBuilder(r *http.Request) (node string, away bool, er
 }
 
 // sendTraffic sends a request that may pass to a sandbox to the node that has it.
-func (s *Handler) sendTraffic(w http.ResponseWriter, r *http.Request, sb sandbox.Sandbox, o options, to place) error {
-	if to.port == envdPort {
-		var stop func()
-		r, stop = s.untilHangup(r)
-		defer stop()
+func (s *Handler) sendTraffic(w http.ResponseWriter, r *http.Request, sb sandbox.Sandbox, to place) error {
+	r, stop := s.untilHangup(r, to.port != envdPort)
+	defer stop()
+	// The node decides by its row whether the sandbox wakes, which may be newer.
+	quota, err := s.quotaOf(r.Context(), sb)
+	if err != nil {
+		return err
 	}
-	passage := httpserver.Passage{Front: frontTraffic, Port: to.port, Shared: to.shared}
-	if o.resumes(sb) {
-		var err error
-		if passage.Quota, err = s.quotaOf(r.Context(), sb); err != nil {
-			return err
-		}
-	}
-	return s.Relay.Send(w, r, sb.Holder.Node, passage)
+	return s.Relay.Send(w, r, sb.Holder.Node,
+		httpserver.Passage{Front: frontTraffic, Port: to.port, Shared: to.shared, Quota: quota})
 }

@@ -86,7 +86,7 @@ func (s *Handler) traffic(w http.ResponseWriter, r *http.Request, to place) erro
 	}
 	if s.Relay.Away(r, sb.Holder.Node) {
 		r.Header.Del(agentapi.TokenHeader)
-		return s.sendTraffic(w, r, sb, opts, to)
+		return s.sendTraffic(w, r, sb, to)
 	}
 	lease, err := s.lease(r.Context(), sb, opts, useOf(r.URL.Path))
 	if err != nil {
@@ -165,7 +165,7 @@ func target(sb sandbox.Sandbox) agentapi.Target {
 // a later failure breaks the connection.
 func (s *Handler) forward(w http.ResponseWriter, r *http.Request, sb sandbox.Sandbox, to place) error {
 	var failed error
-	r, stop := s.untilHangup(r)
+	r, stop := s.untilHangup(r, false)
 	defer stop()
 	p := httputil.ReverseProxy{
 		Transport:     s.Agent.Transport(target(sb), procedures[r.URL.Path]),
@@ -220,10 +220,10 @@ func (s *Handler) forward(w http.ResponseWriter, r *http.Request, sb sandbox.San
 	return goneError(failed, to)
 }
 
-// untilHangup returns a request to the agent that ends with [Handler.Hangup] if it is for a stream. Call stop when it
-// is answered.
-func (s *Handler) untilHangup(r *http.Request) (_ *http.Request, stop func()) {
-	if !procedures[r.URL.Path] {
+// untilHangup returns a request that ends with [Handler.Hangup] if it may have no end of its own: one to the agent for
+// a stream, and, with port, one to a program. Call stop when it is answered.
+func (s *Handler) untilHangup(r *http.Request, port bool) (_ *http.Request, stop func()) {
+	if !port && !procedures[r.URL.Path] {
 		return r, func() {}
 	}
 	ctx, cancel := context.WithCancel(r.Context())
