@@ -89,6 +89,12 @@ func (s *server) listen(ctx context.Context) error {
 	case <-ctx.Done():
 	}
 	s.log.Info("shutting down; sandboxes go on running")
+	s.endServing(ctx, servers, &hijacked)
+	return nil
+}
+
+// endServing ends the servers, and waits for calls that have taken over their connection, until the shutdown timeout.
+func (s *server) endServing(ctx context.Context, servers []*http.Server, hijacked *sync.WaitGroup) {
 	closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Duration(s.cfg.ShutdownTimeout))
 	defer cancel()
 	for _, srv := range servers {
@@ -100,8 +106,7 @@ func (s *server) listen(ctx context.Context) error {
 	if s.fleet != nil {
 		s.fleet.stop() // so that no call begins that waitFor does not know
 	}
-	waitFor(closing, &hijacked)
-	return nil
+	waitFor(closing, hijacked)
 }
 
 // serveMore serves the metrics and other machines on addresses of their own, if the settings name these. Calls that

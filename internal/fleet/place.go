@@ -17,8 +17,8 @@ func (s *Service) Place(ctx context.Context) ([]ID, error) {
 	return order(all), nil
 }
 
-// order returns the ready nodes that other servers can reach, those with the fewest active sandboxes first. Creates that come at once see the same
-// rows, so equal nodes are shuffled.
+// order returns the ready nodes that other servers can reach, those with the fewest active sandboxes first. Creates
+// that come at once see the same rows, so equal nodes are shuffled.
 func order(all []Node) []ID {
 	ready := slices.DeleteFunc(slices.Clone(all), func(n Node) bool { return n.Status != Ready || n.Address == "" })
 	rand.Shuffle(len(ready), func(i, j int) { ready[i], ready[j] = ready[j], ready[i] })

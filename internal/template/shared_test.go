@@ -10,6 +10,32 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
+// lead has a server build until end is called.
+func lead(t *testing.T, s *Service) (end func()) {
+	t.Helper()
+	if err := s.Register(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- s.Run(ctx) }()
+	return func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// wantNoLead checks that a server leaves builds to others.
+func wantNoLead(t *testing.T, s *Service) {
+	t.Helper()
+	_, err := s.Create(t.Context(), me, of("mine", "x:1"), nil)
+	if f := fault.As(err); f == nil || f.Code != fault.CodeNotReady || f.RetryAfter == 0 {
+		t.Errorf("a create at a server that does not build: %v", err)
+	}
+}
+
 // TestOneServerBuilds has two servers with the same templates, of which one builds at a time.
 func TestOneServerBuilds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -19,32 +45,11 @@ func TestOneServerBuilds(t *testing.T) {
 			return New(Config{Builtins: []Definition{definition("python")}, Shared: true, Sizes: []string{"small"},
 				MaxDiskMB: 1000}, store, b, newShelf(), sandboxes{}, slog.New(slog.NewTextHandler(t.Output(), nil))), b
 		}
-		lead := func(s *Service) (end func()) {
-			if err := s.Register(t.Context()); err != nil {
-				t.Fatal(err)
-			}
-			ctx, cancel := context.WithCancel(t.Context())
-			done := make(chan error, 1)
-			go func() { done <- s.Run(ctx) }()
-			return func() {
-				cancel()
-				if err := <-done; err != nil {
-					t.Error(err)
-				}
-			}
-		}
 		first, firstBuilder := member()
 		second, secondBuilder := member()
-		wantRefused := func(s *Service) {
-			t.Helper()
-			_, err := s.Create(t.Context(), me, of("mine", "x:1"), nil)
-			if f := fault.As(err); f == nil || f.Code != fault.CodeNotReady || f.RetryAfter == 0 {
-				t.Errorf("a create at a server that does not build: %v", err)
-			}
-		}
-		wantRefused(first)
-		end := lead(first)
-		wantRefused(second)
+		wantNoLead(t, first)
+		end := lead(t, first)
+		wantNoLead(t, second)
 		if _, err := first.Create(t.Context(), me, of("mine", "x:1"), nil); err != nil {
 			t.Errorf("a create at the server that builds: %v", err)
 		}
@@ -89,9 +94,9 @@ func TestOneServerBuilds(t *testing.T) {
 		if f := fault.As(<-followed); f == nil || f.Code != fault.CodeNotReady {
 			t.Errorf("following a build of a server that does not build any more: %v", f)
 		}
-		wantRefused(first)
+		wantNoLead(t, first)
 		firstBuilder.take()
-		defer lead(second)()
+		defer lead(t, second)()
 		if _, err := second.Create(t.Context(), me, of("later", "x:2"), nil); err != nil {
 			t.Errorf("a create at the next server: %v", err)
 		}
