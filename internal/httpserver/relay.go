@@ -168,6 +168,9 @@ func (l *Relay) Place(w http.ResponseWriter, r *http.Request, limit int64, p Pas
 	if err != nil {
 		return nil, err
 	}
+	if len(nodes) == 0 && l.Self != "" {
+		nodes = []string{l.Self} // which says why it does not take the sandbox
+	}
 	again := *r
 	again.ContentLength, again.TransferEncoding = int64(len(body)), nil
 	again.GetBody = func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(body)), nil }

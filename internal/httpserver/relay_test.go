@@ -176,6 +176,7 @@ func TestOwnRefusalGoesOn(t *testing.T) {
 		want   string
 	}{
 		"full":            {[]string{"n0", "n1", "n2"}, full, 200, "n1 got body, offered true"},
+		"none":            {nil, full, 503, fault.CodeNoCapacity},
 		"full, the last":  {[]string{"n0"}, full, 503, fault.CodeNoCapacity},
 		"has it":          {[]string{"n0", "n1"}, fault.New(fault.Unavailable, fault.CodeElsewhere, "").On("n2"), 200, "n2 got body, offered false"},
 		"has it, is gone": {[]string{"n0", "n1"}, fault.New(fault.Unavailable, fault.CodeElsewhere, "").On("n9"), 503, fault.CodeNodeUnreachable},
