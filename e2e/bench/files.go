@@ -33,27 +33,35 @@ func measureFiles(ctx context.Context, o options, s *server, _ *docker, r *resul
 	if _, err := rand.Read(data); err != nil {
 		return err
 	}
-	const path = "/var/tmp/bench"
 	for range o.transfers() {
-		began := time.Now()
-		if err := s.api.WriteFile(ctx, id, path, bytes.NewReader(data), cay.WriteFileOptions{}); err != nil {
-			return fmt.Errorf("uploading: %w", err)
+		if err := s.transfer(ctx, id, data, fileUpload, fileDownload, r); err != nil {
+			return err
 		}
-		r.add(fileUpload, unitMBps, float64(len(data))/1e6/time.Since(began).Seconds())
-		began = time.Now()
-		n, err := s.download(ctx, id, path)
-		if err == nil && n != int64(len(data)) {
-			err = fmt.Errorf("got %d bytes of %d", n, len(data))
-		}
-		if err != nil {
-			return fmt.Errorf("downloading: %w", err)
-		}
-		r.add(fileDownload, unitMBps, float64(n)/1e6/time.Since(began).Seconds())
 	}
 	if err := s.measureListing(ctx, id, o.transfers(), r); err != nil {
 		return err
 	}
 	return s.api.DestroySandbox(ctx, id)
+}
+
+// transfer moves data in and out of a sandbox, and adds both as measurements of these names.
+func (s *server) transfer(ctx context.Context, id string, data []byte, upload, download string, r *results) error {
+	const path = "/var/tmp/bench"
+	began := time.Now()
+	if err := s.api.WriteFile(ctx, id, path, bytes.NewReader(data), cay.WriteFileOptions{}); err != nil {
+		return fmt.Errorf("uploading: %w", err)
+	}
+	r.add(upload, unitMBps, float64(len(data))/1e6/time.Since(began).Seconds())
+	began = time.Now()
+	n, err := s.download(ctx, id, path)
+	if err == nil && n != int64(len(data)) {
+		err = fmt.Errorf("got %d bytes of %d", n, len(data))
+	}
+	if err != nil {
+		return fmt.Errorf("downloading: %w", err)
+	}
+	r.add(download, unitMBps, float64(n)/1e6/time.Since(began).Seconds())
+	return nil
 }
 
 // measureListing lists a large directory through the API and with a program inside, in turn.

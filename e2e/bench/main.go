@@ -57,7 +57,7 @@ func main() {
 		"put the results into this Markdown `file`, between its lines <!-- run --> and <!-- /run -->")
 	flag.StringVar(&o.only, "only", "",
 		"measure this `part` alone: starts, commands, live, files, ports, rest, sleep, egress, builds, fork, pool, "+
-			"records, computesdk, load or dense; with -old: starts, which has commands and wakes too, or pool")
+			"records, fleet, computesdk, load or dense; with -old: starts, which has commands and wakes too, or pool")
 	flag.BoolVar(&quick, "quick", false, "few runs: shows that everything works, and little more")
 	serve := flag.String("serve", "", "be the server that ports are measured with, at `ADDRESS,ADDRESS`, and nothing else")
 	flag.Parse()
@@ -138,6 +138,7 @@ func bench(ctx context.Context, o options) (err error) {
 		{"fork", measureFork},
 		{"pool", measurePool},
 		{"records", measureRecords},
+		{"fleet", measureFleet},
 		{"computesdk", measureComputeSDK},
 		{"load", measureLoad},
 		{"dense", measureDense},

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"os"
 	"os/exec"
@@ -79,6 +80,9 @@ func startServer(ctx context.Context, program string, out *outside, env ...strin
 		return s, fmt.Errorf("waiting for the server: %w", err)
 	}
 	key, err := os.ReadFile(filepath.Join(s.dataDir(), "api-key"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return s, nil // another server of its fleet has it
+	}
 	if err != nil {
 		return s, err
 	}
