@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"io"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -119,6 +120,7 @@ func TestFleet(t *testing.T) {
 	f.linked(map[*server]string{f.a: onB, f.b: onA})
 	t.Run("calls", func(t *testing.T) { f.calls(t, onB) })
 	t.Run("persistent", f.persistent)
+	t.Run("E2B", f.e2b)
 	t.Run("snapshots", f.snapshots)
 	t.Run("builds", f.builds)
 	t.Run("killed", func(t *testing.T) { f.killed(t, onA, onB) })
@@ -191,6 +193,49 @@ func (f *fleetOfTwo) persistent(t *testing.T) {
 			t.Errorf("a sandbox of %s was %s and is %s", node, before, after)
 		}
 		through.destroy(id)
+	}
+}
+
+// e2b uses a sandbox of each machine through the other one, as E2B's clients do.
+func (f *fleetOfTwo) e2b(t *testing.T) {
+	key := f.a.e2bKey()
+	for node, through := range map[string]*server{"host-a": f.b, "host-b": f.a} {
+		id := strings.TrimPrefix(f.on(node, through, object{"mode": "persistent", "timeout": nil}), "sbx_")
+		connect := func() e2bSandbox {
+			status, body := through.e2bCall(key, "POST", "/v2/sandboxes/"+id+"/connect", `{"timeout":600}`)
+			if status != 200 && status != 201 {
+				t.Fatalf("connecting to a sandbox of %s: %d %s", node, status, body)
+			}
+			return e2bSandbox{through, id, text(body, "envdAccessToken")}
+		}
+		sandbox := connect()
+		const out = "aGkK" // "hi\n"
+		if got := sandbox.run("echo hi"); !strings.Contains(got, out) {
+			t.Errorf("a command in a sandbox of %s: %q", node, got)
+		}
+		if status, body := through.e2bCall(key, "POST", "/sandboxes/"+id+"/pause", ""); status != 204 {
+			t.Errorf("pausing a sandbox of %s: %d %s", node, status, body)
+		}
+		sandbox = connect()
+		if got := sandbox.run("echo hi"); !strings.Contains(got, out) {
+			t.Errorf("a command after the pause of a sandbox of %s: %q", node, got)
+		}
+		sandbox.token = "wrong"
+		resp, err := sandbox.start(t.Context(), http.DefaultClient, "true")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := resp.Body.Close(); err != nil || resp.StatusCode != 401 {
+			t.Errorf("with a wrong token: %d, %v", resp.StatusCode, err)
+		}
+		path := "/sandboxes/metrics?sandbox_ids=" + id
+		through.becomes("samples of another server's sandbox are read", func() bool {
+			status, body := through.e2bCall(key, "GET", path, "")
+			return status == 200 && strings.Contains(string(body), "cpuUsedPct")
+		})
+		if status, body := through.e2bCall(key, "DELETE", "/sandboxes/"+id, ""); status != 204 {
+			t.Errorf("killing a sandbox of %s: %d %s", node, status, body)
+		}
 	}
 }
 
