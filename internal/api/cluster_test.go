@@ -48,6 +48,9 @@ func newCluster(t *testing.T) *cluster {
 		t.Fatal(err)
 	}
 	c.db = c.open(url)
+	if _, err := c.db.JoinSession(t.Context(), false); err != nil { // else it writes nothing after the nodes have begun
+		t.Fatal(err)
+	}
 	keys := auth.New(c.db, auth.Config{Log: slog.New(slog.DiscardHandler)})
 	if _, err := keys.Bootstrap(t.Context(), func(secret string) error { c.key = secret; return nil }); err != nil {
 		t.Fatal(err)
