@@ -30,7 +30,7 @@ const (
 	// processes reach the kernel's limit before the guard has ended one.
 	reserve = 64 << 20
 	// bootMemory is the memory in bytes that a sandbox takes until its agent answers. With too little,
-	// Room admits sandboxes that leave less than Config.MinHostMemory.
+	// Reserve admits sandboxes that leave less than Config.MinHostMemory.
 	bootMemory = 64 << 20
 	// madeMemory is the memory in bytes that is kept for a sandbox which is being made beside another: what
 	// it has when its agent answers, and some for its first command. With less, sandboxes that are made at
@@ -118,9 +118,7 @@ func (n *Node) commandStep(b *instance, s sandbox.Start) []step {
 }
 
 // take registers the instance of a sandbox that has none on this machine and makes it step by
-// step. It calls undo when a step fails. It asks again whether the machine may have another sandbox,
-// since several callers may have been told of the same room. A pooled sandbox that is being prepared
-// keeps no other from being made: the pool gives way.
+// step. It calls undo when a step fails.
 func (n *Node) take(ctx context.Context, b *instance, steps []step, undo func(context.Context, sandbox.ID) error,
 ) error {
 	if err := n.admit(b); err != nil {
@@ -132,28 +130,6 @@ func (n *Node) take(ctx context.Context, b *instance, steps []step, undo func(co
 		n.mu.Unlock()
 	}()
 	return n.walk(ctx, b, steps, undo)
-}
-
-// admit registers an instance as one that is being made, if the machine has room for it. No other is
-// admitted between the look at the memory and the registration.
-func (n *Node) admit(b *instance) error {
-	n.admitting.Lock()
-	defer n.admitting.Unlock()
-	if err := n.memoryRoom(b.record.Shape.Size); err != nil {
-		return err
-	}
-	id := b.record.ID
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	if n.instances[id] != nil {
-		return fmt.Errorf("sandbox %s is on this machine already", id)
-	}
-	if err := n.roomLocked(b.record.Warm != ""); err != nil {
-		return err
-	}
-	n.instances[id] = b
-	n.booting++
-	return nil
 }
 
 // walk does the steps one after the other. It calls undo when one fails.

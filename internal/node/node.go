@@ -29,8 +29,6 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/cgroup"
 	"github.com/cayhq/cay/internal/checkpoint"
@@ -72,8 +70,8 @@ type Config struct {
 	// size. It must not wait.
 	Saved func(name string, bytes int64)
 
-	MaxSandboxes int // at this number Room refuses another
-	// MinHostMemory and MinDisk are the bytes that must stay free for the machine itself. Room refuses
+	MaxSandboxes int // at this number Reserve refuses another
+	// MinHostMemory and MinDisk are the bytes that must stay free for the machine itself. Reserve refuses
 	// a sandbox when less is free.
 	MinHostMemory, MinDisk int64
 	// FirstUID begins the range of [UIDs] user and group ids that sandboxes have on the host.
@@ -113,12 +111,19 @@ type Node struct {
 	// freeMemory returns how many bytes of memory the machine can give. Tests set it.
 	freeMemory func() (int64, error)
 
-	admitting sync.Mutex // held while the memory for another sandbox is looked at; taken before mu
+	admitting sync.Mutex // held from the look for room for another sandbox until it counts; taken before mu
 
 	mu sync.Mutex
 	// booting is the number of sandboxes whose steps are not done.
 	// +checklocks:mu
 	booting int
+	// reserved has the sandboxes for which room is kept and that have no instance yet, each with the number of its
+	// reservation.
+	// +checklocks:mu
+	reserved map[sandbox.ID]uint64
+	// reservations counts those that were made.
+	// +checklocks:mu
+	reservations uint64
 	// instances has all sandboxes with a directory.
 	// +checklocks:mu
 	instances map[sandbox.ID]*instance
@@ -153,7 +158,8 @@ func Open(cfg Config, slots *network.Network, images Images, log *slog.Logger) (
 		startSlots: newStartSlots(max(2, startsPerCPU*runtime.NumCPU())),
 		freeMemory: availableMemory,
 		lost:       make(chan sandbox.Observed), denials: make(chan sandbox.Denial, denialsHeld),
-		instances: map[sandbox.ID]*instance{}, verifications: map[string]*verification{}, guests: map[*network.Slot]*instance{}, uids: map[uint32]*instance{}}
+		reserved: map[sandbox.ID]uint64{}, instances: map[sandbox.ID]*instance{}, verifications: map[string]*verification{},
+		guests: map[*network.Slot]*instance{}, uids: map[uint32]*instance{}}
 	n.agents = agentapi.NewClient(func(ctx context.Context, id string) (net.Conn, error) {
 		return n.reach(ctx, sandbox.ID(id))
 	})
@@ -215,67 +221,6 @@ func (n *Node) Close() {
 	if n.moves != nil {
 		_ = n.moves.Close() // the end of this process closes it too
 	}
-}
-
-// retryRoom is the time after which a caller that found no room should try again. Sandboxes end all
-// the time, so it is short; a retry at once would find the machine as full.
-const retryRoom = 5 * time.Second
-
-// Room returns an error if the machine cannot take one more sandbox of the size now.
-func (n *Node) Room(_ context.Context, size sandbox.Size) error {
-	n.mu.Lock()
-	err := n.roomLocked(true)
-	n.mu.Unlock()
-	if err != nil {
-		return err
-	}
-	if err := n.memoryRoom(size); err != nil {
-		return err
-	}
-	var st unix.Statfs_t
-	if err := unix.Statfs(n.cfg.Dir, &st); err != nil {
-		return fmt.Errorf("looking at the free space below %s: %w", n.cfg.Dir, err)
-	}
-	if int64(st.Bavail)*st.Bsize < n.cfg.MinDisk {
-		return fault.New(fault.Unavailable, fault.CodeNoCapacity, "this machine's disk is full").After(retryRoom)
-	}
-	return nil
-}
-
-// memoryRoom returns an error if the machine has no memory for another sandbox beside those that are being
-// made. A new sandbox takes about 20 MB and grows to its size only if it uses that much, so this checks that
-// it can start without harm to the machine.
-func (n *Node) memoryRoom(size sandbox.Size) error {
-	n.mu.Lock()
-	booting := n.booting // before the look at the memory: one that ends now has taken what it takes
-	n.mu.Unlock()
-	free, err := n.freeMemory()
-	if err != nil {
-		return err
-	}
-	if free < n.cfg.MinHostMemory+bootMemory+int64(booting)*madeMemory {
-		return fault.New(fault.Unavailable, fault.CodeNoCapacity, "this machine has no memory for a sandbox of size %s",
-			size.Name).After(retryRoom)
-	}
-	return nil
-}
-
-// roomLocked returns an error if the machine has as many sandboxes as it may have. Pooled sandboxes
-// count only if pooled is set.
-//
-// +checklocks:n.mu
-func (n *Node) roomLocked(pooled bool) error {
-	count := 0
-	for _, b := range n.instances {
-		if pooled || b.record.Warm == "" {
-			count++
-		}
-	}
-	if count < n.cfg.MaxSandboxes {
-		return nil
-	}
-	return fault.New(fault.Unavailable, fault.CodeNoCapacity, "this machine has its %d sandboxes",
-		n.cfg.MaxSandboxes).After(retryRoom)
 }
 
 // Dial connects to the agent of a running sandbox.

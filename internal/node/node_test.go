@@ -340,7 +340,7 @@ func TestRoom(t *testing.T) {
 	} {
 		before := m.node.cfg
 		set(&m.node.cfg)
-		err := m.node.Room(m.ctx(), size)
+		_, err := m.node.Reserve(m.ctx(), sandbox.NewID(), size)
 		if e := fault.As(err); e == nil || e.Kind != fault.Unavailable || e.RetryAfter <= 0 {
 			t.Errorf("%s: got %v", name, err)
 		}
@@ -349,12 +349,17 @@ func TestRoom(t *testing.T) {
 }
 
 // TestMemoryIsGivenOnce makes more sandboxes at once than the machine has memory for: each of them counts
-// those that are being made.
+// those that are being made, and one that has a reservation only.
 func TestMemoryIsGivenOnce(t *testing.T) {
 	m := newMachine(t)
 	const fits, all = 3, 8
 	m.node.freeMemory = func() (int64, error) {
-		return m.node.cfg.MinHostMemory + bootMemory + (fits-1)*madeMemory, nil
+		return m.node.cfg.MinHostMemory + bootMemory + fits*madeMemory, nil
+	}
+	small := sandbox.Size{Name: "small"}
+	reserved, err := m.node.Reserve(m.ctx(), sandbox.NewID(), small)
+	if err != nil {
+		t.Fatal(err)
 	}
 	release, ends := make(chan struct{}), make(chan error, all)
 	var made []sandbox.ID
@@ -382,18 +387,20 @@ func TestMemoryIsGivenOnce(t *testing.T) {
 			t.Errorf("one too many gets %v", e)
 		}
 	}
-	if err := m.node.Room(m.ctx(), sandbox.Size{Name: "small"}); !fault.Is(err, fault.Unavailable) {
+	if _, err := m.node.Reserve(m.ctx(), sandbox.NewID(), small); !fault.Is(err, fault.Unavailable) {
 		t.Errorf("there is room beside them: %v", err)
 	}
 	close(release)
+	reserved()
 	for range fits {
 		if err := end(); err != nil {
 			t.Error(err)
 		}
 	}
-	if err := m.node.Room(m.ctx(), sandbox.Size{Name: "small"}); err != nil {
-		t.Errorf("when they are made: %v", err)
+	if reserved, err = m.node.Reserve(m.ctx(), sandbox.NewID(), small); err != nil {
+		t.Fatalf("when they are made: %v", err)
 	}
+	reserved()
 	for _, id := range made {
 		if err := m.node.Destroy(m.ctx(), id); err != nil {
 			t.Error(err)

@@ -2,7 +2,6 @@ package node
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -95,15 +94,4 @@ func (n *Node) Check(ctx context.Context, id sandbox.ID) error {
 		return fault.New(fault.Conflict, fault.CodeSandboxNotRunning, "sandbox %s does not run on this machine", id)
 	}
 	return n.agents.Health(ctx, b.target())
-}
-
-// Spare implements sandbox.Node.
-func (n *Node) Spare(context.Context) (int, error) {
-	free, err := n.freeMemory()
-	if err != nil {
-		return 0, errors.Join(errors.New("looking how many sandboxes the machine could take"), err)
-	}
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	return max(0, min(n.cfg.MaxSandboxes-len(n.instances), int((free-n.cfg.MinHostMemory)/bootMemory))), nil
 }

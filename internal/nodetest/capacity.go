@@ -2,6 +2,7 @@ package nodetest
 
 import (
 	"context"
+	"errors"
 
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/sandbox"
@@ -31,15 +32,49 @@ func (n *Fake) SetDiskFull(full bool) {
 	n.diskFull = full
 }
 
-// Room implements sandbox.Node.
-func (n *Fake) Room(context.Context, sandbox.Size) error {
+// Reserve implements sandbox.Node.
+func (n *Fake) Reserve(_ context.Context, id sandbox.ID, _ sandbox.Size) (release func(), err error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	return n.room(true)
+	if n.reserved[id] != nil {
+		return nil, errors.New("reserved twice")
+	}
+	if err := n.room(true); err != nil {
+		return nil, err
+	}
+	r := &reservation{id: id}
+	n.reserved[id] = r
+	return func() {
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		if n.reserved[id] == r {
+			delete(n.reserved, id)
+		}
+	}, nil
 }
 
-// room returns an error if there is no room for another sandbox. Pooled sandboxes take no room from
+// reservation holds the room for one sandbox.
+type reservation struct{ id sandbox.ID }
+
+// Reserved returns the number of reservations that no sandbox has taken over.
+func (n *Fake) Reserved() int {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return len(n.reserved)
+}
+
+// admit returns an error if there is no room for a sandbox that has no reservation. Pooled sandboxes take no room from
 // others unless pooled is set.
+//
+// +checklocks:n.mu
+func (n *Fake) admit(id sandbox.ID, pooled bool) error {
+	if n.reserved[id] != nil {
+		return nil
+	}
+	return n.room(pooled)
+}
+
+// room returns an error if there is no room for another sandbox, as for admit.
 //
 // +checklocks:n.mu
 func (n *Fake) room(pooled bool) error {
@@ -49,11 +84,11 @@ func (n *Fake) room(pooled bool) error {
 	return nil
 }
 
-// count returns the number of sandboxes that have an instance, or what is left of one.
+// count returns the number of reservations, and of sandboxes that have an instance, or what is left of one.
 //
 // +checklocks:n.mu
 func (n *Fake) count(pooled bool) int {
-	count := 0
+	count := len(n.reserved)
 	for _, h := range n.sandboxes {
 		if (h.Alive || h.Remains) && (pooled || !h.Warm) {
 			count++

@@ -60,6 +60,8 @@ func Contract(t *testing.T, open func(t *testing.T) Fixture) {
 		{"create and destroy", testCreate},
 		{"a create that fails", testCreateFails},
 		{"capacity", testCapacity},
+		{"reservations", testReserve},
+		{"reservations at once", testReserveAtOnce},
 		{"policy", testPolicy},
 		{"suspend and wake", testSuspend},
 		{"files alone", testFilesAlone},

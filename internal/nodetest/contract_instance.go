@@ -95,25 +95,12 @@ func (s *suite) makers() map[string]func(sandbox.Spec) error {
 
 func testCapacity(s *suite) {
 	defer s.SetMost(0)
-	wantRoom := func(room bool) {
-		s.Helper()
-		for range 2 { // neither makes a reservation
-			spare, err := s.Node.Spare(s.ctx())
-			if err != nil || (spare > 0) != room || spare < 0 {
-				s.Errorf("%d spare, %v, want room: %v", spare, err, room)
-			}
-			if err := s.Node.Room(s.ctx(), s.Spec().Size); room {
-				s.must(err)
-			} else {
-				s.wantNoCapacity(err)
-			}
-		}
-	}
+	wantRoom := s.wantRoom
 	wantRoom(true)
 	s.SetMost(1)
 	wantRoom(true)
 
-	// Callers that were told of the same room do not all get it.
+	// Without reservations, callers at once do not all get the same room.
 	made := s.createAtOnce(3)
 	if len(made) != 1 {
 		s.Fatalf("with room for one sandbox %d were made", len(made))

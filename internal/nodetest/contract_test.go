@@ -51,7 +51,8 @@ func TestFake(t *testing.T) {
 
 func TestContractCallsEveryMethod(t *testing.T) {
 	missing := caytest.Uncalled(t, reflect.TypeFor[sandbox.Node](), "s.Node",
-		"contract.go", "contract_instance.go", "contract_checkpoint.go", "contract_pool.go")
+		"contract.go", "contract_instance.go", "contract_checkpoint.go", "contract_pool.go",
+		"contract_capacity.go")
 	if missing != nil {
 		t.Errorf("the contract calls none of %q", missing)
 	}

@@ -53,6 +53,8 @@ type Fake struct {
 	// +checklocks:mu
 	sandboxes map[sandbox.ID]held // guarded by mu
 	// +checklocks:mu
+	reserved map[sandbox.ID]*reservation // guarded by mu
+	// +checklocks:mu
 	snapshots map[sandbox.SnapshotID]saved // guarded by mu
 	// +checklocks:mu
 	calls []string // "create sbx_…", in order; guarded by mu
@@ -85,7 +87,8 @@ type saved struct {
 // NewFake makes an empty node.
 func NewFake() *Fake {
 	return &Fake{lost: make(chan sandbox.Observed), denied: make(chan sandbox.Denial),
-		sandboxes: map[sandbox.ID]held{}, snapshots: map[sandbox.SnapshotID]saved{}}
+		sandboxes: map[sandbox.ID]held{}, reserved: map[sandbox.ID]*reservation{},
+		snapshots: map[sandbox.SnapshotID]saved{}}
 }
 
 // called records a call and runs its hook.

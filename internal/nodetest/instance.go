@@ -21,6 +21,7 @@ func (n *Fake) Create(ctx context.Context, spec sandbox.Spec) error {
 	if err == nil {
 		h.Egress = spec.Egress
 		n.sandboxes[spec.ID] = h
+		delete(n.reserved, spec.ID)
 	}
 	return err
 }
@@ -32,7 +33,7 @@ func (n *Fake) made(spec sandbox.Spec, pooled bool) (held, error) {
 	if _, there := n.sandboxes[spec.ID]; there {
 		return held{}, errors.New("made twice")
 	}
-	if err := n.room(pooled); err != nil {
+	if err := n.admit(spec.ID, pooled); err != nil {
 		return held{}, err
 	}
 	h := held{Observed: sandbox.Observed{ID: spec.ID, Run: spec.Run, Alive: true, Remains: true}}
@@ -75,7 +76,7 @@ func (n *Fake) Wake(ctx context.Context, spec sandbox.Spec) error {
 	case h.Checkpoint == nil:
 		return fault.New(fault.Internal, fault.CodeWakeFailed, "the sandbox has no recovery point")
 	}
-	if err := n.room(false); err != nil {
+	if err := n.admit(spec.ID, false); err != nil {
 		return err
 	}
 	if h.Checkpoint.Kept == sandbox.KeepFiles {
@@ -83,6 +84,7 @@ func (n *Fake) Wake(ctx context.Context, spec sandbox.Spec) error {
 			return err
 		}
 	}
+	delete(n.reserved, spec.ID)
 	n.sandboxes[spec.ID] = held{now: h.saved, saved: h.saved, Observed: sandbox.Observed{ID: spec.ID, Run: spec.Run,
 		Alive: true, Remains: true, Egress: spec.Egress, Checkpoint: h.Checkpoint}}
 	return nil

@@ -83,13 +83,14 @@ type making struct {
 // makeNew makes a new sandbox.
 func (s *Service) makeNew(ctx context.Context, c Caller, sbx Sandbox, m making) (Sandbox, error) {
 	// begin runs before the row exists, so that no other operation can start on a row that is found, and
-	// before room, so that the pool takes no room while the create waits for it.
+	// before reserve, so that the pool takes no room while the create waits for it.
 	op, _ := s.ops.begin(sbx.ID, opCreate)
 	if op == nil {
 		m.release()
 		return Sandbox{}, errClosing
 	}
-	if err := s.pool.room(ctx, sbx.Size); err != nil {
+	room, err := s.pool.reserve(ctx, sbx.ID, sbx.Size)
+	if err != nil {
 		m.release()
 		s.ops.finish(sbx.ID, op, nil, err)
 		return s.repeatedWithoutRoom(ctx, c, sbx, m, err)
@@ -98,6 +99,7 @@ func (s *Service) makeNew(ctx context.Context, c Caller, sbx Sandbox, m making) 
 	prior, found, err := s.store.Insert(ctx, sbx, c.Quota, m.once)
 	end()
 	if err != nil || found {
+		room.release()
 		m.release()
 		s.ops.finish(sbx.ID, op, nil, err)
 		if err != nil {
@@ -105,9 +107,11 @@ func (s *Service) makeNew(ctx context.Context, c Caller, sbx Sandbox, m making) 
 		}
 		return s.repeated(ctx, prior, m.wait)
 	}
+	room.settle()
 	s.observe(Event{SandboxID: sbx.ID, At: sbx.CreatedAt, To: Creating})
 	s.ops.do(ctx, sbx.ID, op, func(ctx context.Context) (any, error) {
 		defer m.release()
+		defer room.release()
 		return s.boot(ctx, sbx, m.spec, m.patience)
 	})
 	if !m.wait {

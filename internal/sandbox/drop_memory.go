@@ -18,10 +18,11 @@ func (s *Service) DropMemory(ctx context.Context, c Caller, id ID) (Sandbox, err
 		if sbx.State == Running || sbx.Kept == KeepFiles {
 			return sbx, nil
 		}
-		claimed, err := s.claimWake(ctx, c, sbx, runOptions{reason: string(Requested)})
+		claimed, room, err := s.claimWake(ctx, c, sbx, runOptions{reason: string(Requested)})
 		if err != nil {
 			return Sandbox{}, err
 		}
+		defer room.release()
 		return s.dropMemory(ctx, claimed)
 	})
 }

@@ -92,11 +92,14 @@ func (s *Service) saveFork(ctx context.Context, sbx Sandbox, f *fork) error {
 	if _, _, err := s.store.Admit(ctx, f.sandboxes[0], f.caller.Quota, Once{}); err != nil {
 		return err
 	}
-	if err := s.pool.room(ctx, sbx.Size); err != nil {
+	room, err := s.pool.reserve(ctx, f.sandboxes[0].ID, sbx.Size)
+	if err != nil {
 		return err
 	}
+	room.settle() // the children are made long after this
+	defer room.release()
 	f.release = s.snapshots.hold(f.from.ID)
-	_, err := s.snapshots.write(ctx, sbx, f.from.ID)
+	_, err = s.snapshots.write(ctx, sbx, f.from.ID)
 	forked := Event{SandboxID: sbx.ID, At: time.Now().UTC(), Reason: reasonForked,
 		Detail: fmt.Sprintf("%d asked for", f.request.Count)}
 	if err == nil {

@@ -60,11 +60,14 @@ type Node interface {
 	NodeObserver
 }
 
-// NodeCapacity tells how many sandboxes a machine can take.
+// NodeCapacity decides how many sandboxes a machine takes.
 type NodeCapacity interface {
-	// Room returns nil if a sandbox of the size could be made now, and otherwise Unavailable, code
-	// "no_capacity", with RetryAfter. It makes no reservation.
-	Room(ctx context.Context, size Size) error
+	// Reserve keeps room for a sandbox of the size, which counts like an instance until Create or Wake of that ID
+	// takes the room over, or release gives it back. The caller calls release in any case, after an error of Create
+	// or Wake too; it does nothing once the room was taken over or given back. Pooled sandboxes count. No room on
+	// the machine is Unavailable, code "no_capacity", with RetryAfter. A second reservation of the same ID is an
+	// error while the first one holds.
+	Reserve(ctx context.Context, id ID, size Size) (release func(), err error)
 	// Spare returns how many more sandboxes the machine's limit on their number and its memory allow,
 	// at least 0.
 	Spare(ctx context.Context) (int, error)
@@ -76,9 +79,10 @@ type NodeInstances interface {
 	// which it waits as long as the command's Patience. The policy is in force before any process of
 	// the sandbox runs, and the same holds for Wake. After an error nothing of the sandbox is left,
 	// except what the error reports as not undone. A sandbox with that ID which has an instance is an
-	// error, and stays as it is. No room on the machine is Unavailable, code "no_capacity", with
-	// RetryAfter; pooled sandboxes do not count, since they give way. A start command that fails is
-	// Conflict, code "start_failed", with a detail for the user.
+	// error, and stays as it is. Without a reservation of the ID, no room on the machine is Unavailable, code
+	// "no_capacity", with RetryAfter; pooled sandboxes do not count, since they give way. So is a machine that has
+	// more sandboxes to start than it can. A start command that fails is Conflict, code "start_failed", with a
+	// detail for the user.
 	//
 	// With spec.From the sandbox is not booted. It continues from that snapshot, with its processes,
 	// memory, files and listening sockets, as a sandbox of its own. Its environment (for later

@@ -87,6 +87,10 @@ type pool struct {
 	demands map[demandKey]*demand
 	// +checklocks:mu
 	counts PoolCounts
+
+	reserving sync.Mutex // held while room is reserved, so that who finds none knows of all that may be given back
+	// +checklocks:reserving
+	unsettled map[*room]struct{} // rooms of sandboxes that have no row yet
 }
 
 // poolNode has the calls that the pool makes to a machine.
@@ -109,7 +113,7 @@ func newPool(cfg Config, store PooledStore, node poolNode, templates Templates, 
 	handedOver func(context.Context, Sandbox)) *pool {
 	p := &pool{cfg: cfg, store: store, node: node, templates: templates, log: log,
 		handedOver: handedOver, work: make(chan struct{}, 1), cordon: &cordon{changed: make(chan struct{}, 1)},
-		ready: map[ID]ready{}, demands: map[demandKey]*demand{}}
+		ready: map[ID]ready{}, demands: map[demandKey]*demand{}, unsettled: map[*room]struct{}{}}
 	p.ops = newOperations(p.nudge)
 	return p
 }

@@ -124,10 +124,11 @@ func (s *Service) wake(ctx context.Context, c Caller, sbx Sandbox, u runOptions)
 	if sbx.State == Running {
 		return sbx, nil
 	}
-	claimed, err := s.claimWake(ctx, c, sbx, u)
+	claimed, room, err := s.claimWake(ctx, c, sbx, u)
 	if err != nil {
 		return Sandbox{}, err
 	}
+	defer room.release()
 	woken, err := s.restore(ctx, claimed, u.reason)
 	if err != nil {
 		return Sandbox{}, s.wakeFailed(ctx, claimed, err)
@@ -136,11 +137,12 @@ func (s *Service) wake(ctx context.Context, c Caller, sbx Sandbox, u runOptions)
 }
 
 // claimWake takes a suspended sandbox to waking, with a new run, if there is room for it; the caller
-// holds the operation.
-func (s *Service) claimWake(ctx context.Context, c Caller, sbx Sandbox, u runOptions) (Sandbox, error) {
+// holds the operation, and releases the room after it has called the machine.
+func (s *Service) claimWake(ctx context.Context, c Caller, sbx Sandbox, u runOptions) (Sandbox, *room, error) {
 	// Errors that concern only this caller leave the row unchanged.
-	if err := s.pool.room(ctx, sbx.Size); err != nil {
-		return Sandbox{}, err
+	room, err := s.pool.reserve(ctx, sbx.ID, sbx.Size)
+	if err != nil {
+		return Sandbox{}, nil, err
 	}
 	run, token := newSecret(10), newSecret(32)
 	claim := Change{ID: sbx.ID, From: []State{Suspended}, Run: sbx.Run, To: Waking, At: time.Now().UTC(),
@@ -148,7 +150,13 @@ func (s *Service) claimWake(ctx context.Context, c Caller, sbx Sandbox, u runOpt
 	if sbx.Mode == Ephemeral && u.timeout > 0 {
 		claim.Timeout = &u.timeout
 	}
-	return s.transition(ctx, claim)
+	claimed, err := s.transition(ctx, claim)
+	if err != nil {
+		room.release()
+		return Sandbox{}, nil, err
+	}
+	room.settle()
+	return claimed, room, nil
 }
 
 func (s *Service) wakeOnMachine(ctx context.Context, sbx Sandbox) error {
