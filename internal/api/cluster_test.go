@@ -150,9 +150,20 @@ func TestPlaced(t *testing.T) {
 			t.Errorf("a command on %s: %d %s", want, r.status, r.body)
 		}
 	}
+	c.nodes["n1"].OnFindImage = func(context.Context, string) error {
+		return fault.New(fault.Unavailable, fault.CodeImageUnavailable, "not here").After(5e9)
+	}
+	if _, node := c.create([]string{"n1", "n2"}, anyTemplate); node != "n2" {
+		t.Errorf("made on %s, which has no image", node)
+	}
+	c.refused([]string{"n1"}, fault.CodeImageUnavailable)
+	c.nodes["n1"].OnFindImage = nil
 	c.nodes["n1"].SetFull(true)
 	if _, node := c.create([]string{"n1", "n2"}, anyTemplate); node != "n2" {
 		t.Errorf("made on %s, which is full", node)
+	}
+	if list := as[SandboxList](t, 200, c.ask(c.replica, "GET", "/v1/sandboxes?limit=100", "")); len(list.Sandboxes) != 4 {
+		t.Errorf("the nodes that refused left sandboxes: %+v", list.Sandboxes)
 	}
 	if _, node := c.create([]string{"gone", "n2"}, anyTemplate); node != "n2" {
 		t.Errorf("made on %s", node)

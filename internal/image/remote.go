@@ -28,6 +28,8 @@ type Remote interface {
 	Offer(digest string)
 	// Fetch writes the copy of an image to an empty file and verifies it. It returns fs.ErrNotExist if there is none.
 	Fetch(ctx context.Context, digest string, f *os.File) error
+	// Find returns nil if there is a copy of an image, and fs.ErrNotExist if there is none.
+	Find(ctx context.Context, digest string) error
 	// Keep sets the digests of all images that are needed. Copies of others may be removed, and needed ones that have
 	// none are made.
 	Keep(digests []string)
@@ -76,6 +78,46 @@ func (s *Store) fetchRemote(ctx context.Context, digest string) error {
 	}
 	_, err = s.place(f, digest)
 	return err
+}
+
+// findPatience bounds how long Find waits for the Remote, which tries three times with pauses. With a shorter time an
+// unreachable one is found out when a sandbox has begun; with a longer one callers that need no answer wait.
+const findPatience = 5 * time.Second
+
+// Find returns nil if an image is here, being fetched or in the [Remote], or if that cannot be told within 5 seconds.
+// It neither reads nor fetches an image. It gives [ErrMissing] for an image that is nowhere, and
+// [ErrRemoteUnreachable] if the Remote does not answer.
+func (s *Store) Find(ctx context.Context, digest string) error {
+	if !isDigest(digest) {
+		return fmt.Errorf("%w: %.80q is not the name of one", ErrMissing, digest)
+	}
+	s.mu.Lock()
+	v := s.verified[digest]
+	here := v != nil && !v.over()
+	if !here {
+		_, err := os.Stat(s.file(digest))
+		here = err == nil
+	}
+	if here {
+		s.used[digest] = s.cfg.Now() // so that it is not evicted before the sandbox is made
+	}
+	s.mu.Unlock()
+	switch {
+	case here:
+		return nil
+	case s.remote == nil:
+		return fmt.Errorf("%w: %s", ErrMissing, digest)
+	}
+	ctx, cancel := context.WithTimeout(ctx, findPatience)
+	defer cancel()
+	err := s.remote.Find(ctx, digest)
+	switch {
+	case err == nil || ctx.Err() != nil:
+		return nil
+	case errors.Is(err, fs.ErrNotExist):
+		return fmt.Errorf("%w: %s: %w", ErrMissing, digest, err)
+	}
+	return fmt.Errorf("%w: %s: %w", ErrRemoteUnreachable, digest, err)
 }
 
 // Hits returns how often an image was used that was here already.

@@ -93,6 +93,12 @@ func TestRemote(t *testing.T) {
 	if _, err := other.Path(t.Context(), missing); !errors.Is(err, ErrMissing) {
 		t.Errorf("an image that was never built: %v", err)
 	}
+	for digest, want := range map[string]error{img.Digest: nil, missing: ErrMissing, "../x": ErrMissing} {
+		finder, finds := mirrored(t, b, 0, nil)
+		if err := finder.Find(t.Context(), digest); !errors.Is(err, want) || finds.Counts().Fetches != 0 {
+			t.Errorf("finding %s gives %v, want %v, and fetches %d", digest, err, want, finds.Counts().Fetches)
+		}
+	}
 	leftovers(t, other)
 
 	// A damaged local file is replaced by the copy.
@@ -136,6 +142,14 @@ func TestRemoteAway(t *testing.T) {
 	_, err = s.Path(t.Context(), missing)
 	if !errors.Is(err, ErrRemoteUnreachable) || errors.Is(err, ErrMissing) || errors.Is(err, ErrCorrupt) {
 		t.Errorf("an image that may be in the bucket: %v", err)
+	}
+	began := time.Now()
+	err = s.Find(t.Context(), missing)
+	if !errors.Is(err, ErrRemoteUnreachable) || errors.Is(err, ErrMissing) || time.Since(began) > findPatience {
+		t.Errorf("after %v an image that may be in the bucket is found with %v", time.Since(began), err)
+	}
+	if err := s.Find(t.Context(), img.Digest); err != nil {
+		t.Errorf("an image that is here is found with %v", err)
 	}
 	leftovers(t, s)
 }
@@ -228,15 +242,61 @@ func TestRemoteEviction(t *testing.T) {
 	}
 }
 
-// slow is a Remote that takes a time to fetch an image, which it has.
+// TestFindWithoutRemote looks for images in a store without a Remote.
+func TestFindWithoutRemote(t *testing.T) {
+	s := openStore(t)
+	img, _ := someImage(t, newHub(t), s, "1")
+	if err := s.Find(t.Context(), img.Digest); err != nil {
+		t.Errorf("an image that is here: %v", err)
+	}
+	if err := s.Find(t.Context(), hashOf([]byte("never built")).Hex); !errors.Is(err, ErrMissing) {
+		t.Errorf("an image that was never built: %v", err)
+	}
+}
+
+// TestFindWaitsForLittle looks for an image in a Remote that does not answer, and again while it is fetched from
+// there.
+func TestFindWaitsForLittle(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, r, digest := slowly(t, time.Hour)
+		r.answers = time.Hour
+		for _, want := range []time.Duration{findPatience, 0} {
+			began := time.Now()
+			if err := s.Find(t.Context(), digest); err != nil || time.Since(began) != want {
+				t.Errorf("found with %v after %v, want no error after %v", err, time.Since(began), want)
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			defer cancel()
+			if _, err := s.Path(ctx, digest); !errors.Is(err, ErrUnderway) {
+				t.Errorf("fetched with %v", err)
+			}
+		}
+		if n := r.fetches.Load(); n != 1 {
+			t.Errorf("%d fetches, want 1", n)
+		}
+	})
+}
+
+// slow is a Remote that takes a time to fetch an image, which it has, and to say that it has it.
 type slow struct {
 	takes   time.Duration
+	answers time.Duration
 	content string
 	fetches atomic.Int32
 }
 
 func (r *slow) Offer(string)  {}
 func (r *slow) Keep([]string) {}
+
+// Find implements [Remote].
+func (r *slow) Find(ctx context.Context, _ string) error {
+	select {
+	case <-time.After(r.answers):
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
 
 // Fetch implements [Remote].
 func (r *slow) Fetch(ctx context.Context, _ string, f *os.File) error {

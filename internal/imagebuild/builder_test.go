@@ -3,6 +3,7 @@ package imagebuild
 import (
 	"context"
 	"errors"
+	"io/fs"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
@@ -192,5 +193,37 @@ func TestCreateDuringFetch(t *testing.T) {
 	}
 	if !slices.Equal(rechecked, []string{digest}) {
 		t.Errorf("checked are %v, want the image", rechecked)
+	}
+	if err := roots.Find(t.Context(), digest); err != nil {
+		t.Errorf("an image that is being fetched is found with %v", err)
+	}
+}
+
+// gone is an image.Remote that has no image, or does not answer.
+type gone struct {
+	image.Remote
+	err error
+}
+
+func (g gone) Find(context.Context, string) error { return g.err }
+
+// TestFindRefuses looks for images that no sandbox can have now. A missing one is checked, so that it is built again.
+func TestFindRefuses(t *testing.T) {
+	for err, checked := range map[error]int{fs.ErrNotExist: 1, errors.New("no route"): 0} {
+		store, openErr := image.Open(image.Config{Dir: t.TempDir()}, slog.New(slog.DiscardHandler))
+		if openErr != nil {
+			t.Fatal(openErr)
+		}
+		defer store.Close()
+		store.UseRemote(gone{err: err}, nil)
+		var rechecked []string
+		roots := RootFS{Images: store, Recheck: func(image string) { rechecked = append(rechecked, image) }}
+		f := fault.As(roots.Find(t.Context(), strings.Repeat("0", 64)))
+		if f == nil || f.Kind != fault.Unavailable || f.Code != fault.CodeImageUnavailable || f.RetryAfter == 0 {
+			t.Errorf("%v gives %v, want %s", err, f, fault.CodeImageUnavailable)
+		}
+		if len(rechecked) != checked {
+			t.Errorf("after %v the images %v are checked, want %d", err, rechecked, checked)
+		}
 	}
 }

@@ -46,6 +46,8 @@ const AgentPort = 49983
 type Images interface {
 	// Path returns the verified EROFS file with that content hash.
 	Path(ctx context.Context, digest string) (string, error)
+	// Find returns the error that Path is known to give, without reading or fetching the file.
+	Find(ctx context.Context, digest string) error
 }
 
 // Config says where a Node keeps its files and how many sandboxes it takes.

@@ -33,6 +33,11 @@ func (i oneImage) Path(_ context.Context, digest string) (string, error) {
 	return i.path, nil
 }
 
+func (i oneImage) Find(ctx context.Context, digest string) error {
+	_, err := i.Path(ctx, digest)
+	return err
+}
+
 // makeImage builds the root file system of a oneImage.
 func makeImage(t *testing.T) oneImage {
 	t.Helper()

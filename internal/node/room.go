@@ -40,6 +40,9 @@ func (n *Node) Reserve(_ context.Context, id sandbox.ID, size sandbox.Size) (rel
 	}, nil
 }
 
+// FindImage implements sandbox.Node.
+func (n *Node) FindImage(ctx context.Context, image string) error { return n.images.Find(ctx, image) }
+
 // room returns an error if the machine cannot take one more sandbox of the size now.
 //
 // +checklocks:n.admitting

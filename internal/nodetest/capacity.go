@@ -53,6 +53,14 @@ func (n *Fake) Reserve(_ context.Context, id sandbox.ID, _ sandbox.Size) (releas
 	}, nil
 }
 
+// FindImage implements sandbox.Node.
+func (n *Fake) FindImage(ctx context.Context, image string) error {
+	if n.OnFindImage == nil {
+		return nil
+	}
+	return n.OnFindImage(ctx, image)
+}
+
 // reservation holds the room for one sandbox.
 type reservation struct{ id sandbox.ID }
 

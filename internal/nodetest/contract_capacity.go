@@ -40,6 +40,7 @@ func testReserve(s *suite) {
 	defer s.SetMost(0)
 	s.SetMost(1)
 	spec := s.Spec()
+	s.must(s.Node.FindImage(s.ctx(), spec.Image))
 	release := s.reserve(spec)
 	s.wantRoom(false)
 	s.wantGone(spec.ID)

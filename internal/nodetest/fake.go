@@ -26,6 +26,7 @@ type Fake struct {
 	OnDestroy    func(ctx context.Context, id sandbox.ID) error
 	OnSuspend    func(ctx context.Context, id sandbox.ID) error
 	OnCheckpoint func(ctx context.Context, id sandbox.ID) error
+	OnFindImage  func(ctx context.Context, image string) error
 	OnPrepare    func(ctx context.Context, spec sandbox.Spec) error
 	OnClaim      func(ctx context.Context, spec sandbox.Spec) error // an error ends the pooled sandbox
 	OnCheck      func(ctx context.Context, id sandbox.ID) error     // for a sandbox that runs

@@ -302,6 +302,15 @@ func (m *Mirror) Fetch(ctx context.Context, name string, to *os.File) error {
 	return fmt.Errorf("%w: %w", ErrUnreachable, err)
 }
 
+// Find returns nil if the bucket has a file, and fs.ErrNotExist if it has not. The object may be damaged.
+func (m *Mirror) Find(ctx context.Context, name string) error {
+	if _, err := ParseSum(name); err != nil {
+		return fmt.Errorf("%w: %w", fs.ErrNotExist, err)
+	}
+	_, err := m.cfg.Transfer.bucket.Stat(ctx, m.key(name))
+	return err
+}
+
 // Counts describes the work of a mirror.
 type Counts struct {
 	Waiting      int           // files that are not uploaded yet

@@ -89,7 +89,7 @@ func (s *Service) makeNew(ctx context.Context, c Caller, sbx Sandbox, m making) 
 		m.release()
 		return Sandbox{}, errClosing
 	}
-	room, err := s.pool.reserve(ctx, sbx.ID, sbx.Size)
+	room, err := s.pool.reserve(ctx, sbx)
 	if err != nil {
 		m.release()
 		s.ops.finish(sbx.ID, op, nil, err)

@@ -92,7 +92,7 @@ func (s *Service) saveFork(ctx context.Context, sbx Sandbox, f *fork) error {
 	if _, _, err := s.store.Admit(ctx, f.sandboxes[0], f.caller.Quota, Once{}); err != nil {
 		return err
 	}
-	room, err := s.pool.reserve(ctx, f.sandboxes[0].ID, sbx.Size)
+	room, err := s.pool.reserve(ctx, f.sandboxes[0])
 	if err != nil {
 		return err
 	}

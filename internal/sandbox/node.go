@@ -68,6 +68,10 @@ type NodeCapacity interface {
 	// the machine is Unavailable, code "no_capacity", with RetryAfter. A second reservation of the same ID is an
 	// error while the first one holds.
 	Reserve(ctx context.Context, id ID, size Size) (release func(), err error)
+	// FindImage returns nil if the image is on the machine, or may be fetched when a sandbox is made. It fetches
+	// nothing, and waits for 5 seconds at most to learn it. Otherwise it returns Unavailable, code
+	// "image_unavailable", with RetryAfter.
+	FindImage(ctx context.Context, image string) error
 	// Spare returns how many more sandboxes the machine's limit on their number and its memory allow,
 	// at least 0.
 	Spare(ctx context.Context) (int, error)

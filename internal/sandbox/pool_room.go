@@ -36,11 +36,24 @@ func (r *room) release() {
 	r.settle()
 }
 
-// reserve keeps room on the machine for one more sandbox, unless the machine is cordoned. The caller calls settle once
-// the row is written, and release in any case. reserve evicts pooled sandboxes, cancels preparations, and waits for
-// sandboxes that are being removed. It also waits for rooms without a row: a create that repeats another or exceeds a
-// quota gives its room back at once.
-func (p *pool) reserve(ctx context.Context, id ID, size Size) (*room, error) {
+// reserve keeps room on the machine for one more sandbox, unless the machine is cordoned or cannot have its image. The
+// caller calls settle once the row is written, and release in any case.
+func (p *pool) reserve(ctx context.Context, sbx Sandbox) (*room, error) {
+	r, err := p.reserveRoom(ctx, sbx.ID, sbx.Size)
+	if err != nil {
+		return nil, err
+	}
+	if err := p.node.FindImage(ctx, sbx.Image); err != nil {
+		r.release()
+		return nil, err
+	}
+	return r, nil
+}
+
+// reserveRoom reserves room as reserve does. It evicts pooled sandboxes, cancels preparations, and waits for sandboxes
+// that are being removed. It also waits for rooms without a row: a create that repeats another or exceeds a quota gives
+// its room back at once.
+func (p *pool) reserveRoom(ctx context.Context, id ID, size Size) (*room, error) {
 	if p.cordon.on.Load() {
 		return nil, errCordoned
 	}

@@ -223,3 +223,57 @@ func TestWakesTakeTheLastRoom(t *testing.T) {
 	})
 }
 
+// TestNoImageLeavesNothing asks for sandboxes whose image the machine cannot have now.
+func TestNoImageLeavesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newFixture(t)
+		ctx := context.Background()
+		once := sandbox.Once{Key: "k", Hash: "h"}
+		first, err := h.Create(ctx, h.caller(), sandbox.Request{Template: "python"}, once, true)
+		if err != nil {
+			t.Fatal(err)
+		}
+		snap, err := h.SaveSnapshot(ctx, org, first.ID, "taken")
+		if err != nil {
+			t.Fatal(err)
+		}
+		asleep := h.suspended()
+		event, calls := h.latest(asleep), len(h.node.Calls())
+		h.node.OnFindImage = func(_ context.Context, image string) error {
+			if image != first.Image {
+				t.Errorf("asked for the image %q, want %q", image, first.Image)
+			}
+			return fault.New(fault.Unavailable, "image_unavailable", "away").After(time.Second)
+		}
+		for name, call := range map[string]func() error{
+			"create": func() error { _, err := h.create(sandbox.Request{}); return err },
+			"create at once": func() error {
+				_, err := h.Create(ctx, h.caller(), sandbox.Request{Template: "python"}, sandbox.Once{}, false)
+				return err
+			},
+			"create with a key": func() error {
+				_, err := h.Create(ctx, h.caller(), sandbox.Request{Template: "python"}, sandbox.Once{Key: "l", Hash: "h"}, true)
+				return err
+			},
+			"restore": func() error { _, err := h.create(sandbox.Request{Snapshot: string(snap.ID)}); return err },
+			"fork":    func() error { _, err := h.Fork(ctx, h.caller(), first.ID, sandbox.ForkRequest{}); return err },
+			"wake":    func() error { _, err := h.Wake(ctx, h.caller(), asleep); return err },
+		} {
+			t.Log(name)
+			wantCode(t, call(), fault.Unavailable, "image_unavailable")
+		}
+		again, err := h.Create(ctx, h.caller(), sandbox.Request{Template: "python"}, once, true)
+		if err != nil || again.ID != first.ID {
+			t.Errorf("a repeated create gave %s, %v, not %s", again.ID, err, first.ID)
+		}
+		h.wantNothingElse(2)
+		if e := h.latest(asleep); e != event {
+			t.Errorf("the wake leaves the event %+v", e)
+		}
+		if n := len(h.node.Calls()) - calls; n != 0 {
+			t.Errorf("the machine was called %d times", n)
+		}
+		h.node.OnFindImage = nil
+		h.mustWake(asleep)
+	})
+}

@@ -140,7 +140,7 @@ func (s *Service) wake(ctx context.Context, c Caller, sbx Sandbox, u runOptions)
 // holds the operation, and releases the room after it has called the machine.
 func (s *Service) claimWake(ctx context.Context, c Caller, sbx Sandbox, u runOptions) (Sandbox, *room, error) {
 	// Errors that concern only this caller leave the row unchanged.
-	room, err := s.pool.reserve(ctx, sbx.ID, sbx.Size)
+	room, err := s.pool.reserve(ctx, sbx)
 	if err != nil {
 		return Sandbox{}, nil, err
 	}
