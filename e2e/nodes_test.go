@@ -137,7 +137,7 @@ func (s *server) joins(url string) (speaks, leaves func()) {
 		if err != nil {
 			s.t.Errorf("renewing: %v", err)
 		}
-		if _, err := client.Beat(context.Background(), session); err != nil {
+		if _, err := client.Beat(context.Background(), session, fleet.Load{}); err != nil {
 			s.t.Errorf("a beat: %v", err)
 		}
 	}
@@ -146,7 +146,7 @@ func (s *server) joins(url string) (speaks, leaves func()) {
 		if out, errors, code := s.cli("", "nodes", "remove", "host-2"); code != 0 {
 			s.t.Errorf("cay nodes remove: %d\n%s%s", code, out, errors)
 		}
-		if _, err := client.Beat(context.Background(), session); err == nil {
+		if _, err := client.Beat(context.Background(), session, fleet.Load{}); err == nil {
 			s.t.Error("a machine that was removed may speak")
 		}
 	}

@@ -20,13 +20,14 @@ import (
 
 // cluster has two nodes with the same records in PostgreSQL, and a replica that forwards to them.
 type cluster struct {
-	t       *testing.T
-	db      *store.DB // of the replica
-	key     string
-	nodes   map[string]*nodetest.Fake
-	servers map[string]*server
-	order   []string // in which new sandboxes are offered to nodes
-	replica http.Handler
+	t        *testing.T
+	db       *store.DB // of the replica
+	key      string
+	nodes    map[string]*nodetest.Fake
+	servers  map[string]*server
+	order    []string // in which new sandboxes are offered to nodes
+	memoryMB int      // of the size of the latest create, as the replica knew it
+	replica  http.Handler
 }
 
 var settingsOfTwo = sandbox.Config{Sizes: []sandbox.Size{{Name: "small", VCPUs: 1, MemoryMB: 512}},
@@ -79,7 +80,7 @@ func newCluster(t *testing.T) *cluster {
 		handlers[id] = c.servers[id]
 	}
 	cfg.Relay = &httpserver.Relay{Forwarder: nodetest.Linked(t, handlers),
-		Nodes: func(context.Context) ([]string, error) { return c.order, nil }}
+		Nodes: func(_ context.Context, memoryMB int) ([]string, error) { c.memoryMB = memoryMB; return c.order, nil }}
 	c.replica = withoutMachine(cfg, sandbox.NewRows(settingsOfTwo, c.db), template.NewReader(c.db))
 	t.Cleanup(func() {
 		if err := keys.Close(context.WithoutCancel(t.Context())); err != nil {
@@ -146,6 +147,9 @@ func TestPlaced(t *testing.T) {
 		if node != want {
 			t.Errorf("offered to %s first, made on %s", want, node)
 		}
+		if c.memoryMB != 0 {
+			t.Errorf("a create without a size is placed for %d MiB", c.memoryMB)
+		}
 		if r := c.ask(c.replica, "POST", "/v1/sandboxes/"+id+"/execute", `{"command":"true"}`); r.status != 200 {
 			t.Errorf("a command on %s: %d %s", want, r.status, r.body)
 		}
@@ -181,6 +185,9 @@ func TestPlaced(t *testing.T) {
 	c.nodes["n2"].SetFull(false)
 	if r := c.ask(c.replica, "POST", "/v1/sandboxes", `{"size":"x"}`); r.status != 400 {
 		t.Errorf("a wrong size: %d %s", r.status, r.body)
+	}
+	if c.create([]string{"n2"}, `{"template":"python","size":"small"}`); c.memoryMB != 512 {
+		t.Errorf("a create of the size small is placed for %d MiB, want 512", c.memoryMB)
 	}
 }
 

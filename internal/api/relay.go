@@ -26,7 +26,7 @@ func (s *server) relay(w http.ResponseWriter, r *http.Request, route access, id 
 	}
 	passage := httpserver.Passage{Front: frontAPI}
 	if route.at == placed {
-		here, err := s.Relay.Place(w, r, maxBody, passage)
+		here, err := s.Relay.Place(w, r, maxBody, passage, s.memoryOf)
 		if err != nil {
 			s.fail(w, r, err)
 		}
@@ -56,6 +56,22 @@ func (s *server) relay(w http.ResponseWriter, r *http.Request, route access, id 
 		s.fail(w, r, err)
 	}
 	return nil
+}
+
+// memoryOf returns the memory in MiB of the size that a create names, 0 if it names none. A node judges all else.
+func (s *server) memoryOf(body []byte) int {
+	var r struct {
+		Size string `json:"size"`
+	}
+	if json.Unmarshal(body, &r) != nil {
+		return 0
+	}
+	for _, size := range s.Rows.Sizes() {
+		if size.Name == r.Size {
+			return size.MemoryMB
+		}
+	}
+	return 0
 }
 
 // serverOf returns the node that does a call, and whether that is another server.
@@ -97,7 +113,7 @@ func (s *server) withPoolsOfOthers(r *http.Request, pool []PoolEntry) ([]PoolEnt
 	if !s.Relay.Forwards(r) {
 		return pool, nil
 	}
-	nodes, err := s.Relay.Nodes(r.Context())
+	nodes, err := s.Relay.Nodes(r.Context(), 0)
 	if err != nil {
 		return nil, err
 	}

@@ -125,8 +125,10 @@ func (s *server) followFleet(ctx context.Context) {
 		failing[what] = err != nil
 	}
 	beat := func(ctx context.Context) error {
-		_, err := s.nodes.Beat(ctx, who, s.fleet.session)
-		return err
+		load, unknown := s.node.Load() // a node that does not know its load comes last, and keeps its lease
+		_, err := s.nodes.Beat(ctx, who, s.fleet.session, fleet.Load{MemoryFreeMB: int(load.MemoryFree >> 20),
+			Sandboxes: load.Sandboxes, Starting: load.Starting})
+		return errors.Join(err, unknown)
 	}
 	looks, beats := time.NewTicker(lookEvery), time.NewTicker(beatEvery)
 	defer looks.Stop()

@@ -37,7 +37,7 @@ func (s *Handler) relay(w http.ResponseWriter, r *http.Request, at location) (he
 	node, away := "", false
 	switch at {
 	case placed:
-		return s.Relay.Place(w, r, maxBody, passage)
+		return s.Relay.Place(w, r, maxBody, passage, nil) // these requests name no size
 	case builder:
 		node, away, err = s.Relay.BuilderAway(r)
 	case holder:

@@ -39,6 +39,7 @@ type Node struct {
 	// Session is the node's newest, with the times of its lease; all are zero without one.
 	Session            string
 	SeenAt, LeaseUntil time.Time
+	Load               Load // at SeenAt; zero in a session that has not said it
 
 	Sandboxes int // that are not over
 	Active    int // of these, not suspended
@@ -54,6 +55,13 @@ type About struct {
 	MaxSandboxes int    `json:"max_sandboxes"` // the operator's limit
 	// Address is the host:port at which other servers reach this one, if it forwards calls; "" if it does not.
 	Address string `json:"address,omitempty"`
+}
+
+// Load holds what a node says about its machine now and then. No number is negative.
+type Load struct {
+	MemoryFreeMB int // MiB that sandboxes may take, beyond what the operator lets the machine keep
+	Sandboxes    int // on the machine, with those that are being made and without pooled ones
+	Starting     int // being made, pooled ones too
 }
 
 // Status says what can be expected of a node. It follows from its row and the time.

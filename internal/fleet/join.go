@@ -75,9 +75,9 @@ type JoinStore interface {
 	// BeginLease begins a session of a node, for which CheckNode holds. It returns a Conflict, code "node_in_use", while
 	// the lease of another session holds.
 	BeginLease(ctx context.Context, id ID, keySum, session string, lease time.Duration) (Node, error)
-	// ExtendLease extends the lease of a node's session. It returns Denied, code "node_refused", if CheckNode does or the
-	// node's session is another one.
-	ExtendLease(ctx context.Context, id ID, keySum, session string, lease time.Duration) (Node, error)
+	// ExtendLease extends the lease of a node's session, and writes what the node says about its machine. It returns
+	// Denied, code "node_refused", if CheckNode does or the node's session is another one.
+	ExtendLease(ctx context.Context, id ID, keySum, session string, lease time.Duration, load Load) (Node, error)
 	// EndLease ends the session of a node, so that another one can begin at once. Its errors are those of ExtendLease.
 	EndLease(ctx context.Context, id ID, keySum, session string) error
 	// RemoveNode removes a node, found as by GetNode, with its session. It returns a Conflict, code "node_in_use", while

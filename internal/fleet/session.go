@@ -103,9 +103,13 @@ func (s *Service) Begin(ctx context.Context, who Identity, session string) (Leas
 	return s.lease(ctx, who, session, s.store.BeginLease)
 }
 
-// Beat extends the lease of a node's session and returns the node's orders.
-func (s *Service) Beat(ctx context.Context, who Identity, session string) (Lease, error) {
-	return s.lease(ctx, who, session, s.store.ExtendLease)
+// Beat extends the lease of a node's session, with what the node says about its machine, and returns the node's orders.
+func (s *Service) Beat(ctx context.Context, who Identity, session string, load Load) (Lease, error) {
+	load = Load{max(0, load.MemoryFreeMB), max(0, load.Sandboxes), max(0, load.Starting)}
+	extend := func(ctx context.Context, id ID, keySum, session string, lease time.Duration) (Node, error) {
+		return s.store.ExtendLease(ctx, id, keySum, session, lease, load)
+	}
+	return s.lease(ctx, who, session, extend)
 }
 
 func (s *Service) lease(ctx context.Context, who Identity, session string,

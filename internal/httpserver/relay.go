@@ -33,8 +33,8 @@ const (
 type Relay struct {
 	Self      string // the node of this process; "" if it has none
 	Forwarder *Forwarder
-	// Nodes returns nodes that may take a new sandbox, the best first.
-	Nodes func(ctx context.Context) ([]string, error)
+	// Nodes returns nodes that may take a new sandbox whose size has memoryMB MiB, 0 if that is not known, the best first.
+	Nodes func(ctx context.Context, memoryMB int) ([]string, error)
 	// Builder returns the node that builds templates.
 	Builder func(ctx context.Context) (node string, err error)
 }
@@ -155,8 +155,10 @@ func (l *Relay) fetch(r *http.Request, node, query string, limit int64, p Passag
 
 // Place sends a create to a node that takes it. It reads the body, of at most limit bytes, and sends it to one node
 // after the other until one does not refuse. If it returns a request, this server is the one to try: the caller does
-// that request, and a refusal by [Front.Fail] goes to the nodes that are left.
-func (l *Relay) Place(w http.ResponseWriter, r *http.Request, limit int64, p Passage) (here *http.Request, err error) {
+// that request, and a refusal by [Front.Fail] goes to the nodes that are left. memoryOf, if not nil, returns the memory
+// in MiB of the size that a body names, 0 if it names none.
+func (l *Relay) Place(w http.ResponseWriter, r *http.Request, limit int64, p Passage,
+	memoryOf func(body []byte) int) (here *http.Request, err error) {
 	if !l.Forwards(r) {
 		return r, nil
 	}
@@ -164,7 +166,11 @@ func (l *Relay) Place(w http.ResponseWriter, r *http.Request, limit int64, p Pas
 	if err != nil {
 		return nil, err
 	}
-	nodes, err := l.Nodes(r.Context())
+	memoryMB := 0
+	if memoryOf != nil {
+		memoryMB = memoryOf(body)
+	}
+	nodes, err := l.Nodes(r.Context(), memoryMB)
 	if err != nil {
 		return nil, err
 	}

@@ -144,3 +144,28 @@ func (n *Node) Spare(context.Context) (int, error) {
 	byNumber := n.cfg.MaxSandboxes - len(n.instances) - len(n.reserved)
 	return max(0, min(byNumber, int((free-n.cfg.MinHostMemory)/bootMemory))), nil
 }
+
+// Load describes the machine for others that have sandboxes to place.
+type Load struct {
+	MemoryFree int64 // bytes beyond Config.MinHostMemory, at least 0
+	Sandboxes  int   // with those that have a reservation only, and without pooled ones
+	Starting   int   // with a reservation or being made, pooled ones too
+}
+
+// Load returns what the machine has now.
+func (n *Node) Load() (Load, error) {
+	free, err := n.freeMemory()
+	if err != nil {
+		return Load{}, err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	l := Load{MemoryFree: max(0, free-n.cfg.MinHostMemory), Sandboxes: len(n.reserved),
+		Starting: n.booting + len(n.reserved)}
+	for _, b := range n.instances {
+		if b.record.Warm == "" {
+			l.Sandboxes++
+		}
+	}
+	return l, nil
+}

@@ -94,10 +94,11 @@ func (c *Client) Begin(ctx context.Context, session string) (fleet.Lease, error)
 	return out.lease(), err
 }
 
-// Beat extends the lease of the session and returns the node's orders.
-func (c *Client) Beat(ctx context.Context, session string) (fleet.Lease, error) {
+// Beat extends the lease of the session, says what the machine has, and returns the node's orders.
+func (c *Client) Beat(ctx context.Context, session string, load fleet.Load) (fleet.Lease, error) {
 	var out lease
-	err := c.call(ctx, pathBeat, sessionRequest{Session: session}, &out)
+	err := c.call(ctx, pathBeat, beatRequest{Session: session, MemoryFreeMB: load.MemoryFreeMB,
+		Sandboxes: load.Sandboxes, Starting: load.Starting}, &out)
 	return out.lease(), err
 }
 

@@ -55,13 +55,13 @@ func TestHostileReplica(t *testing.T) {
 	} {
 		url := c.serve(c.keeper(c.signer, pki.Replica, "abcdef", time.Now()), answer)
 		client := NewClient(m.Keeper, func() []string { return []string{url} })
-		if lease, err := client.Beat(t.Context(), session1); err == nil {
+		if lease, err := client.Beat(t.Context(), session1, fleet.Load{}); err == nil {
 			t.Errorf("%s: %+v", name, lease)
 		}
 		client.Close()
 	}
 	none := NewClient(m.Keeper, func() []string { return nil })
-	if _, err := none.Beat(t.Context(), session1); err == nil {
+	if _, err := none.Beat(t.Context(), session1, fleet.Load{}); err == nil {
 		t.Error("a beat without a replica")
 	}
 }

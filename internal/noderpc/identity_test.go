@@ -66,7 +66,7 @@ func TestIdentityMatrix(t *testing.T) {
 			}
 		}
 		// What the first node may do still works: nothing above has harmed it.
-		if _, err := one.Beat(t.Context(), session1); err != nil {
+		if _, err := one.Beat(t.Context(), session1, fleet.Load{}); err != nil {
 			t.Errorf("a beat after all of this: %v", err)
 		}
 	})
@@ -229,7 +229,11 @@ func TestLifeOfANode(t *testing.T) {
 		if n, err := c.nodes.Drain(ctx, "one", time.Hour); err != nil || n.Status != fleet.Drained { // it has no sandbox
 			t.Errorf("drained: %+v, %v", n, err)
 		}
-		lease, err = client.Beat(ctx, session1)
+		load := fleet.Load{MemoryFreeMB: 5, Sandboxes: 6, Starting: 7}
+		lease, err = client.Beat(ctx, session1, load)
+		if n, err := c.nodes.Get(ctx, "one"); err != nil || n.Load != load {
+			t.Errorf("the node's load is %+v, %v", n.Load, err)
+		}
 		if err != nil || !lease.Orders.Cordoned || lease.Orders.Drain <= 0 || lease.Orders.Drain > 61*time.Minute {
 			t.Errorf("beat: %+v, %v", lease, err)
 		}
@@ -243,7 +247,7 @@ func TestLifeOfANode(t *testing.T) {
 		if after := k.Identity(); err != nil || after.Serial == before.Serial || after.ID != before.ID {
 			t.Errorf("renewed to %+v, %v", after, err)
 		}
-		if _, err := client.Beat(ctx, session1); err != nil { // with the new certificate
+		if _, err := client.Beat(ctx, session1, fleet.Load{}); err != nil { // with the new certificate
 			t.Errorf("beat: %v", err)
 		}
 		_, err = client.Begin(ctx, session2)
@@ -257,12 +261,12 @@ func TestLifeOfANode(t *testing.T) {
 		if _, err := client.Begin(ctx, session2); err != nil {
 			t.Errorf("the session after one that has left: %v", err)
 		}
-		_, err = client.Beat(ctx, session1)
+		_, err = client.Beat(ctx, session1, fleet.Load{})
 		wantFault(t, err, fault.Denied, "node_refused")
 
 		gone, leave := context.WithCancel(ctx)
 		leave()
-		if _, err := client.Beat(gone, session2); err == nil {
+		if _, err := client.Beat(gone, session2, fleet.Load{}); err == nil {
 			t.Error("a call whose caller has left succeeded")
 		}
 		secret, _, _ := strings.Cut(token, ".")

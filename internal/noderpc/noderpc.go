@@ -56,6 +56,13 @@ type sessionRequest struct {
 	Session string `json:"session"`
 }
 
+type beatRequest struct {
+	Session      string `json:"session"`
+	MemoryFreeMB int    `json:"memory_free_mb"`
+	Sandboxes    int    `json:"sandboxes"`
+	Starting     int    `json:"starting"`
+}
+
 // joined answers /join and /renew.
 type joined struct {
 	Node        string `json:"node"`

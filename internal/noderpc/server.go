@@ -46,7 +46,7 @@ func NewHandler(cfg Config) http.Handler {
 	mux.HandleFunc("POST "+pathJoin, answering(h, h.mayJoin, h.join))
 	mux.HandleFunc("POST "+pathRenew, asNode(h, h.renew))
 	mux.HandleFunc("POST "+pathSession, asNode(h, h.session(cfg.Nodes.Begin)))
-	mux.HandleFunc("POST "+pathBeat, asNode(h, h.session(cfg.Nodes.Beat)))
+	mux.HandleFunc("POST "+pathBeat, asNode(h, h.beat))
 	mux.HandleFunc("POST "+pathLeave, asNode(h, h.leave))
 	return mux
 }
@@ -80,6 +80,13 @@ func (h *handler) session(call func(context.Context, fleet.Identity, string) (fl
 		l, err := call(r.Context(), who, in.Session)
 		return leaseOf(l), err
 	}
+}
+
+// beat extends a lease.
+func (h *handler) beat(r *http.Request, who fleet.Identity, in beatRequest) (lease, error) {
+	l, err := h.Nodes.Beat(r.Context(), who, in.Session,
+		fleet.Load{MemoryFreeMB: in.MemoryFreeMB, Sandboxes: in.Sandboxes, Starting: in.Starting})
+	return leaseOf(l), err
 }
 
 func (h *handler) leave(r *http.Request, who fleet.Identity, in sessionRequest) (struct{}, error) {

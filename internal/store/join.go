@@ -232,19 +232,21 @@ func (db *DB) BeginLease(ctx context.Context, id fleet.ID, keySum, session strin
 	return db.onLease(ctx, id, keySum, used, func(tx *sql.Tx, now time.Time) (sql.Result, error) {
 		return tx.ExecContext(ctx, `INSERT INTO node_leases (node_id, session, began_at, seen_at, until)
 			VALUES ($1, $2, $3, $3, $4) ON CONFLICT (node_id) DO UPDATE SET session = excluded.session,
-			began_at = excluded.began_at, seen_at = excluded.seen_at, until = excluded.until
+			began_at = excluded.began_at, seen_at = excluded.seen_at, until = excluded.until,
+			memory_free_mb = 0, sandboxes = 0, starting = 0
 			WHERE node_leases.until <= excluded.seen_at OR node_leases.session = excluded.session`,
 			id, session, at(now), at(now.Add(lease)))
 	})
 }
 
 // ExtendLease implements [fleet.Store].
-func (db *DB) ExtendLease(ctx context.Context, id fleet.ID, keySum, session string,
-	lease time.Duration) (fleet.Node, error) {
+func (db *DB) ExtendLease(ctx context.Context, id fleet.ID, keySum, session string, lease time.Duration,
+	load fleet.Load) (fleet.Node, error) {
 	defer db.took("extend_lease", time.Now())
 	return db.onLease(ctx, id, keySum, fleet.ErrAnotherSession, func(tx *sql.Tx, now time.Time) (sql.Result, error) {
-		return tx.ExecContext(ctx, "UPDATE node_leases SET seen_at = $1, until = $2 WHERE node_id = $3 AND session = $4",
-			at(now), at(now.Add(lease)), id, session)
+		return tx.ExecContext(ctx, `UPDATE node_leases SET seen_at = $1, until = $2, memory_free_mb = $3, sandboxes = $4,
+			starting = $5 WHERE node_id = $6 AND session = $7`,
+			at(now), at(now.Add(lease)), load.MemoryFreeMB, load.Sandboxes, load.Starting, id, session)
 	})
 }
 

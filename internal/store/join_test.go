@@ -127,7 +127,7 @@ func joinsAgain(j *joining, db *DB) {
 	}
 	j.refused(n.ID, "key1")
 	j.session(n.ID, "key2", "")
-	_, err = st.ExtendLease(ctx, n.ID, "key1", "session1", time.Hour)
+	_, err = st.ExtendLease(ctx, n.ID, "key1", "session1", time.Hour, fleet.Load{})
 	wantFault(j.T, err, fault.Denied, "node_refused")
 	if _, err = st.BeginLease(ctx, n.ID, "key2", "session2", time.Hour); err != nil {
 		j.Errorf("the first session with the new key: %v", err)
@@ -146,7 +146,7 @@ func leasesHold(j *joining, _ *DB) {
 	j.refused("none", "key1")
 	j.refused(holderOfTests.Node, "") // never joined
 	j.session(n.ID, "key1", "")
-	_, err := st.ExtendLease(ctx, n.ID, "key1", "session1", time.Hour)
+	_, err := st.ExtendLease(ctx, n.ID, "key1", "session1", time.Hour, fleet.Load{})
 	wantFault(j.T, err, fault.Denied, "node_refused")
 	_, err = st.BeginLease(ctx, n.ID, "key2", "session1", time.Hour)
 	wantFault(j.T, err, fault.Denied, "node_refused")
@@ -159,19 +159,21 @@ func leasesHold(j *joining, _ *DB) {
 	if _, err = st.BeginLease(ctx, n.ID, "key1", "session1", time.Hour); err != nil { // its answer was lost
 		j.Errorf("begun again: %v", err)
 	}
-	_, err = st.ExtendLease(ctx, n.ID, "key1", "session2", time.Hour)
+	_, err = st.ExtendLease(ctx, n.ID, "key1", "session2", time.Hour, fleet.Load{})
 	wantFault(j.T, err, fault.Denied, "node_refused")
-	if extended, err := st.ExtendLease(ctx, n.ID, "key1", "session1", time.Millisecond); err != nil ||
-		extended.SeenAt.Before(begun.SeenAt) {
+	load := fleet.Load{MemoryFreeMB: 1, Sandboxes: 2, Starting: 3}
+	if extended, err := st.ExtendLease(ctx, n.ID, "key1", "session1", time.Millisecond, load); err != nil ||
+		extended.SeenAt.Before(begun.SeenAt) || extended.Load != load {
 		j.Errorf("extended: %+v, %v", extended, err)
 	}
 	time.Sleep(100 * time.Millisecond) // the lease is over
 	j.session(n.ID, "key1", "session1")
-	if _, err = st.BeginLease(ctx, n.ID, "key1", "session2", time.Hour); err != nil {
-		j.Errorf("the next session: %v", err)
+	next, err := st.BeginLease(ctx, n.ID, "key1", "session2", time.Hour)
+	if err != nil || next.Load != (fleet.Load{}) { // it has said nothing
+		j.Errorf("the next session: %+v, %v", next, err)
 	}
 	j.session(n.ID, "key1", "session2")
-	_, err = st.ExtendLease(ctx, n.ID, "key1", "session1", time.Hour)
+	_, err = st.ExtendLease(ctx, n.ID, "key1", "session1", time.Hour, fleet.Load{})
 	wantFault(j.T, err, fault.Denied, "node_refused")
 	wantFault(j.T, st.EndLease(ctx, n.ID, "key1", "session1"), fault.Denied, "node_refused")
 	if err := st.EndLease(ctx, n.ID, "key1", "session2"); err != nil {
@@ -197,7 +199,7 @@ func nodesAreEnrolled(j *joining, db *DB) {
 		}
 	}
 	j.refused(self, "key1")
-	_, err := st.ExtendLease(ctx, self, "key2", "sessionofkey1", time.Hour)
+	_, err := st.ExtendLease(ctx, self, "key2", "sessionofkey1", time.Hour, fleet.Load{})
 	wantFault(j.T, err, fault.Denied, "node_refused")
 	wantFault(j.T, st.EnrollNode(ctx, "absent", "key1"), fault.Denied, "node_refused")
 	n := j.join("gone", "key3")
@@ -227,7 +229,7 @@ func nodesAreRemoved(j *joining, db *DB) {
 		j.Fatal(err)
 	}
 	j.refused(n.ID, "key1")
-	_, err := st.ExtendLease(ctx, n.ID, "key1", "session1", time.Hour)
+	_, err := st.ExtendLease(ctx, n.ID, "key1", "session1", time.Hour, fleet.Load{})
 	wantFault(j.T, err, fault.Denied, "node_refused")
 	_, err = st.GetNode(ctx, n.ID)
 	wantFault(j.T, err, fault.NotFound, "node_not_found")

@@ -18,6 +18,7 @@ const (
 	// nodeColumns lists the columns of nodeFields, in the same order.
 	nodeColumns = "id, name, about, labels, started_at, cordoned_at, drain_by, joined_at, " +
 		"COALESCE(session, ''), seen_at, until, " +
+		"COALESCE(memory_free_mb, 0), COALESCE(node_leases.sandboxes, 0), COALESCE(starting, 0), " +
 		"(" + unfinishedOn + "), (" + unfinishedOn + " AND sandboxes.state <> '" + string(sandbox.Suspended) + "')"
 	nodesWithLeases = " FROM nodes LEFT JOIN node_leases ON node_leases.node_id = nodes.id WHERE removed_at IS NULL"
 	// theNode finds the id of the node with the id or, if there is none, the name $1.
@@ -31,7 +32,7 @@ const (
 func nodeFields(n *fleet.Node) []any {
 	return []any{&n.ID, &n.Name, jsonColumn{&n.About}, jsonColumn{&n.Labels}, timeColumn{&n.StartedAt},
 		timeColumn{&n.CordonedAt}, timeColumn{&n.DrainBy}, timeColumn{&n.JoinedAt}, &n.Session, timeColumn{&n.SeenAt},
-		timeColumn{&n.LeaseUntil}, &n.Sandboxes, &n.Active}
+		timeColumn{&n.LeaseUntil}, &n.Load.MemoryFreeMB, &n.Load.Sandboxes, &n.Load.Starting, &n.Sandboxes, &n.Active}
 }
 
 func scanNode(row scanner, idOrName string) (fleet.Node, error) {
