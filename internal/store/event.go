@@ -85,7 +85,7 @@ func (o *outbox) eventArgs(e *event.Event) []any {
 
 // add writes an event that appears in no sandbox's listing.
 func (o *outbox) add(ctx context.Context, e event.Event) error {
-	if err := o.db.insertEvent(ctx, o.tx, o.eventArgs(&e)); err != nil {
+	if err := o.db.execute(ctx, o.tx, []statement{o.db.plainEvent(o.eventArgs(&e))}); err != nil {
 		return fmt.Errorf("writing event: %w", err)
 	}
 	return nil
@@ -95,7 +95,8 @@ func (o *outbox) add(ctx context.Context, e event.Event) error {
 // The transaction must have written the sandbox's row already, so that no other transaction numbers
 // events of the sandbox at the same time.
 func (o *outbox) list(ctx context.Context, e event.Event) (number int64, err error) {
-	if err := o.db.insertListed(ctx, o.tx, o.eventArgs(&e)).Scan(&number); err != nil {
+	row := o.db.listedEvent(o.eventArgs(&e))
+	if err := o.tx.QueryRowContext(ctx, row.query, row.args...).Scan(&number); err != nil {
 		return 0, fmt.Errorf("writing event: %w", err)
 	}
 	if number > eventsKept {

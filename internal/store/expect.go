@@ -49,7 +49,7 @@ func (db *DB) keyExpecting(ctx context.Context, hash []byte) (k auth.Key, o auth
 	row := &expectedRow{writes: db.writes.Load()}
 	var text string
 	into := append(append(keyFields(&k, &text), orgFields(&o)...), sandboxFields(&row.sandbox)...)
-	err = db.keyAndSandbox(ctx, hex.EncodeToString(hash), e.id).Scan(into...)
+	err = db.reader.QueryRowContext(ctx, keyAndSandbox, hex.EncodeToString(hash), e.id).Scan(into...)
 	if errors.Is(err, sql.ErrNoRows) {
 		return k, o, false, nil
 	}

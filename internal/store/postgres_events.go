@@ -38,17 +38,12 @@ var (
 	postgresInsertListed = fmt.Sprintf(insertListed, "", "")
 )
 
-func (d *postgresDialect) insertEvent(ctx context.Context, tx *sql.Tx, args []any) error {
-	_, err := tx.ExecContext(ctx, postgresInsertEvent, args...)
-	return err
+func (d *postgresDialect) plainEvent(args []any) statement {
+	return statement{postgresInsertEvent, args}
 }
 
 func (d *postgresDialect) listedEvent(args []any) statement {
 	return statement{postgresInsertListed, args}
-}
-
-func (d *postgresDialect) insertListed(ctx context.Context, tx *sql.Tx, args []any) *sql.Row {
-	return tx.QueryRowContext(ctx, postgresInsertListed, args...)
 }
 
 func (d *postgresDialect) written([]string) {

@@ -223,11 +223,6 @@ func (d *postgresDialect) violates(err error, foreign bool) bool {
 	return pgCode(err) == codeUnique
 }
 
-// keyAndSandbox implements dialect. pgx prepares the statements that it runs.
-func (d *postgresDialect) keyAndSandbox(ctx context.Context, hash string, id sandbox.ID) *sql.Row {
-	return d.db.reader.QueryRowContext(ctx, keyAndSandbox, hash, id)
-}
-
 // forUpdate locks rows against changes. It leaves room for the checks of foreign keys that name them.
 func (d *postgresDialect) forUpdate() string { return " FOR NO KEY UPDATE" }
 

@@ -45,23 +45,19 @@ func Open(ctx context.Context, path string) (*DB, error) {
 		return nil, err
 	}
 	db := &DB{}
-	d := &sqliteDialect{db: db}
-	db.dialect = d
-	if db.writer, err = sql.Open("sqlite", dsn(path, url.Values{"_txlock": {"immediate"}})); err != nil {
+	db.dialect = &sqliteDialect{db: db}
+	if db.writer, err = openSQLite(dsn(path, url.Values{"_txlock": {"immediate"}})); err != nil {
 		return nil, fmt.Errorf("opening database %q: %w", path, err)
 	}
 	db.writer.SetMaxOpenConns(1)
 	if err := migrate(ctx, db.writer, goose.DialectSQLite3, "migrations"); err != nil {
 		return nil, errors.Join(fmt.Errorf("opening database %q: %w", path, err), db.writer.Close())
 	}
-	if db.reader, err = sql.Open("sqlite", dsn(path, url.Values{"_query_only": {"true"}})); err != nil {
+	if db.reader, err = openSQLite(dsn(path, url.Values{"_query_only": {"true"}})); err != nil {
 		return nil, errors.Join(fmt.Errorf("opening database %q: %w", path, err), db.writer.Close())
 	}
 	db.reader.SetMaxOpenConns(readers)
 	db.reader.SetMaxIdleConns(readers)
-	if err := d.prepare(ctx); err != nil {
-		return nil, errors.Join(fmt.Errorf("opening database %q: %w", path, err), d.close())
-	}
 	return db, nil
 }
 
@@ -97,9 +93,6 @@ func dsn(path string, more url.Values) string {
 // sqliteDialect implements dialect for SQLite, which has one writer at a time, so no row needs a lock.
 type sqliteDialect struct {
 	db *DB
-	// These are prepared once, because parsing one takes up to a tenth of a millisecond: every create and
-	// transition runs event or listed, and every call about a sandbox runs keyed.
-	event, listed, keyed *sql.Stmt
 }
 
 const (
@@ -114,20 +107,6 @@ var (
 	sqliteInsertEvent  = fmt.Sprintf(insertUnlisted, "seq, ", sqliteSeq)
 	sqliteInsertListed = fmt.Sprintf(insertListed, "seq, ", sqliteSeq)
 )
-
-// prepare prepares the most frequent statements. Closing the writer and the reader closes them.
-func (d *sqliteDialect) prepare(ctx context.Context) (err error) {
-	if d.event, err = d.db.writer.PrepareContext(ctx, sqliteInsertEvent); err != nil {
-		return fmt.Errorf("preparing a statement: %w", err)
-	}
-	if d.listed, err = d.db.writer.PrepareContext(ctx, sqliteInsertListed); err != nil {
-		return fmt.Errorf("preparing a statement: %w", err)
-	}
-	if d.keyed, err = d.db.reader.PrepareContext(ctx, keyAndSandbox); err != nil {
-		return fmt.Errorf("preparing a statement: %w", err)
-	}
-	return nil
-}
 
 // write runs f in a transaction that holds the write lock from its beginning.
 func (d *sqliteDialect) write(ctx context.Context, _ string, f func(tx *sql.Tx) error) error {
@@ -147,10 +126,6 @@ func (d *sqliteDialect) write(ctx context.Context, _ string, f func(tx *sql.Tx) 
 	return nil
 }
 
-func (d *sqliteDialect) keyAndSandbox(ctx context.Context, hash string, id sandbox.ID) *sql.Row {
-	return d.keyed.QueryRowContext(ctx, hash, id)
-}
-
 func (d *sqliteDialect) forUpdate() string { return "" }
 
 func (d *sqliteDialect) lockOrg(context.Context, *sql.Tx, string) error { return nil }
@@ -165,27 +140,17 @@ func (d *sqliteDialect) dropCommits(context.Context) error { return nil }
 
 func (d *sqliteDialect) lockNoted(context.Context, *sql.Tx, []sandbox.Event) error { return nil }
 
-func (d *sqliteDialect) insertEvent(ctx context.Context, tx *sql.Tx, args []any) error {
-	_, err := tx.StmtContext(ctx, d.event).ExecContext(ctx, append(args, time.Now().UnixMicro())...)
-	return err
+func (d *sqliteDialect) plainEvent(args []any) statement {
+	return statement{sqliteInsertEvent, append(args, time.Now().UnixMicro())}
 }
 
 func (d *sqliteDialect) listedEvent(args []any) statement {
 	return statement{sqliteInsertListed, append(args, time.Now().UnixMicro())}
 }
 
-func (d *sqliteDialect) insertListed(ctx context.Context, tx *sql.Tx, args []any) *sql.Row {
-	return tx.StmtContext(ctx, d.listed).QueryRowContext(ctx, d.listedEvent(args).args...)
-}
-
-func (d *sqliteDialect) execute(ctx context.Context, tx *sql.Tx, all []statement) (err error) {
+func (d *sqliteDialect) execute(ctx context.Context, tx *sql.Tx, all []statement) error {
 	for _, s := range all {
-		if s.query == sqliteInsertListed {
-			_, err = tx.StmtContext(ctx, d.listed).ExecContext(ctx, s.args...)
-		} else {
-			_, err = tx.ExecContext(ctx, s.query, s.args...)
-		}
-		if err != nil {
+		if _, err := tx.ExecContext(ctx, s.query, s.args...); err != nil {
 			return err
 		}
 	}

@@ -76,8 +76,6 @@ type dialect interface {
 	// violates reports whether err is the violation of a key: of a foreign key if foreign is true,
 	// else of a unique or primary key.
 	violates(err error, foreign bool) bool
-	// keyAndSandbox runs the query keyAndSandbox.
-	keyAndSandbox(ctx context.Context, hash string, id sandbox.ID) *sql.Row
 	// forUpdate returns the end of a SELECT that locks the rows that it reads until the transaction
 	// has ended.
 	forUpdate() string
@@ -90,12 +88,10 @@ type dialect interface {
 	// lockNoted locks the sandboxes of events in one order, so that transactions that note events of
 	// several sandboxes do not wait for each other.
 	lockNoted(ctx context.Context, tx *sql.Tx, events []sandbox.Event) error
-	// insertEvent and insertListed write an event with the parameters of [outbox.eventArgs].
-	// insertListed returns the event's number in the listing of its sandbox, and listedEvent the statement that
-	// insertListed runs.
-	insertEvent(ctx context.Context, tx *sql.Tx, args []any) error
+	// plainEvent and listedEvent return the statements that write an event with the parameters of [outbox.eventArgs]. That
+	// of listedEvent returns the event's number in the listing of its sandbox.
+	plainEvent(args []any) statement
 	listedEvent(args []any) statement
-	insertListed(ctx context.Context, tx *sql.Tx, args []any) *sql.Row
 	// written learns of the end of a transaction that wrote events of organizations, and calls woken
 	// when these can be read.
 	written(orgs []string)
