@@ -57,6 +57,30 @@ func TestLead(t *testing.T) {
 	}
 }
 
+// TestSilentLeader has a server that says nothing any more, as one whose process was stopped, lose its lock.
+func TestSilentLeader(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t, true)
+	silent, other := openURL(t, url), openURL(t, url)
+	conn, err := silent.dialect.(*postgresDialect).connect(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer closeSoon(context.WithoutCancel(t.Context()), conn)
+	if held, err := lockAlone(t.Context(), conn, "work"); !held || err != nil {
+		t.Fatalf("locked: %t, %v", held, err)
+	}
+	led := false
+	for deadline := time.Now().Add(aloneSilence + time.Minute); !led; time.Sleep(100 * time.Millisecond) {
+		if err := other.Alone(t.Context(), "work", func(context.Context) error { led = true; return nil }); err != nil {
+			t.Fatal(err)
+		}
+		if time.Now().After(deadline) { // a poll with a deadline
+			t.Fatal("the lock of a silent connection was not given back")
+		}
+	}
+}
+
 // TestLeadOfSQLite checks that to lead is a plain call if no other server can work with the records.
 func TestLeadOfSQLite(t *testing.T) {
 	db := open(t)

@@ -238,6 +238,11 @@ const (
 // servers do the same for that long after a connection broke; a shorter one asks more often.
 const aloneCheck = 2 * time.Second
 
+// aloneSilence is the time after which PostgreSQL ends a connection that has a lock and asks nothing, as that of a
+// process that was stopped or of a machine that is cut off. With a longer one, the work of such a server rests for
+// longer; with a shorter one, a server that is slow for a moment loses its lock.
+const aloneSilence = 15 * time.Second
+
 // alone holds a lock on a connection of its own. When the connection is lost, another server may take the lock.
 func (d *postgresDialect) alone(ctx context.Context, name string, f func(ctx context.Context) error) error {
 	conn, err := d.connect(ctx) // calls need those of the pool
@@ -245,7 +250,7 @@ func (d *postgresDialect) alone(ctx context.Context, name string, f func(ctx con
 		return fmt.Errorf("locking %s: %w", name, err)
 	}
 	defer closeSoon(ctx, conn)
-	held, err := tryLock(ctx, conn, lockClassAlone, name)
+	held, err := lockAlone(ctx, conn, name)
 	if err != nil {
 		return fmt.Errorf("locking %s: %w", name, err)
 	}
@@ -273,6 +278,16 @@ func (d *postgresDialect) alone(ctx context.Context, name string, f func(ctx con
 	stop(nil)
 	<-watched
 	return err
+}
+
+// lockAlone tries once to lock a name for conn, which must ask something every aloneSilence from then on.
+func lockAlone(ctx context.Context, conn *pgx.Conn, name string) (held bool, err error) {
+	if held, err = tryLock(ctx, conn, lockClassAlone, name); err != nil || !held {
+		return held, err
+	}
+	silence := fmt.Sprint(aloneSilence.Milliseconds())
+	_, err = conn.Exec(ctx, "SELECT set_config('idle_session_timeout', $1, FALSE)", silence)
+	return err == nil, err
 }
 
 // orgLock returns the statement that locks an organization, with an advisory lock. A lock of the organization's row
