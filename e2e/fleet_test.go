@@ -101,7 +101,7 @@ func (f *fleetOfTwo) linked(sandboxes map[*server]string) {
 }
 
 // TestFleet uses two machines as one: each server answers for what both have, a create goes to a machine that takes it,
-// and a server that is killed takes nothing of the other one with it.
+// and a server that is lost or killed takes nothing of the other one with it.
 func TestFleet(t *testing.T) {
 	onOneStore(t) // it always uses PostgreSQL
 	t.Parallel()  // it has its own servers
@@ -123,6 +123,7 @@ func TestFleet(t *testing.T) {
 	t.Run("E2B", f.e2b)
 	t.Run("snapshots", f.snapshots)
 	t.Run("builds", f.builds)
+	t.Run("lost", f.lost)
 	t.Run("killed", func(t *testing.T) { f.killed(t, onA, onB) })
 }
 

@@ -305,6 +305,7 @@ const (
 	NodeStatusCordoned    NodeStatus = "cordoned"
 	NodeStatusDrained     NodeStatus = "drained"
 	NodeStatusDraining    NodeStatus = "draining"
+	NodeStatusLost        NodeStatus = "lost"
 	NodeStatusReady       NodeStatus = "ready"
 	NodeStatusUnreachable NodeStatus = "unreachable"
 )
@@ -317,6 +318,8 @@ func (e NodeStatus) Valid() bool {
 	case NodeStatusDrained:
 		return true
 	case NodeStatusDraining:
+		return true
+	case NodeStatusLost:
 		return true
 	case NodeStatusReady:
 		return true
@@ -1409,8 +1412,14 @@ type Node struct {
 	// Labels The operator's labels of the node.
 	Labels map[string]string `json:"labels"`
 
+	// LostAt Time since which the machine is lost. Absent if it is not.
+	LostAt *time.Time `json:"lost_at,omitempty"`
+
 	// MaxSandboxes Sandboxes that may run there at once.
 	MaxSandboxes int `json:"max_sandboxes"`
+
+	// MemoryFreeMB Memory that sandboxes may still take, in MiB, at `seen_at`. Absent without `seen_at`.
+	MemoryFreeMB *int `json:"memory_free_mb,omitempty"`
 
 	// MemoryMB Memory of the machine, in MiB.
 	MemoryMB int `json:"memory_mb"`
@@ -1429,10 +1438,14 @@ type Node struct {
 	// StartedAt Start of the server there.
 	StartedAt time.Time `json:"started_at"`
 
+	// Starting Sandboxes that were being started at `seen_at`, those of the warm pool too. Absent without `seen_at`.
+	Starting *int `json:"starting,omitempty"`
+
 	// Status The status of a node: `ready`; `cordoned`, which takes no sandboxes; `draining`, which also suspends its
 	// persistent sandboxes and waits for the others; `drained`, on which every sandbox is suspended;
-	// `unreachable`, which has joined and not been heard of for 30 seconds. A node whose drain has ended with
-	// sandboxes left is `cordoned`.
+	// `unreachable`, which has joined and not been heard of for 30 seconds; `lost`, which has not been heard of for
+	// some 50 seconds, so that its ephemeral sandboxes are destroyed and its persistent ones cannot be used until it
+	// is back. A node whose drain has ended with sandboxes left is `cordoned`.
 	Status NodeStatus `json:"status"`
 
 	// VCPUs CPUs of the machine.
@@ -1450,8 +1463,9 @@ type NodeList struct {
 
 // NodeStatus The status of a node: `ready`; `cordoned`, which takes no sandboxes; `draining`, which also suspends its
 // persistent sandboxes and waits for the others; `drained`, on which every sandbox is suspended;
-// `unreachable`, which has joined and not been heard of for 30 seconds. A node whose drain has ended with
-// sandboxes left is `cordoned`.
+// `unreachable`, which has joined and not been heard of for 30 seconds; `lost`, which has not been heard of for
+// some 50 seconds, so that its ephemeral sandboxes are destroyed and its persistent ones cannot be used until it
+// is back. A node whose drain has ended with sandboxes left is `cordoned`.
 type NodeStatus string
 
 // NodeToken A token with which one machine can join.
@@ -1994,6 +2008,9 @@ type Sandbox struct {
 
 	// TimeoutSeconds Ephemeral only: the lifetime of the sandbox.
 	TimeoutSeconds *int64 `json:"timeout_seconds,omitempty"`
+
+	// Unavailable Why the sandbox cannot be used now, for people: its machine is lost. It can be used again when the machine is back, and can be destroyed meanwhile. Absent otherwise.
+	Unavailable *string `json:"unavailable,omitempty"`
 
 	// VCPUs Virtual CPUs.
 	VCPUs int `json:"vcpus"`

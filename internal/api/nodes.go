@@ -151,10 +151,14 @@ func drainOf(in DrainNodeRequest) (time.Duration, error) {
 }
 
 func nodeOf(n fleet.Node) Node {
-	return Node{
+	out := Node{
 		ID: n.ID, Name: n.Name, Status: NodeStatus(n.Status), Labels: orEmpty(n.Labels), Version: n.Version, VCPUs: n.VCPUs,
 		MemoryMB: n.MemoryMB, MaxSandboxes: n.MaxSandboxes, Sandboxes: n.Sandboxes, Active: n.Active,
 		StartedAt: n.StartedAt, CordonedAt: at(n.CordonedAt), DrainBy: at(n.DrainBy),
-		JoinedAt: at(n.JoinedAt), SeenAt: at(n.SeenAt),
+		JoinedAt: at(n.JoinedAt), SeenAt: at(n.SeenAt), LostAt: at(n.LostAt),
 	}
+	if out.SeenAt != nil {
+		out.MemoryFreeMB, out.Starting = new(n.Load.MemoryFreeMB), new(n.Load.Starting)
+	}
+	return out
 }

@@ -52,12 +52,21 @@ func (a *app) nodesListCommand() *cobra.Command {
 				var rows [][]string
 				for _, n := range all {
 					rows = append(rows, []string{first(n.Name, n.ID), string(n.Status), fmt.Sprint(n.Sandboxes), fmt.Sprint(n.Active),
-						fmt.Sprint(n.VCPUs), fmt.Sprintf("%d MiB", n.MemoryMB), n.Version, age(n.StartedAt)})
+						fmt.Sprint(n.VCPUs), fmt.Sprintf("%d MiB", n.MemoryMB), freeText(n), n.Version, age(n.StartedAt)})
 				}
-				return a.table([]string{"NAME", "STATUS", "SANDBOXES", "ACTIVE", "CPUS", "MEMORY", "VERSION", "STARTED"}, rows)
+				return a.table([]string{"NAME", "STATUS", "SANDBOXES", "ACTIVE", "CPUS", "MEMORY", "FREE", "VERSION", "STARTED"},
+					rows)
 			})
 		},
 	}
+}
+
+// freeText returns the free memory of a machine, "-" if it has not said it.
+func freeText(n cay.Node) string {
+	if n.MemoryFreeMB == nil {
+		return "-"
+	}
+	return fmt.Sprintf("%d MiB", *n.MemoryFreeMB)
 }
 
 // nodesShowCommand returns the verb that shows a node.
@@ -95,6 +104,7 @@ func (a *app) showNode(n *cay.Node) error {
 			"machine", fmt.Sprintf("%d CPUs, %d MiB", n.VCPUs, n.MemoryMB),
 			"limit", fmt.Sprintf("%d sandboxes", n.MaxSandboxes), "version", n.Version, "started", moment(&n.StartedAt),
 			"joined", moment(n.JoinedAt), "seen", moment(n.SeenAt),
+			"lost", moment(n.LostAt), "free", freeText(*n),
 			"cordoned", moment(n.CordonedAt), "drain ends", moment(n.DrainBy))
 	})
 }

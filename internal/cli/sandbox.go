@@ -131,7 +131,8 @@ func (a *app) showSandbox(s *cay.Sandbox) error {
 		state += " (" + string(s.State) + ")"
 	}
 	created := s.CreatedAt
-	return a.details("id", s.ID, "status", state, "error", deref(s.Error), "reason", deref(s.DestroyReason),
+	return a.details("id", s.ID, "status", state, "error", deref(s.Error),
+		"unavailable", deref(s.Unavailable), "reason", deref(s.DestroyReason),
 		"template", fmt.Sprintf("%s version %d", s.Template, s.TemplateVersion),
 		"made from", deref(s.Origin), "mode", string(s.Mode),
 		"size", fmt.Sprintf("%s: %d vCPU, %d MiB memory, %d MiB disk", s.Size, s.VCPUs, s.MemoryMB, s.DiskMB),

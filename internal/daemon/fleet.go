@@ -32,7 +32,8 @@ type fleetRooms struct {
 	session string
 	address string                   // at which other servers reach this one
 	others  atomic.Pointer[[]string] // addresses of the other servers
-	linked  map[fleet.ID]bool        // nodes that a look has found before; used by one goroutine
+	lost    atomic.Pointer[map[fleet.ID]time.Time]
+	linked  map[fleet.ID]bool // nodes that a look has found before; used by one goroutine
 }
 
 // openFleet opens the authority of the cluster, which the first server makes, and gets this server a certificate. It
@@ -77,6 +78,7 @@ func (s *server) openFleet(ctx context.Context) error {
 	}
 	f.session, f.address = rand.Text(), cmp.Or(s.cfg.Fleet.Advertise, f.listener.Addr().String())
 	f.others.Store(new([]string))
+	f.lost.Store(new(map[fleet.ID]time.Time))
 	f.linked = map[fleet.ID]bool{}
 	f.node, err = s.newKeeper(f, pki.Node)
 	return err

@@ -69,7 +69,7 @@ func (s *server) relay() *httpserver.Relay {
 		return nil
 	}
 	return &httpserver.Relay{Self: s.instance, Nodes: s.nodes.Place,
-		Forwarder: &httpserver.Forwarder{Via: s.fleet.hub.Transport, Log: s.log},
+		Forwarder: &httpserver.Forwarder{Via: s.fleet.hub.Transport, Log: s.log}, Lost: s.fleet.lostSince,
 		Builder: func(ctx context.Context) (string, error) {
 			node, found, err := s.db.Leader(ctx, leadBuilds)
 			if err == nil && !found {
@@ -78,6 +78,12 @@ func (s *server) relay() *httpserver.Relay {
 			}
 			return node, err
 		}}
+}
+
+// lostSince returns the time since which a node is lost, and whether it is.
+func (f *fleetRooms) lostSince(node string) (since time.Time, lost bool) {
+	since, lost = (*f.lost.Load())[node]
+	return since, lost
 }
 
 // serveFleet serves other machines until ctx ends: it takes their connections, renews this server's certificates and,
@@ -97,7 +103,7 @@ func (s *server) serveFleet(ctx context.Context, wg *sync.WaitGroup, handler htt
 		return func() {}
 	}
 	wg.Go(func() { s.renewOwn(ctx, f.node, pki.Node) })
-	wg.Go(func() { s.followFleet(ctx) })
+	wg.Go(func() { s.followFleet(ctx, failed) })
 	node := link.NewNode(link.NodeConfig{TLS: f.node.ClientConfig, Session: f.session, MaxConns: fleetConns, Log: s.log})
 	serving, end := context.WithCancel(ctx)
 	ended := make(chan struct{})
@@ -111,14 +117,25 @@ func (s *server) serveFleet(ctx context.Context, wg *sync.WaitGroup, handler htt
 	return func() { end(); <-ended }
 }
 
+// errLost reports that the other servers count this one's node as lost. The server must start again: its sandboxes may
+// have ended in the records.
+var errLost = errors.New("the other servers count this machine as lost")
+
 // followFleet keeps the session of this server's node and follows the other nodes until ctx ends. Then it ends the
-// session, so that other servers send no calls here.
-func (s *server) followFleet(ctx context.Context) {
+// session, so that other servers send no calls here. failed gets errLost when the node is lost.
+func (s *server) followFleet(ctx context.Context, failed chan<- error) {
 	who := fleet.Identity{Cluster: s.session.Cluster, Node: s.instance, KeySum: s.fleet.node.Identity().KeySum}
 	const look, extend = "reading the nodes of the fleet", "extending the lease of this server's node"
 	failing := map[string]bool{}
 	do := func(ctx context.Context, what string, f func(context.Context) error) {
 		err := f(ctx)
+		if errors.Is(err, errLost) {
+			select {
+			case failed <- err:
+			default: // it has got an error before
+			}
+			return
+		}
 		if err != nil && !failing[what] && ctx.Err() == nil {
 			s.log.ErrorContext(ctx, what, "error", err)
 		}
@@ -158,11 +175,17 @@ func (s *server) lookAtFleet(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	f, found, others := s.fleet, map[fleet.ID]bool{}, []string{}
+	f, found, others, lost := s.fleet, map[fleet.ID]bool{}, []string{}, map[fleet.ID]time.Time{}
 	for _, n := range all {
 		found[n.ID] = true
 		if n.ID == s.instance {
+			if !n.LostAt.IsZero() {
+				return errLost
+			}
 			continue
+		}
+		if !n.LostAt.IsZero() {
+			lost[n.ID] = n.LostAt
 		}
 		f.hub.Drop(n.ID, n.Session)
 		if n.Address != "" { // also of one that seems lost: after a time without the database all do
@@ -176,5 +199,6 @@ func (s *server) lookAtFleet(ctx context.Context) error {
 	}
 	f.linked = found
 	f.others.Store(&others)
+	f.lost.Store(&lost)
 	return s.nodes.Follow(ctx)
 }

@@ -84,13 +84,13 @@ func (s *server) listen(ctx context.Context) error {
 	s.log.InfoContext(ctx, "cay is ready", "url", "http://"+listener.Addr().String(), "data_dir", s.cfg.DataDir,
 		"instance", s.instance, "network", s.slots.Range(), "version", s.version)
 	select {
-	case err := <-failed:
-		return fmt.Errorf("serving: %w", err)
+	case err = <-failed:
+		err = fmt.Errorf("serving: %w", err)
 	case <-ctx.Done():
 	}
 	s.log.Info("shutting down; sandboxes go on running")
 	s.endServing(ctx, servers, &hijacked)
-	return nil
+	return err
 }
 
 // endServing ends the servers, and waits for calls that have taken over their connection, until the shutdown timeout.
@@ -178,11 +178,14 @@ func (s *server) lead(ctx context.Context) {
 	})
 }
 
-// workForCluster delivers webhooks and drops old rows until ctx ends.
+// workForCluster delivers webhooks, drops old rows and looks for lost nodes until ctx ends.
 func (s *server) workForCluster(ctx context.Context) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	wg.Go(func() { s.webhooks.Run(ctx) })
+	if inFleet(s.cfg) {
+		wg.Go(func() { s.nodes.Watch(ctx) })
+	}
 	trim, purge := time.NewTicker(event.TrimInterval), time.NewTicker(sandbox.PurgeInterval)
 	defer trim.Stop()
 	defer purge.Stop()

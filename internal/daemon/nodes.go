@@ -20,7 +20,7 @@ func (s *server) openNodes(ctx context.Context) error {
 		return err
 	}
 	cfg := fleet.Config{Self: s.instance, Now: s.db.Now, Log: s.log,
-		Obey: func(o fleet.Orders) { s.sandboxes.SetCordon(o.Cordoned, o.Drain) }}
+		Obey: func(o fleet.Orders) { s.sandboxes.SetCordon(o.Cordoned, o.Drain) }, Lose: s.sandboxes.EndLost}
 	if s.fleet != nil {
 		cfg.CA = s.fleet.ca
 	}

@@ -36,6 +36,8 @@ type Node struct {
 
 	// JoinedAt is the time at which the machine got its present key; zero for a server that never joined.
 	JoinedAt time.Time
+	// LostAt is the time since which the node is lost, zero if it is not.
+	LostAt time.Time
 	// Session is the node's newest, with the times of its lease; all are zero without one.
 	Session            string
 	SeenAt, LeaseUntil time.Time
@@ -75,11 +77,16 @@ const (
 	Drained  Status = "drained"  // has no sandbox that is not suspended
 	// Unreachable is the status of a machine that has joined and has no session whose lease holds.
 	Unreachable Status = "unreachable"
+	// Lost is the status of a machine that was not heard of for so long that its sandboxes were given up, or cannot be
+	// used until it is back.
+	Lost Status = "lost"
 )
 
 // statusAt returns the status of the node at a time.
 func (n Node) statusAt(now time.Time) Status {
 	switch {
+	case !n.LostAt.IsZero():
+		return Lost
 	case !n.JoinedAt.IsZero() && !now.Before(n.LeaseUntil):
 		return Unreachable
 	case n.CordonedAt.IsZero():
@@ -130,6 +137,10 @@ type NodeStore interface {
 	// cordoned since the same time. With drain > 0 the node is drained until that much later than now; with 0 the end of
 	// a drain stays as it is.
 	SetCordon(ctx context.Context, idOrName string, on bool, drain time.Duration) (Node, error)
+	// LoseNode declares a node lost, so that its server can write nothing any more until it has started again, and reports
+	// whether it did: not if the node is lost already, or if the session is not its newest or has a lease that holds. It
+	// returns NotFound for a node that does not exist.
+	LoseNode(ctx context.Context, id ID, session string) (lost bool, err error)
 }
 
 // NotFound returns the error for a node that does not exist.
@@ -144,6 +155,8 @@ type Config struct {
 	Now func() time.Time
 	// Obey carries out orders to the node of this process. It must not block.
 	Obey func(Orders)
+	// Lose ends the sandboxes of a lost node that end with it; see [Service.Watch].
+	Lose func(ctx context.Context, node ID) error
 	// CA signs the certificates of machines that join; nil lets none join.
 	CA  CA
 	Log *slog.Logger

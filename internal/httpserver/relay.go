@@ -24,6 +24,9 @@ const (
 	// delay the answers of the others; a shorter one leaves out nodes that are busy.
 	fetchPatience = 5 * time.Second
 
+	// retryLost is the time after which the caller of what a lost machine has should try again.
+	retryLost = 30 * time.Second
+
 	// retryPlace is the time after which the caller of a create that no node took should try again.
 	retryPlace = 2 * time.Second
 )
@@ -35,14 +38,28 @@ type Relay struct {
 	Forwarder *Forwarder
 	// Nodes returns nodes that may take a new sandbox whose size has memoryMB MiB, 0 if that is not known, the best first.
 	Nodes func(ctx context.Context, memoryMB int) ([]string, error)
+	// Lost returns the time since which a node is lost, and whether it is. Calls that it alone can do are refused.
+	Lost func(node string) (since time.Time, lost bool)
 	// Builder returns the node that builds templates.
 	Builder func(ctx context.Context) (node string, err error)
 }
 
 // Away reports whether another server must do a call about what the node has. A request that was forwarded to this
-// server goes no further: its node answers where it belongs.
+// server goes no further: its node answers where it belongs. What a lost node has is deleted here.
 func (l *Relay) Away(r *http.Request, node string) bool {
-	return l.Forwards(r) && !l.here(node)
+	if !l.Forwards(r) || l.here(node) {
+		return false
+	}
+	_, lost := l.LostSince(node)
+	return !lost || r.Method != http.MethodDelete
+}
+
+// LostSince returns the time since which a node is lost, and whether it is.
+func (l *Relay) LostSince(node string) (since time.Time, lost bool) {
+	if l == nil || l.Lost == nil {
+		return time.Time{}, false
+	}
+	return l.Lost(node)
 }
 
 func (l *Relay) here(node string) bool { return node != "" && node == l.Self }
@@ -69,6 +86,10 @@ func (l *Relay) BuilderAway(r *http.Request) (node string, away bool, err error)
 // are those of [Forwarder.Forward]; a node that names another one, which cannot be asked again, is Unavailable, code
 // "elsewhere".
 func (l *Relay) Send(w http.ResponseWriter, r *http.Request, node string, p Passage) error {
+	if since, lost := l.LostSince(node); lost {
+		return fault.New(fault.Unavailable, fault.CodeNodeUnreachable, "the machine that has it is lost since %s; "+
+			"the call can be done when the machine is back", since.UTC().Format(time.RFC3339)).After(retryLost)
+	}
 	c := CallOf(r)
 	if p.Port == 0 && c.Body.stall.Load() == 0 { // programs may take bodies of any slowness
 		c.Body.Piecewise(c.Patience.Stall)

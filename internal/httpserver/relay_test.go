@@ -10,6 +10,7 @@ import (
 	"net/http/httptest"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/fault"
@@ -231,5 +232,28 @@ func TestGather(t *testing.T) {
 		if w.Code != 200 || !maps.Equal(got, want) {
 			t.Errorf("of at most %d bytes: %d, %v, want %v", limit, w.Code, got, want)
 		}
+	}
+}
+
+// TestLostNode refuses calls that a lost node would have to do, but deletions, which this server does.
+func TestLostNode(t *testing.T) {
+	since := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	relay := &Relay{Self: "n1", Lost: func(node string) (time.Time, bool) { return since, node == "n3" }}
+	for _, c := range []struct {
+		method, node string
+		away         bool
+	}{{"GET", "n1", false}, {"GET", "n2", true}, {"DELETE", "n2", true}, {"GET", "n3", true}, {"DELETE", "n3", false}} {
+		r := httptest.NewRequest(c.method, "/", nil)
+		if got := relay.Away(r, c.node); got != c.away {
+			t.Errorf("%s of %s: away is %t", c.method, c.node, got)
+		}
+	}
+	err := relay.Send(httptest.NewRecorder(), httptest.NewRequest("POST", "/", nil), "n3", Passage{})
+	if f := fault.As(err); f == nil || f.Code != fault.CodeNodeUnreachable || !unsent(err) ||
+		!strings.Contains(f.Detail, "2026-01-02T03:04:05Z") {
+		t.Errorf("a call for a lost node: %v", err)
+	}
+	if _, lost := (*Relay)(nil).LostSince("n3"); lost {
+		t.Error("a server that is alone has a lost node")
 	}
 }

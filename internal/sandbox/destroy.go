@@ -23,14 +23,14 @@ const takedownsAtOnce = 4
 // durable: from then on the sandbox shows as destroyed, cannot be used and counts against no quota,
 // and its resources on the machine are removed in the background. It is safe to repeat. If
 // something cannot be removed, the sandbox stays in state destroying and the removal is retried
-// until it succeeds.
+// until it succeeds. A sandbox of a lost node is destroyed in the rows; its node removes the rest if it returns.
 func (s *Service) Destroy(ctx context.Context, orgID string, id ID) error {
 	sbx, err := s.Get(ctx, orgID, id)
 	if err != nil || sbx.State.Over() {
 		return err
 	}
-	if err := s.held(sbx); err != nil {
-		return err
+	if s.held(sbx) != nil {
+		return s.destroyElsewhere(ctx, sbx)
 	}
 	claimed, done, left := make(chan struct{}), make(chan error), make(chan struct{})
 	defer close(left)

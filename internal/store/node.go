@@ -16,7 +16,7 @@ const (
 	// unfinishedOn counts the sandboxes of a node that are not over.
 	unfinishedOn = "SELECT COUNT(*) FROM sandboxes WHERE sandboxes.node_id = nodes.id AND sandboxes.ended_at IS NULL"
 	// nodeColumns lists the columns of nodeFields, in the same order.
-	nodeColumns = "id, name, about, labels, started_at, cordoned_at, drain_by, joined_at, " +
+	nodeColumns = "id, name, about, labels, started_at, cordoned_at, drain_by, joined_at, lost_at, " +
 		"COALESCE(session, ''), seen_at, until, " +
 		"COALESCE(memory_free_mb, 0), COALESCE(node_leases.sandboxes, 0), COALESCE(starting, 0), " +
 		"(" + unfinishedOn + "), (" + unfinishedOn + " AND sandboxes.state <> '" + string(sandbox.Suspended) + "')"
@@ -31,7 +31,7 @@ const (
 // nodeFields returns where to scan n's columns to.
 func nodeFields(n *fleet.Node) []any {
 	return []any{&n.ID, &n.Name, jsonColumn{&n.About}, jsonColumn{&n.Labels}, timeColumn{&n.StartedAt},
-		timeColumn{&n.CordonedAt}, timeColumn{&n.DrainBy}, timeColumn{&n.JoinedAt}, &n.Session, timeColumn{&n.SeenAt},
+		timeColumn{&n.CordonedAt}, timeColumn{&n.DrainBy}, timeColumn{&n.JoinedAt}, timeColumn{&n.LostAt}, &n.Session, timeColumn{&n.SeenAt},
 		timeColumn{&n.LeaseUntil}, &n.Load.MemoryFreeMB, &n.Load.Sandboxes, &n.Load.Starting, &n.Sandboxes, &n.Active}
 }
 

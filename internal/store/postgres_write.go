@@ -165,14 +165,17 @@ func (d *postgresDialect) refusal(ctx context.Context, tx *sql.Tx) error {
 	case d.db.isReplica():
 		return errRestored
 	}
-	var removed bool
-	err := tx.QueryRowContext(ctx, "SELECT EXISTS (SELECT 1 FROM nodes WHERE id = $1 AND removed_at IS NOT NULL)",
-		d.db.holder().Node).Scan(&removed)
+	var removed, lost bool
+	err := tx.QueryRowContext(ctx, "SELECT removed_at IS NOT NULL, lost_at IS NOT NULL FROM nodes WHERE id = $1",
+		d.db.holder().Node).Scan(&removed, &lost)
 	switch {
+	case errors.Is(err, sql.ErrNoRows):
 	case err != nil:
 		return fmt.Errorf("reading the node: %w", err)
 	case removed:
 		return errRemoved
+	case lost:
+		return errLost
 	}
 	return errSuperseded
 }

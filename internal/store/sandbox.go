@@ -329,26 +329,31 @@ func (db *DB) Transition(ctx context.Context, c sandbox.Change) (after sandbox.S
 				return err
 			}
 		}
-		query, args := updateQuery(c, before)
-		moved, err := scanSandbox(tx.QueryRowContext(ctx, query, args...))
-		if errors.Is(err, sql.ErrNoRows) {
-			return fault.New(fault.Conflict, fault.CodeSandboxState, "the sandbox is no longer %s", before.State)
+		moved, err := out.move(ctx, c, before)
+		if err == nil {
+			after = moved
 		}
-		if err != nil {
-			return fmt.Errorf("writing row: %w", err)
-		}
-		moves := sandbox.Event{SandboxID: c.ID, At: c.At, From: before.State, To: c.To, Reason: c.Reason, Detail: c.Detail}
-		if err := out.transition(ctx, before.OrgID, moves); err != nil {
-			return err
-		}
-		after = moved
-		return nil
+		return err
 	}
 	err = db.inTurn(ctx, org, func() error { return db.record(ctx, move) })
 	if err != nil {
 		return after, fmt.Errorf("moving sandbox %s to %s: %w", c.ID, c.To, err)
 	}
 	return after, nil
+}
+
+// move makes a transition of a row that the transaction has locked, with its event.
+func (o *outbox) move(ctx context.Context, c sandbox.Change, before sandbox.Sandbox) (sandbox.Sandbox, error) {
+	query, args := updateQuery(c, before)
+	moved, err := scanSandbox(o.tx.QueryRowContext(ctx, query, args...))
+	if errors.Is(err, sql.ErrNoRows) {
+		return before, fault.New(fault.Conflict, fault.CodeSandboxState, "the sandbox is no longer %s", before.State)
+	}
+	if err != nil {
+		return before, fmt.Errorf("writing row: %w", err)
+	}
+	return moved, o.transition(ctx, before.OrgID,
+		sandbox.Event{SandboxID: c.ID, At: c.At, From: before.State, To: c.To, Reason: c.Reason, Detail: c.Detail})
 }
 
 // updateQuery returns the conditional update that makes a transition. The update changes the row only

@@ -79,7 +79,7 @@ func (db *DB) takeOver(ctx context.Context, tx *sql.Tx, node string) (sandbox.Ho
 	h := sandbox.Holder{Node: node}
 	p := params{node}
 	err := tx.QueryRowContext(ctx, "INSERT INTO nodes (id, fence, started_at) VALUES ($1, 1, "+db.now(&p, time.Now())+
-		`) ON CONFLICT (id) DO UPDATE SET fence = nodes.fence + 1, started_at = excluded.started_at
+		`) ON CONFLICT (id) DO UPDATE SET fence = nodes.fence + 1, started_at = excluded.started_at, lost_at = NULL
 		WHERE nodes.removed_at IS NULL RETURNING fence`, p...).Scan(&h.Fence)
 	if errors.Is(err, sql.ErrNoRows) {
 		return h, errRemoved
@@ -87,13 +87,22 @@ func (db *DB) takeOver(ctx context.Context, tx *sql.Tx, node string) (sandbox.Ho
 	if err != nil {
 		return h, err
 	}
+	// The session that an earlier server of the node had is over. What its lease says must not count for this one.
+	if _, err := tx.ExecContext(ctx, "DELETE FROM node_leases WHERE node_id = $1", node); err != nil {
+		return h, err
+	}
+	return h, takeRows(ctx, tx, h)
+}
+
+// takeRows gives the rows of a node a fence.
+func takeRows(ctx context.Context, tx *sql.Tx, h sandbox.Holder) error {
 	for _, rows := range []string{"sandboxes SET fence = $1 WHERE ended_at IS NULL AND", "pool SET fence = $1 WHERE",
 		"snapshots SET fence = $1 WHERE"} {
-		if _, err := tx.ExecContext(ctx, "UPDATE "+rows+" node_id = $2", h.Fence, node); err != nil {
-			return h, err
+		if _, err := tx.ExecContext(ctx, "UPDATE "+rows+" node_id = $2", h.Fence, h.Node); err != nil {
+			return err
 		}
 	}
-	return h, nil
+	return nil
 }
 
 // holder returns the holder of the rows that db writes.
@@ -143,6 +152,9 @@ var (
 	// errSuperseded reports that another server of the same node has started since.
 	errSuperseded = fault.New(fault.Unavailable, fault.CodeNotReady,
 		"another server has taken over the records of this one, and this one can no longer write: end one of the two")
+	// errLost reports that the other servers have given the node up as lost.
+	errLost = fault.New(fault.Unavailable, fault.CodeNotReady,
+		"the other servers count this one as lost, and it can no longer write until it has started again")
 	// errRestored reports to a replica that a server has accepted a restore since.
 	errRestored = fault.New(fault.Unavailable, fault.CodeNotReady,
 		"the records were restored to an older state since this server has started: start it again")

@@ -61,9 +61,9 @@ func TestContractsCallEveryMethod(t *testing.T) {
 		files    []string
 	}{
 		{reflect.TypeFor[sandbox.Store](), "st",
-			[]string{"sandbox_test.go", "pool_test.go", "ports_test.go", "snapshot_test.go"}},
+			[]string{"sandbox_test.go", "pool_test.go", "ports_test.go", "snapshot_test.go", "lost_test.go"}},
 		{reflect.TypeFor[sandbox.CheckpointStore](), "st", []string{"checkpoint_test.go"}},
-		{reflect.TypeFor[fleet.Store](), "st", []string{"node_test.go", "join_test.go"}},
+		{reflect.TypeFor[fleet.Store](), "st", []string{"node_test.go", "join_test.go", "lost_test.go"}},
 		{reflect.TypeFor[template.Store](), "st", []string{"template_test.go"}},
 		{reflect.TypeFor[auth.Store](), "st", []string{"auth_test.go"}},
 		{reflect.TypeFor[event.Store](), "db", []string{"feed_test.go"}},

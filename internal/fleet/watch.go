@@ -1,0 +1,93 @@
+package fleet
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+)
+
+const (
+	// watchEvery is the time between two looks at the leases. A shorter time reads more rows; a longer one finds lost
+	// nodes later.
+	watchEvery = 5 * time.Second
+	// lossGrace is the time for which a lease must have been over, while its node could have extended it, before the node
+	// is lost: three beats. With [LeaseTime] and two looks a node is lost within 55 s. A shorter time loses the sandboxes
+	// of nodes that had no network for a moment, or no database while it was replaced.
+	lossGrace = 15 * time.Second
+)
+
+// watch follows the leases of the nodes.
+type watch struct {
+	*Service
+	over   map[ID]time.Time // the look that first found a node's lease over, since when every look did
+	looked time.Time        // the last look
+}
+
+// Watch declares nodes lost until ctx ends, and ends sandboxes of lost nodes with Config.Lose. A node is lost when its
+// lease has been over for some time in which this process could read the records: while no server can, no node can
+// extend its lease either. A node whose server has ended its session is not lost. One server of a fleet watches.
+func (s *Service) Watch(ctx context.Context) {
+	w := watch{Service: s, over: map[ID]time.Time{}}
+	looks := time.NewTicker(watchEvery)
+	defer looks.Stop()
+	failing := false
+	for {
+		err := w.look(ctx, time.Now())
+		if err != nil && !failing && ctx.Err() == nil {
+			s.cfg.Log.ErrorContext(ctx, "looking for lost nodes", "error", err)
+		}
+		failing = err != nil
+		select {
+		case <-looks.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// look looks at the leases once. now is a time of this process, which may stand still between two looks.
+func (w *watch) look(ctx context.Context, now time.Time) error {
+	all, err := w.List(ctx)
+	if err != nil || now.Sub(w.looked) > 2*watchEvery {
+		clear(w.over)
+	}
+	if err != nil {
+		return err
+	}
+	w.looked = now
+	var errs []error
+	for _, n := range all {
+		if n.ID != w.cfg.Self {
+			errs = append(errs, w.judge(ctx, n, now))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// judge declares a node lost if it is time to, and ends what ends with a lost node.
+func (w *watch) judge(ctx context.Context, n Node, now time.Time) error {
+	if n.LostAt.IsZero() {
+		over := !n.LeaseUntil.IsZero() && !w.cfg.Now().Before(n.LeaseUntil)
+		if !over {
+			delete(w.over, n.ID)
+			return nil
+		}
+		if since, ok := w.over[n.ID]; !ok {
+			w.over[n.ID] = now
+			return nil
+		} else if now.Sub(since) < lossGrace {
+			return nil
+		}
+		if lost, err := w.store.LoseNode(ctx, n.ID, n.Session); err != nil || !lost {
+			return err
+		}
+		w.cfg.Log.WarnContext(ctx, "a node is lost", "node", n.ID, "name", n.Name, "seen", n.SeenAt, "sandboxes", n.Active)
+	} else if n.Active == 0 {
+		return nil
+	}
+	if err := w.cfg.Lose(ctx, n.ID); err != nil {
+		return fmt.Errorf("ending the sandboxes of the lost node %s: %w", n.ID, err)
+	}
+	return nil
+}
