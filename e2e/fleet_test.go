@@ -20,8 +20,8 @@ type fleetOfTwo struct {
 	a, b *server
 }
 
-// newFleet starts two servers, of which a is the first, with the template python ready.
-func newFleet(t *testing.T) *fleetOfTwo {
+// newFleet starts two servers with the settings env, of which a is the first, with the template python ready.
+func newFleet(t *testing.T, env ...string) *fleetOfTwo {
 	dir := t.TempDir()
 	secret, bucket := filepath.Join(dir, "secret"), filepath.Join(dir, "bucket")
 	if err := os.WriteFile(secret, []byte(strings.Repeat("0123456789abcdef", 4)+"\n"), 0o600); err != nil {
@@ -32,8 +32,8 @@ func newFleet(t *testing.T) *fleetOfTwo {
 	}
 	database := newDatabase(t)
 	member := func(name string) *server {
-		return newServer(t, "CAY_NODE_NAME="+name, "CAY_STORE_URL="+database, "CAY_FILES_URL=file://"+bucket,
-			"CAY_FLEET_LISTEN="+freeAddress(t), "CAY_FLEET_SECRET_FILE="+secret)
+		return newServer(t, append(env, "CAY_NODE_NAME="+name, "CAY_NODE_LABELS=host="+name, "CAY_STORE_URL="+database,
+			"CAY_FILES_URL=file://"+bucket, "CAY_FLEET_LISTEN="+freeAddress(t), "CAY_FLEET_SECRET_FILE="+secret)...)
 	}
 	f := &fleetOfTwo{t: t, a: member("host-a"), b: member("host-b")}
 	f.a.start()

@@ -728,6 +728,9 @@ type CreateSandboxRequest struct {
 	// Mode `ephemeral` (default) or `persistent`.
 	Mode *string `json:"mode,omitempty"`
 
+	// Placement The machines that may take a new sandbox. The sandbox stays on the one that does.
+	Placement *Placement `json:"placement,omitempty"`
+
 	// RecoveryInterval Persistent only: the interval of recovery points while the sandbox runs and changes, 1m to 24h, or 0 for
 	// never, also as a number. The default is 10m.
 	//
@@ -1532,6 +1535,14 @@ type OutputPieceEncoding string
 
 // OutputPieceStream The stream of the piece. Absent in an event, whose name says it.
 type OutputPieceStream string
+
+// Placement The machines that may take a new sandbox. The sandbox stays on the one that does.
+type Placement struct {
+	// Require Labels that the machine must have, at most 32; see `GET /v1/nodes`. A name has 1 to 63 of a-z, 0-9, `.`, `/` and `-`, a value at most 63 letters, digits, `.`, `_` and `-`, each with a letter or digit at both ends. If no machine has them all, the create is refused with 400. Only with a template.
+	//
+	// Example: {"zone":"a"}
+	Require map[string]string `json:"require,omitempty"`
+}
 
 // Pool The sandboxes that are started in advance.
 type Pool struct {

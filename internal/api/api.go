@@ -106,6 +106,7 @@ type Nodes interface {
 	Uncordon(ctx context.Context, idOrName string) (fleet.Node, error)
 	Drain(ctx context.Context, idOrName string, wait time.Duration) (fleet.Node, error)
 	Remove(ctx context.Context, idOrName string) error
+	Takes(ctx context.Context, labels map[string]string) error
 	NewToken(ctx context.Context, by, rejoin string, settings fleet.TokenSettings,
 		valid time.Duration) (text string, expires time.Time, err error)
 }

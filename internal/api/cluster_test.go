@@ -20,14 +20,14 @@ import (
 
 // cluster has two nodes with the same records in PostgreSQL, and a replica that forwards to them.
 type cluster struct {
-	t        *testing.T
-	db       *store.DB // of the replica
-	key      string
-	nodes    map[string]*nodetest.Fake
-	servers  map[string]*server
-	order    []string // in which new sandboxes are offered to nodes
-	memoryMB int      // of the size of the latest create, as the replica knew it
-	replica  http.Handler
+	t       *testing.T
+	db      *store.DB // of the replica
+	key     string
+	nodes   map[string]*nodetest.Fake
+	servers map[string]*server
+	order   []string         // in which new sandboxes are offered to nodes
+	needs   httpserver.Needs // of the latest create, as the replica knew them
+	replica http.Handler
 }
 
 var settingsOfTwo = sandbox.Config{Sizes: []sandbox.Size{{Name: "small", VCPUs: 1, MemoryMB: 512}},
@@ -80,7 +80,10 @@ func newCluster(t *testing.T) *cluster {
 		handlers[id] = c.servers[id]
 	}
 	cfg.Relay = &httpserver.Relay{Forwarder: nodetest.Linked(t, handlers),
-		Nodes: func(_ context.Context, memoryMB int) ([]string, error) { c.memoryMB = memoryMB; return c.order, nil }}
+		Nodes: func(_ context.Context, needs httpserver.Needs) ([]string, error) {
+			c.needs = needs
+			return c.order, nil
+		}}
 	c.replica = withoutMachine(cfg, sandbox.NewRows(settingsOfTwo, c.db), template.NewReader(c.db))
 	t.Cleanup(func() {
 		if err := keys.Close(context.WithoutCancel(t.Context())); err != nil {
@@ -147,8 +150,8 @@ func TestPlaced(t *testing.T) {
 		if node != want {
 			t.Errorf("offered to %s first, made on %s", want, node)
 		}
-		if c.memoryMB != 0 {
-			t.Errorf("a create without a size is placed for %d MiB", c.memoryMB)
+		if c.needs.MemoryMB != 0 || c.needs.Labels != nil {
+			t.Errorf("a create without a size is placed for %+v", c.needs)
 		}
 		if r := c.ask(c.replica, "POST", "/v1/sandboxes/"+id+"/execute", `{"command":"true"}`); r.status != 200 {
 			t.Errorf("a command on %s: %d %s", want, r.status, r.body)
@@ -186,8 +189,12 @@ func TestPlaced(t *testing.T) {
 	if r := c.ask(c.replica, "POST", "/v1/sandboxes", `{"size":"x"}`); r.status != 400 {
 		t.Errorf("a wrong size: %d %s", r.status, r.body)
 	}
-	if c.create([]string{"n2"}, `{"template":"python","size":"small"}`); c.memoryMB != 512 {
-		t.Errorf("a create of the size small is placed for %d MiB, want 512", c.memoryMB)
+	if c.create([]string{"n2"}, `{"template":"python","size":"small"}`); c.needs.MemoryMB != 512 {
+		t.Errorf("a create of the size small is placed for %d MiB, want 512", c.needs.MemoryMB)
+	}
+	const placed = `{"template":"python","placement":{"require":{"zone":"b"}}}`
+	if c.create([]string{"n2"}, placed); c.needs.Labels["zone"] != "b" {
+		t.Errorf("a create that needs a zone is placed by the labels %v", c.needs.Labels)
 	}
 }
 

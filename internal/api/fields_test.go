@@ -15,6 +15,7 @@ import (
 	"github.com/cayhq/cay/internal/caytest"
 	"github.com/cayhq/cay/internal/event"
 	"github.com/cayhq/cay/internal/fleet"
+	"github.com/cayhq/cay/internal/httpserver"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/template"
 	"github.com/cayhq/cay/internal/webhook"
@@ -61,7 +62,7 @@ func TestRequestsAreRead(t *testing.T) {
 			in.Timeout = new("1m")
 			in.IdleTimeout, in.RecoveryInterval = new(DurationOrZero("2m")), new(DurationOrZero("3m"))
 			in.Egress = validEgress()
-		}), requestOf),
+		}), creationOf),
 		"fork": ignored(t, filled(func(in *ForkRequest) {
 			in.Timeout = new("1m")
 			in.IdleTimeout, in.RecoveryInterval = new(DurationOrZero("2m")), new(DurationOrZero("3m"))
@@ -97,7 +98,8 @@ func TestRequestsAreRead(t *testing.T) {
 // TestAnswersHaveEveryField encodes what has a value in every field, and fails for a field of the
 // answer, also for one that is added later, that is left empty.
 func TestAnswersHaveEveryField(t *testing.T) {
-	s := &server{}
+	lost := func(string) (time.Time, bool) { return time.Now(), true }
+	s := &server{Config: Config{Relay: &httpserver.Relay{Lost: lost}}}
 	ephemeral := filled(func(b *sandbox.Sandbox) { b.Mode, b.State = sandbox.Ephemeral, sandbox.Suspended })()
 	persistent := filled(func(b *sandbox.Sandbox) { b.Mode, b.State = sandbox.Persistent, sandbox.Suspended })()
 	for _, c := range []struct {

@@ -37,6 +37,34 @@ func (h *testServer) openNodes(t testing.TB, log *slog.Logger) *fleet.Service {
 	return nodes
 }
 
+// TestPlacement creates sandboxes that need labels of a server that is alone.
+func TestPlacement(t *testing.T) {
+	h := newTestServer(t)
+	create := func(status int, placement string) Problem {
+		t.Helper()
+		r := h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"python","placement":`+placement+`}`)
+		if r.status != status {
+			t.Errorf("%s: %d %s", placement, r.status, r.body)
+		}
+		if status == 201 {
+			return Problem{}
+		}
+		return r.problem
+	}
+	create(201, `{"require":{"zone":"a"}}`)
+	create(201, `{}`)
+	for _, bad := range []string{`{"require":{"zone":"b"}}`, `{"require":{"rack":""}}`,
+		`{"require":{"zone":"a","rack":"1"}}`, `{"require":{"no name":"a"}}`, `{"require":{"zone":"` + strings.Repeat("a", 64) + `"}}`} {
+		if p := create(400, bad); p.Field == nil || *p.Field != "placement.require" {
+			t.Errorf("%s: %+v", bad, p)
+		}
+	}
+	r := h.send(t, "POST", "/v1/sandboxes", h.key, `{"snapshot":"s","placement":{"require":{"zone":"a"}}}`)
+	if r.status != 400 || r.problem.Field == nil || *r.problem.Field != "placement.require" {
+		t.Errorf("with a snapshot: %d %s", r.status, r.body)
+	}
+}
+
 // TestNodes cordons and drains the node by calls, and checks what calls about sandboxes are answered meanwhile.
 func TestNodes(t *testing.T) {
 	h := newTestServer(t)

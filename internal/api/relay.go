@@ -26,7 +26,7 @@ func (s *server) relay(w http.ResponseWriter, r *http.Request, route access, id 
 	}
 	passage := httpserver.Passage{Front: frontAPI}
 	if route.at == placed {
-		here, err := s.Relay.Place(w, r, maxBody, passage, s.memoryOf)
+		here, err := s.Relay.Place(w, r, maxBody, passage, s.needsOf)
 		if err != nil {
 			s.fail(w, r, err)
 		}
@@ -58,20 +58,22 @@ func (s *server) relay(w http.ResponseWriter, r *http.Request, route access, id 
 	return nil
 }
 
-// memoryOf returns the memory in MiB of the size that a create names, 0 if it names none. A node judges all else.
-func (s *server) memoryOf(body []byte) int {
+// needsOf returns what a create asks for that placement goes by. A node judges the rest of the body.
+func (s *server) needsOf(body []byte) (needs httpserver.Needs) {
 	var r struct {
-		Size string `json:"size"`
+		Size      string    `json:"size"`
+		Placement Placement `json:"placement"`
 	}
 	if json.Unmarshal(body, &r) != nil {
-		return 0
+		return needs
 	}
+	needs.Labels = r.Placement.Require
 	for _, size := range s.Rows.Sizes() {
 		if size.Name == r.Size {
-			return size.MemoryMB
+			needs.MemoryMB = size.MemoryMB
 		}
 	}
-	return 0
+	return needs
 }
 
 // serverOf returns the node that does a call, and whether that is another server.
@@ -113,7 +115,7 @@ func (s *server) withPoolsOfOthers(r *http.Request, pool []PoolEntry) ([]PoolEnt
 	if !s.Relay.Forwards(r) {
 		return pool, nil
 	}
-	nodes, err := s.Relay.Nodes(r.Context(), 0)
+	nodes, err := s.Relay.Nodes(r.Context(), httpserver.Needs{})
 	if err != nil {
 		return nil, err
 	}

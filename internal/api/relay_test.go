@@ -49,7 +49,7 @@ func (h *testServer) replicaOf(t testing.TB, cfg Config, rows *sandbox.Rows, tem
 	})
 	cfg.Relay = &httpserver.Relay{
 		Forwarder: nodetest.Linked(t, map[string]http.Handler{nodeID: seesNoKey}),
-		Nodes:     func(context.Context, int) ([]string, error) { return []string{nodeID}, nil },
+		Nodes:     func(context.Context, httpserver.Needs) ([]string, error) { return []string{nodeID}, nil },
 		Builder:   func(context.Context) (string, error) { return nodeID, nil },
 	}
 	return withoutMachine(cfg, rows, templates)
@@ -96,7 +96,7 @@ func TestForwarded(t *testing.T) {
 // unreachable is a Relay whose nodes cannot be reached.
 func unreachable(t *testing.T) *httpserver.Relay {
 	return &httpserver.Relay{Forwarder: nodetest.Linked(t, nil),
-		Nodes:   func(context.Context, int) ([]string, error) { return []string{nodeID}, nil },
+		Nodes:   func(context.Context, httpserver.Needs) ([]string, error) { return []string{nodeID}, nil },
 		Builder: func(context.Context) (string, error) { return nodeID, nil }}
 }
 

@@ -1,6 +1,7 @@
 package api
 
 import (
+	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
@@ -26,13 +27,16 @@ func (s *server) CreateSandbox(w http.ResponseWriter, r *http.Request, params Cr
 		s.fail(w, r, err)
 		return
 	}
-	request, err := requestOf(in)
+	request, err := creationOf(in)
+	if err == nil {
+		err = s.mayTake(r.Context(), request)
+	}
 	if err != nil {
 		s.fail(w, r, err)
 		return
 	}
 	wait := params.Wait == nil || *params.Wait
-	sbx, err := s.Sandboxes.Create(r.Context(), callerOf(r), request, once, wait)
+	sbx, err := s.Sandboxes.Create(r.Context(), callerOf(r), request.Request, once, wait)
 	if err != nil {
 		s.fail(w, r, err)
 		return
@@ -40,6 +44,29 @@ func (s *server) CreateSandbox(w http.ResponseWriter, r *http.Request, params Cr
 	callOf(r).Sandbox = string(sbx.ID)
 	w.Header().Set("Location", "/v1/sandboxes/"+string(sbx.ID))
 	s.answer(w, r, http.StatusCreated, s.sandboxOf(sbx))
+}
+
+// creation is a create: what the core is asked for, and the labels that the machine must have.
+type creation struct {
+	sandbox.Request
+	Labels map[string]string
+}
+
+func creationOf(in CreateSandboxRequest) (c creation, err error) {
+	if in.Placement != nil {
+		c.Labels = in.Placement.Require
+	}
+	c.Request, err = requestOf(in)
+	return c, err
+}
+
+// mayTake returns an error if this machine must not take a sandbox for the labels that it needs.
+func (s *server) mayTake(ctx context.Context, c creation) error {
+	if c.Labels != nil && c.Snapshot != "" {
+		return fault.InvalidField("placement.require",
+			"cannot be given with snapshot: the sandbox is made where the snapshot is")
+	}
+	return s.Nodes.Takes(ctx, c.Labels)
 }
 
 // callerOf returns the caller of a request as the core represents it.

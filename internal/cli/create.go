@@ -23,6 +23,7 @@ type createFlags struct {
 	env              []string
 	metadata         []string
 	diskSizeMB       int
+	require          []string
 	egress           egressFlags
 }
 
@@ -32,6 +33,7 @@ func (c *createFlags) addCommon(f *pflag.FlagSet) {
 	f.StringVarP(&c.size, "size", "s", "", "size, such as shared-cpu-1x (default the template's)")
 	f.StringArrayVar(&c.metadata, "metadata", nil, "label NAME=VALUE (repeatable)")
 	f.IntVar(&c.diskSizeMB, "disk-size-mb", 0, "space that the sandbox may write to, in MiB (default the template's)")
+	f.StringArrayVar(&c.require, "require", nil, "label NAME=VALUE that the machine must have (repeatable)")
 	c.egress.add(f, " (default the template's)")
 }
 
@@ -65,6 +67,13 @@ func (a *app) createRequest(c createFlags, f *pflag.FlagSet) (cay.CreateSandboxR
 	}
 	if r.Metadata, err = pairs("--metadata", c.metadata, nil); err != nil {
 		return r, err
+	}
+	if c.require != nil {
+		labels, err := pairs("--require", c.require, nil)
+		if err != nil {
+			return r, err
+		}
+		r.Placement = &cay.Placement{Require: labels}
 	}
 	if c.persistent {
 		r.Mode = new("persistent")
@@ -101,7 +110,7 @@ stays until you destroy it.`,
 		Example: `  cay sandbox create -t python --timeout 1h
   cay sandbox create -t python --persistent --idle-timeout 30m
   cay sandbox create --snapshot after-setup --timeout 1h
-  cay sandbox create -s shared-cpu-2x -e TOKEN=abc --metadata team=red
+  cay sandbox create -s shared-cpu-2x -e TOKEN=abc --metadata team=red --require zone=a
   cay sandbox create --egress-allow-cidr 203.0.113.0/24 --egress-allow-port 443
   cay sandbox create --egress-allow-domain pypi.org --egress-allow-domain '*.pythonhosted.org'`,
 		Args: noArgs,

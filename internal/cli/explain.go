@@ -14,7 +14,7 @@ import (
 // flagOf maps the fields of the API's requests to the flags and arguments that set them.
 var flagOf = map[string]string{
 	"template": "--template", "timeout": "--timeout", "idle_timeout": "--idle-timeout", "recovery_interval": "--recovery-interval", "mode": "--mode", "size": "--size",
-	"env": "--env", "metadata": "--metadata", "disk_size_mb": "--disk-size-mb", "workdir": "--workdir", "user": "--user",
+	"env": "--env", "metadata": "--metadata", "placement": "--require", "placement.require": "--require", "disk_size_mb": "--disk-size-mb", "workdir": "--workdir", "user": "--user",
 	"egress.mode": "--egress-mode", "egress.allow_cidrs": "--egress-allow-cidr", "egress.deny_cidrs": "--egress-deny-cidr",
 	"egress.allow_ports": "--egress-allow-port", "egress.allow_domains": "--egress-allow-domain",
 	"allow_cidrs": "--egress-allow-cidr", "deny_cidrs": "--egress-deny-cidr", "allow_ports": "--egress-allow-port", "allow_domains": "--egress-allow-domain", "egress": "--egress-mode", "owner": "--owner", "depth": "--depth", "status": "--status",

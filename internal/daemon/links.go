@@ -68,7 +68,10 @@ func (s *server) relay() *httpserver.Relay {
 	if !inFleet(s.cfg) {
 		return nil
 	}
-	return &httpserver.Relay{Self: s.instance, Nodes: s.nodes.Place,
+	return &httpserver.Relay{Self: s.instance,
+		Nodes: func(ctx context.Context, needs httpserver.Needs) ([]string, error) {
+			return s.nodes.Place(ctx, fleet.Needs(needs))
+		},
 		Forwarder: &httpserver.Forwarder{Via: s.fleet.hub.Transport, Log: s.log}, Lost: s.fleet.lostSince,
 		Builder: func(ctx context.Context) (string, error) {
 			node, found, err := s.db.Leader(ctx, leadBuilds)

@@ -38,7 +38,7 @@ func (h *harness) replicaOf(cfg Config, rows Rows, templates TemplateRows, next 
 	h.t.Cleanup(node.Hangup)
 	cfg.Relay = &httpserver.Relay{
 		Forwarder: nodetest.Linked(h.t, map[string]http.Handler{nodeID: seesNoKey}),
-		Nodes:     func(context.Context, int) ([]string, error) { return []string{nodeID}, nil },
+		Nodes:     func(context.Context, httpserver.Needs) ([]string, error) { return []string{nodeID}, nil },
 		Builder:   func(context.Context) (string, error) { return nodeID, nil },
 	}
 	return withoutMachine(cfg, rows, templates, next)
@@ -83,7 +83,7 @@ func TestEveryRouteHasALocation(t *testing.T) {
 	id, token := h.create(`{"templateID":"base"}`)
 	cfg := h.handler.Config
 	cfg.Relay = &httpserver.Relay{Forwarder: nodetest.Linked(t, nil),
-		Nodes:   func(context.Context, int) ([]string, error) { return []string{nodeID}, nil },
+		Nodes:   func(context.Context, httpserver.Needs) ([]string, error) { return []string{nodeID}, nil },
 		Builder: func(context.Context) (string, error) { return nodeID, nil }}
 	replica := withoutMachine(cfg, sandbox.NewRows(sandbox.Config{}, h.db), template.NewReader(h.db),
 		http.NotFoundHandler())

@@ -253,3 +253,41 @@ func TestLabels(t *testing.T) {
 		}
 	}
 }
+
+// TestPlacementByLabels places sandboxes that need labels, on nodes of which one is away.
+func TestPlacementByLabels(t *testing.T) {
+	f := newFixture(t)
+	ctx := t.Context()
+	labels := map[string]string{"zone": "a", "gpu": ""}
+	if err := f.Register(ctx, "host", labels, fleet.About{Version: "v1", Address: "a:1"}); err != nil {
+		t.Fatal(err)
+	}
+	token := fleet.Token{Hash: "hash", Settings: fleet.TokenSettings{Labels: map[string]string{"zone": "b"}}}
+	if _, err := f.db.AddToken(ctx, token, time.Hour); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.db.Join(ctx, "hash", fleet.Node{ID: "away00", Name: "away"}, "key"); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		needs map[string]string
+		nodes int        // that it is offered to
+		takes fault.Kind // why this node does not take it
+	}{
+		{nil, 1, 0}, {map[string]string{"zone": "a"}, 1, 0}, {labels, 1, 0}, {map[string]string{"gpu": ""}, 1, 0},
+		{map[string]string{"zone": "b"}, 0, fault.Unavailable}, // the one that has it may come back
+		{map[string]string{"zone": "c"}, 0, fault.Invalid},
+		{map[string]string{"zone": "b", "gpu": ""}, 0, fault.Invalid},
+		{map[string]string{"Zone": "a"}, 0, fault.Invalid},
+	} {
+		ids, err := f.Place(ctx, fleet.Needs{Labels: c.needs})
+		if invalid := fault.Is(err, fault.Invalid); len(ids) != c.nodes || invalid != (c.takes == fault.Invalid) ||
+			invalid && fault.As(err).Field != "placement.require" {
+			t.Errorf("%v: offered to %v, %v", c.needs, ids, err)
+		}
+		err = f.Takes(ctx, c.needs)
+		if (err == nil) != (c.takes == 0) || err != nil && !fault.Is(err, c.takes) {
+			t.Errorf("%v: this node takes it: %v", c.needs, err)
+		}
+	}
+}

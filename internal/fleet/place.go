@@ -20,20 +20,62 @@ const (
 	newMemoryMB = 64
 )
 
+// Needs says which machines may take a new sandbox.
+type Needs struct {
+	MemoryMB int               // of the sandbox's size in MiB, 0 if it is not known
+	Labels   map[string]string // that the node must have
+}
+
 // Place returns the nodes that take sandboxes, in the order in which a new one should be offered to them: the best of
-// three random ones that have room for memoryMB MiB, again and again, and then those that seem to have none. memoryMB
-// is the memory of the sandbox's size, 0 if it is not known. What the rows say may be seconds old, so a node may
-// refuse, and one that seems full may not. A size for which no machine of the fleet has the memory, whoever uses it
-// now, is Invalid in field "size".
-func (s *Service) Place(ctx context.Context, memoryMB int) ([]ID, error) {
+// three random ones that have the labels and room for the memory, again and again, and then those that seem to have
+// none. What the rows say may be seconds old, so a node may refuse, and one that seems full may not. Labels that no
+// machine of the fleet has, whatever its status, are Invalid in field "placement.require", and a size for whose memory
+// none of those that have them is large enough, whoever uses it now, is in field "size".
+func (s *Service) Place(ctx context.Context, needs Needs) ([]ID, error) {
+	all, err := s.labelled(ctx, needs.Labels)
+	if err != nil {
+		return nil, err
+	}
+	if err := neverFits(all, needs.MemoryMB); err != nil {
+		return nil, err
+	}
+	return order(all, s.cfg.Self, needs.MemoryMB), nil
+}
+
+// Takes returns an error if this process's node does not have labels that a new sandbox needs: Invalid in field
+// "placement.require" if no other node has them either, and otherwise Unavailable, code "no_capacity".
+func (s *Service) Takes(ctx context.Context, labels map[string]string) error {
+	if len(labels) == 0 {
+		return nil
+	}
+	all, err := s.labelled(ctx, labels)
+	if err == nil && !slices.ContainsFunc(all, func(n Node) bool { return n.ID == s.cfg.Self }) {
+		err = fault.New(fault.Unavailable, fault.CodeNoCapacity, "this machine lacks labels that the sandbox needs")
+	}
+	return err
+}
+
+// labelled returns the nodes that have labels. It returns an error if there are nodes and none has them.
+func (s *Service) labelled(ctx context.Context, labels map[string]string) ([]Node, error) {
+	if err := checkLabels(labels); err != nil {
+		return nil, fault.InvalidField("placement.require", "%s", err)
+	}
 	all, err := s.List(ctx)
 	if err != nil {
 		return nil, err
 	}
-	if err := neverFits(all, memoryMB); err != nil {
-		return nil, err
+	have := slices.DeleteFunc(all, func(n Node) bool {
+		for name, value := range labels {
+			if has, ok := n.Labels[name]; !ok || has != value {
+				return true
+			}
+		}
+		return false
+	})
+	if len(have) == 0 && len(labels) > 0 {
+		return nil, fault.InvalidField("placement.require", "no machine has these labels")
 	}
-	return order(all, s.cfg.Self, memoryMB), nil
+	return have, nil
 }
 
 // neverFits returns an error if no machine has so much memory, also one that takes no sandboxes now.
@@ -48,7 +90,8 @@ func neverFits(all []Node, memoryMB int) error {
 	if len(all) == 0 {
 		return nil
 	}
-	return fault.InvalidField("size", "needs %d MiB of memory, and no machine has more than %d MiB", memoryMB, most)
+	return fault.InvalidField("size", "needs %d MiB of memory, and no machine that may take it has more than %d MiB",
+		memoryMB, most)
 }
 
 // mayFit reports whether the machine has so much memory at all.

@@ -36,12 +36,18 @@ const (
 type Relay struct {
 	Self      string // the node of this process; "" if it has none
 	Forwarder *Forwarder
-	// Nodes returns nodes that may take a new sandbox whose size has memoryMB MiB, 0 if that is not known, the best first.
-	Nodes func(ctx context.Context, memoryMB int) ([]string, error)
+	// Nodes returns nodes that may take a new sandbox, the best first.
+	Nodes func(ctx context.Context, needs Needs) ([]string, error)
 	// Lost returns the time since which a node is lost, and whether it is. Calls that it alone can do are refused.
 	Lost func(node string) (since time.Time, lost bool)
 	// Builder returns the node that builds templates.
 	Builder func(ctx context.Context) (node string, err error)
+}
+
+// Needs says what a new sandbox needs of a machine, as far as a replica knows it.
+type Needs struct {
+	MemoryMB int               // of its size in MiB, 0 if it is not known
+	Labels   map[string]string // of the node
 }
 
 // Away reports whether another server must do a call about what the node has. A request that was forwarded to this
@@ -176,10 +182,10 @@ func (l *Relay) fetch(r *http.Request, node, query string, limit int64, p Passag
 
 // Place sends a create to a node that takes it. It reads the body, of at most limit bytes, and sends it to one node
 // after the other until one does not refuse. If it returns a request, this server is the one to try: the caller does
-// that request, and a refusal by [Front.Fail] goes to the nodes that are left. memoryOf, if not nil, returns the memory
-// in MiB of the size that a body names, 0 if it names none.
+// that request, and a refusal by [Front.Fail] goes to the nodes that are left. needsOf, if not nil, returns what
+// the body of a create asks for.
 func (l *Relay) Place(w http.ResponseWriter, r *http.Request, limit int64, p Passage,
-	memoryOf func(body []byte) int) (here *http.Request, err error) {
+	needsOf func(body []byte) Needs) (here *http.Request, err error) {
 	if !l.Forwards(r) {
 		return r, nil
 	}
@@ -187,11 +193,11 @@ func (l *Relay) Place(w http.ResponseWriter, r *http.Request, limit int64, p Pas
 	if err != nil {
 		return nil, err
 	}
-	memoryMB := 0
-	if memoryOf != nil {
-		memoryMB = memoryOf(body)
+	var needs Needs
+	if needsOf != nil {
+		needs = needsOf(body)
 	}
-	nodes, err := l.Nodes(r.Context(), memoryMB)
+	nodes, err := l.Nodes(r.Context(), needs)
 	if err != nil {
 		return nil, err
 	}

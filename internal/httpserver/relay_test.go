@@ -184,7 +184,7 @@ func TestOwnRefusalGoesOn(t *testing.T) {
 		"invalid":         {[]string{"n0", "n1"}, fault.InvalidField("a", "b"), 400, "invalid_a"},
 	} {
 		relay := &Relay{Self: "n0", Forwarder: f.forwarder,
-			Nodes: func(context.Context, int) ([]string, error) { return c.nodes, nil }}
+			Nodes: func(context.Context, Needs) ([]string, error) { return c.nodes, nil }}
 		w := httptest.NewRecorder()
 		frontOf(func(w *Recorder, r *http.Request) error {
 			here, err := relay.Place(w, r, 100, Passage{Front: "api"}, nil)

@@ -306,6 +306,9 @@ type CreateSandboxRequest struct {
 	// `ephemeral` (default) or `persistent`.
 	Mode *string `json:"mode,omitempty"`
 
+	// The machines that may take a new sandbox. The sandbox stays on the one that does.
+	Placement *Placement `json:"placement,omitempty"`
+
 	// Persistent only: the interval of recovery points while the sandbox runs and changes, 1m to 24h, or 0 for
 	// never, also as a number. The default is 10m.
 	//
@@ -1091,6 +1094,14 @@ type OutputPiece struct {
 
 	// The stream of the piece. Absent in an event, whose name says it.
 	Stream *string `json:"stream,omitempty"`
+}
+
+// Placement describes the machines that may take a new sandbox. The sandbox stays on the one that does.
+type Placement struct {
+	// Labels that the machine must have, at most 32; see `GET /v1/nodes`. A name has 1 to 63 of a-z, 0-9, `.`, `/` and `-`, a value at most 63 letters, digits, `.`, `_` and `-`, each with a letter or digit at both ends. If no machine has them all, the create is refused with 400. Only with a template.
+	//
+	// Example: {"zone":"a"}
+	Require map[string]string `json:"require,omitempty"`
 }
 
 // pool describes the sandboxes that are started in advance.
