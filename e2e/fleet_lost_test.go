@@ -19,7 +19,7 @@ func (f *fleetOfTwo) lost(t *testing.T) {
 	const look = "cat /proc/sys/kernel/random/boot_id"
 	before := f.a.want(persistent, look)
 	f.b.signal(syscall.SIGSTOP)
-	defer f.b.signal(syscall.SIGCONT) // also if the test fails
+	defer f.b.signal(syscall.SIGCONT) // if the test fails
 
 	f.a.becomes("the machine is lost", func() bool {
 		n, err := f.a.api().GetNode(t.Context(), "host-b")
@@ -47,7 +47,13 @@ func (f *fleetOfTwo) lost(t *testing.T) {
 		t.Errorf("it is %s, %s", state, reason)
 	}
 
-	f.b.signal(syscall.SIGCONT)
+	if _, err := f.a.api().Execute(t.Context(), ephemeral, cay.ExecuteRequest{Command: new("true")}); !isRefused(err,
+		409, "sandbox_not_running") {
+		t.Errorf("a call about a sandbox that was lost: %v", err)
+	}
+
+	f.b.stop(syscall.SIGCONT) // it ends when it finds out
+	f.b.start()
 	f.a.becomes("the machine is back", func() bool {
 		n, err := f.a.api().GetNode(t.Context(), "host-b")
 		return err == nil && n.Status == cay.NodeStatusReady && n.LostAt == nil

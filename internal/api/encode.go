@@ -84,7 +84,7 @@ func (s *server) sandboxOf(b sandbox.Sandbox) Sandbox {
 		Source:          optional(SandboxSource(b.Source)),
 		Origin:          optional(b.Origin),
 	}
-	if since, lost := s.Relay.LostSince(b.Holder.Node); lost && !b.State.Over() {
+	if since, lost := s.Relay.LostSince(b.Holder.Node); lost && b.State.Status() != sandbox.StatusDestroyed {
 		out.Unavailable = new("its machine is lost since " + since.UTC().Format(time.RFC3339))
 	}
 	if !b.SuspendedAt.IsZero() {

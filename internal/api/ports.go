@@ -97,12 +97,12 @@ func (s *server) servePort(w http.ResponseWriter, r *http.Request, p portRequest
 		return
 	}
 	if s.Relay.Forwards(r) {
-		node, err := s.holderOf(r, caller.OrgID, p.id)
+		node, away, err := s.holderOf(r, caller.OrgID, p.id)
 		if err != nil {
 			s.fail(w, r, err)
 			return
 		}
-		if s.Relay.Away(r, node) {
+		if away {
 			ctx, stop := s.untilStop(r.Context())
 			defer stop()
 			s.send(w, r.WithContext(ctx), node, httpserver.Passage{Front: frontPort, Port: p.port, Shared: !p.byHost,

@@ -88,7 +88,7 @@ func (s *server) serverOf(r *http.Request, route access, id sandbox.ID) (node st
 	case builder:
 		return s.Relay.BuilderAway(r)
 	case holder, holderOrRows:
-		node, err = s.holderOf(r, callOf(r).Who.Org.ID, id)
+		return s.holderOf(r, callOf(r).Who.Org.ID, id)
 	case snapshotHolder:
 		var snap sandbox.Snapshot
 		ref := strings.TrimPrefix(r.URL.Path, "/v1/snapshots/")
@@ -100,10 +100,18 @@ func (s *server) serverOf(r *http.Request, route access, id sandbox.ID) (node st
 	return node, err == nil && s.Relay.Away(r, node), err
 }
 
-// holderOf returns the node that has a sandbox of the organization.
-func (s *server) holderOf(r *http.Request, orgID string, id sandbox.ID) (node string, err error) {
+// holderOf returns the node that has a sandbox of the organization, and whether that is another server. Of what a lost
+// node has, any server deletes a sandbox, and says that one is over.
+func (s *server) holderOf(r *http.Request, orgID string, id sandbox.ID) (node string, away bool, err error) {
 	sbx, err := s.Rows.Get(r.Context(), orgID, id)
-	return sbx.Holder.Node, err
+	if err != nil {
+		return "", false, err
+	}
+	node = sbx.Holder.Node
+	if sbx.State.Over() || r.Method == http.MethodDelete && r.URL.Path == "/v1/sandboxes/"+string(id) {
+		return node, s.Relay.AwayUnlessLost(r, node), nil
+	}
+	return node, s.Relay.Away(r, node), nil
 }
 
 // maxPool limits the pool of a node as it comes in its answer, in bytes. An entry takes some 150.

@@ -94,8 +94,9 @@ type server struct {
 
 // Run runs the server until ctx ends, with settings that [config.Config.Check] accepts. It closes everything that it
 // opened before it returns. Sandboxes keep running. With acceptRestore it takes the state of PostgreSQL as it is,
-// also if it is older than the machine's. A server that the others of its fleet count as lost starts again.
-func Run(ctx context.Context, cfg config.Config, version string, acceptRestore bool) error {
+// also if it is older than the machine's. It returns an error if the other servers of a fleet count this one as lost,
+// so that the caller's service manager starts another process.
+func Run(ctx context.Context, cfg config.Config, version string, acceptRestore bool) (err error) {
 	log, err := newLogger(cfg)
 	if err != nil {
 		return err
@@ -107,22 +108,10 @@ func Run(ctx context.Context, cfg config.Config, version string, acceptRestore b
 	if err := dropUnneeded(); err != nil {
 		return err
 	}
-	for {
-		s := &server{cfg: cfg, version: version, acceptRestore: acceptRestore, log: log, registry: prometheus.NewRegistry()}
-		err := s.run(ctx)
-		if !errors.Is(err, errLost) || ctx.Err() != nil {
-			return err
-		}
-		log.WarnContext(ctx, "starting again, to take over what the machine has", "reason", err)
-		acceptRestore = false
-	}
-}
-
-// run opens the rooms, serves until ctx ends or the server fails, and closes the rooms.
-func (s *server) run(ctx context.Context) (err error) {
+	s := &server{cfg: cfg, version: version, acceptRestore: acceptRestore, log: log, registry: prometheus.NewRegistry()}
 	defer func() {
 		// ctx has ended; closing has a time limit of its own.
-		closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Duration(s.cfg.ShutdownTimeout))
+		closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Duration(cfg.ShutdownTimeout))
 		defer cancel()
 		for i := len(s.closers) - 1; i >= 0; i-- {
 			err = errors.Join(err, s.closers[i](closing))

@@ -27,9 +27,12 @@ const (
 	// beatEvery is the time between two extensions of the lease of this server's node. With a longer one, a database that
 	// is slow for some seconds would make the node look lost; a shorter one writes more.
 	beatEvery = fleet.LeaseTime / 6
-	// leaveTime bounds the end of the node's session when the server stops. Without that end, the session ends with its
-	// lease.
-	leaveTime = 2 * time.Second
+	// beatRetry is the time until a beat that failed is tried again. A longer one lets a lease run out for a short trouble
+	// at its end; a shorter one asks a database that is away more often.
+	beatRetry = time.Second
+	// leaveTime bounds the end of the node's session when the server stops. If the session cannot be ended, the node is
+	// lost after a while. A longer time delays the end of a server whose database is away.
+	leaveTime = 10 * time.Second
 )
 
 // openHub makes what takes the connections of nodes. The room of nodes must be open.
@@ -120,55 +123,75 @@ func (s *server) serveFleet(ctx context.Context, wg *sync.WaitGroup, handler htt
 	return func() { end(); <-ended }
 }
 
-// errLost reports that the other servers count this one's node as lost. The server must start again: its sandboxes may
-// have ended in the records.
-var errLost = errors.New("the other servers count this machine as lost")
+// errLost reports that the other servers count this one's node as lost. Another process must start: the sandboxes that
+// this one holds may have ended in the records.
+var errLost = errors.New("the other servers count this machine as lost: start the server again")
 
-// followFleet keeps the session of this server's node and follows the other nodes until ctx ends. Then it ends the
-// session, so that other servers send no calls here. failed gets errLost when the node is lost.
-func (s *server) followFleet(ctx context.Context, failed chan<- error) {
-	who := fleet.Identity{Cluster: s.session.Cluster, Node: s.instance, KeySum: s.fleet.node.Identity().KeySum}
-	const look, extend = "reading the nodes of the fleet", "extending the lease of this server's node"
-	failing := map[string]bool{}
-	do := func(ctx context.Context, what string, f func(context.Context) error) {
+// repeat calls f, after a failure again after retry and otherwise after every, until ctx ends or f returns errLost,
+// which repeat returns. It logs the first of several failures.
+func (s *server) repeat(ctx context.Context, what string, every, retry time.Duration,
+	f func(context.Context) error) error {
+	for failing := false; ; {
 		err := f(ctx)
-		if errors.Is(err, errLost) {
-			select {
-			case failed <- err:
-			default: // it has got an error before
-			}
-			return
-		}
-		if err != nil && !failing[what] && ctx.Err() == nil {
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case errors.Is(err, errLost):
+			return err
+		case err != nil && !failing:
 			s.log.ErrorContext(ctx, what, "error", err)
 		}
-		failing[what] = err != nil
+		wait := every
+		if failing = err != nil; failing {
+			wait = retry
+		}
+		select {
+		case <-time.After(wait):
+		case <-ctx.Done():
+			return nil
+		}
 	}
+}
+
+// followFleet follows the other nodes until ctx ends. failed gets errLost when this server's node is lost.
+func (s *server) followFleet(ctx context.Context, failed chan<- error) {
+	if err := s.repeat(ctx, "reading the nodes of the fleet", lookEvery, lookEvery, s.lookAtFleet); err != nil {
+		failed <- err
+	}
+}
+
+// keepLease keeps the session of this server's node until the server closes. Then it ends the session, so that the
+// others send no calls here and do not count the node as lost.
+func (s *server) keepLease() {
+	who := fleet.Identity{Cluster: s.session.Cluster, Node: s.instance, KeySum: s.fleet.node.Identity().KeySum}
 	beat := func(ctx context.Context) error {
 		load, unknown := s.node.Load() // a node that does not know its load comes last, and keeps its lease
 		_, err := s.nodes.Beat(ctx, who, s.fleet.session, fleet.Load{MemoryFreeMB: int(load.MemoryFree >> 20),
 			Sandboxes: load.Sandboxes, Starting: load.Starting})
 		return errors.Join(err, unknown)
 	}
-	looks, beats := time.NewTicker(lookEvery), time.NewTicker(beatEvery)
-	defer looks.Stop()
-	defer beats.Stop()
-	do(ctx, extend, beat) // the start may have taken long
-	for do(ctx, look, s.lookAtFleet); ; {
-		select {
-		case <-looks.C:
-			do(ctx, look, s.lookAtFleet)
-		case <-beats.C:
-			do(ctx, extend, beat)
-		case <-ctx.Done():
-			closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), leaveTime)
-			defer cancel()
-			do(closing, "ending the session of this server's node", func(ctx context.Context) error {
-				return s.nodes.Leave(ctx, who, s.fleet.session)
+	ctx, stop := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		_ = s.repeat(ctx, "extending the lease of this server's node", beatEvery, beatRetry, beat) // never errLost
+	}()
+	s.onClose(func(closing context.Context) error {
+		stop()
+		<-done
+		closing, cancel := context.WithTimeout(closing, leaveTime)
+		defer cancel()
+		_ = s.repeat(closing, "ending the session of this server's node", leaveTime, beatRetry,
+			func(ctx context.Context) error {
+				err := s.nodes.Leave(ctx, who, s.fleet.session)
+				if err == nil || fault.Is(err, fault.Denied) { // it has another session, or none
+					cancel()
+					return nil
+				}
+				return err
 			})
-			return
-		}
-	}
+		return nil
+	})
 }
 
 // lookAtFleet reads the nodes once: it notes where the other servers are, ends connections of nodes that may not have

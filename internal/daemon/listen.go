@@ -84,13 +84,13 @@ func (s *server) listen(ctx context.Context) error {
 	s.log.InfoContext(ctx, "cay is ready", "url", "http://"+listener.Addr().String(), "data_dir", s.cfg.DataDir,
 		"instance", s.instance, "network", s.slots.Range(), "version", s.version)
 	select {
-	case err = <-failed:
-		err = fmt.Errorf("serving: %w", err)
+	case err := <-failed:
+		return fmt.Errorf("serving: %w", err)
 	case <-ctx.Done():
 	}
 	s.log.Info("shutting down; sandboxes go on running")
 	s.endServing(ctx, servers, &hijacked)
-	return err
+	return nil
 }
 
 // endServing ends the servers, and waits for calls that have taken over their connection, until the shutdown timeout.

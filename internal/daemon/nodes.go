@@ -52,8 +52,12 @@ func (s *server) openNodes(ctx context.Context) error {
 		return err
 	}
 	s.openHub()
-	if inFleet(s.cfg) {
-		err = s.enroll(ctx)
+	if !inFleet(s.cfg) {
+		return nil
 	}
-	return err
+	if err := s.enroll(ctx); err != nil {
+		return err
+	}
+	s.keepLease() // what follows may take long
+	return nil
 }

@@ -43,7 +43,10 @@ func (s *Handler) relay(w http.ResponseWriter, r *http.Request, at location) (he
 	case holder:
 		var sb sandbox.Sandbox
 		sb, err = s.present(r, sandboxID(r))
-		node, away = sb.Holder.Node, s.Relay.Away(r, sb.Holder.Node)
+		node = sb.Holder.Node
+		if away = s.Relay.Away(r, node); r.Method == http.MethodDelete && r.URL.Path == "/sandboxes/"+r.PathValue("id") {
+			away = s.Relay.AwayUnlessLost(r, node)
+		}
 	case snapshotOrTemplate:
 		node, away, err = s.snapshotOrBuilder(r)
 	}

@@ -25,8 +25,9 @@ type watch struct {
 }
 
 // Watch declares nodes lost until ctx ends, and ends sandboxes of lost nodes with Config.Lose. A node is lost when its
-// lease has been over for some time in which this process could read the records: while no server can, no node can
-// extend its lease either. A node whose server has ended its session is not lost. One server of a fleet watches.
+// lease has been over for some time in which this process could read the records and has extended the lease of its own
+// node: while no server can write, no node can extend its lease. A node whose server has ended its session is not lost.
+// One server of a fleet watches.
 func (s *Service) Watch(ctx context.Context) {
 	w := watch{Service: s, over: map[ID]time.Time{}}
 	looks := time.NewTicker(watchEvery)
@@ -58,18 +59,24 @@ func (w *watch) look(ctx context.Context, now time.Time) error {
 	w.looked = now
 	var errs []error
 	for _, n := range all {
-		if n.ID != w.cfg.Self {
+		switch {
+		case n.ID == w.cfg.Self && over(n, w.cfg.Now()):
+			clear(w.over) // this server could not write either
+			return nil
+		case n.ID != w.cfg.Self && n.Address != "":
 			errs = append(errs, w.judge(ctx, n, now))
 		}
 	}
 	return errors.Join(errs...)
 }
 
+// over reports whether a node's lease is over. A node that has ended its session has none.
+func over(n Node, now time.Time) bool { return !n.LeaseUntil.IsZero() && !now.Before(n.LeaseUntil) }
+
 // judge declares a node lost if it is time to, and ends what ends with a lost node.
 func (w *watch) judge(ctx context.Context, n Node, now time.Time) error {
 	if n.LostAt.IsZero() {
-		over := !n.LeaseUntil.IsZero() && !w.cfg.Now().Before(n.LeaseUntil)
-		if !over {
+		if !over(n, w.cfg.Now()) {
 			delete(w.over, n.ID)
 			return nil
 		}
@@ -79,7 +86,11 @@ func (w *watch) judge(ctx context.Context, n Node, now time.Time) error {
 		} else if now.Sub(since) < lossGrace {
 			return nil
 		}
-		if lost, err := w.store.LoseNode(ctx, n.ID, n.Session); err != nil || !lost {
+		// A database that is slow to write keeps the nodes from extending their leases too.
+		losing, cancel := context.WithTimeout(ctx, watchEvery)
+		defer cancel()
+		if lost, err := w.store.LoseNode(losing, n.ID, n.Session); err != nil || !lost {
+			delete(w.over, n.ID)
 			return err
 		}
 		w.cfg.Log.WarnContext(ctx, "a node is lost", "node", n.ID, "name", n.Name, "seen", n.SeenAt, "sandboxes", n.Active)

@@ -53,14 +53,20 @@ func (l *leases) end(_ context.Context, node fleet.ID) error {
 	return nil
 }
 
-// lease gives a node a lease from now, or takes it.
-func (l *leases) lease(i int, holds bool) {
+// beat gives nodes a lease from now.
+func (l *leases) beat(nodes ...int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, i := range nodes {
+		l.nodes[i].LeaseUntil = time.Now().Add(fleet.LeaseTime)
+	}
+}
+
+// leave ends the session of a node.
+func (l *leases) leave(i int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.nodes[i].LeaseUntil = time.Time{}
-	if holds {
-		l.nodes[i].LeaseUntil = time.Now().Add(fleet.LeaseTime)
-	}
 }
 
 func (l *leases) setAway(away bool) {
@@ -76,7 +82,7 @@ func watching(t *testing.T, run func(l *leases)) *leases {
 		joined := time.Now().Add(-time.Hour)
 		for _, id := range []fleet.ID{"self", "a", "b"} {
 			l.nodes = append(l.nodes, fleet.Node{ID: id, JoinedAt: joined, Session: "s" + id, Active: 1,
-				LeaseUntil: time.Now().Add(fleet.LeaseTime)})
+				About: fleet.About{Address: id + ":1"}, LeaseUntil: time.Now().Add(fleet.LeaseTime)})
 		}
 		s := fleet.New(fleet.Config{Self: "self", Now: time.Now, Log: slog.New(slog.DiscardHandler),
 			Lose: l.end}, l)
@@ -97,7 +103,7 @@ func TestSilentNodeIsLost(t *testing.T) {
 		began = time.Now()
 		for range 15 {
 			time.Sleep(5 * time.Second)
-			l.lease(1, true)
+			l.beat(0, 1)
 		}
 	})
 	after := l.lost["b"].Sub(began)
@@ -119,9 +125,24 @@ func TestAwayRecordsLoseNoNode(t *testing.T) {
 		l.setAway(false)
 		time.Sleep(fleet.LeaseTime / 6)
 		for range 12 {
-			l.lease(1, true)
-			l.lease(2, true)
+			l.beat(0, 1, 2)
 			time.Sleep(5 * time.Second)
+		}
+	})
+	if len(l.lost) != 0 || len(l.ends) != 0 {
+		t.Errorf("lost are %v, %v", l.lost, l.ends)
+	}
+}
+
+// TestHeldWritesLoseNoNode has the records be read and not written for longer than a lease.
+func TestHeldWritesLoseNoNode(t *testing.T) {
+	l := watching(t, func(l *leases) {
+		time.Sleep(5 * time.Minute) // no node extends its lease
+		for range 12 {
+			time.Sleep(fleet.LeaseTime / 6)
+			l.beat(0) // the first to write is the one that watches
+			time.Sleep(fleet.LeaseTime/6 - time.Second)
+			l.beat(1, 2)
 		}
 	})
 	if len(l.lost) != 0 || len(l.ends) != 0 {
@@ -132,10 +153,10 @@ func TestAwayRecordsLoseNoNode(t *testing.T) {
 // TestLeftNodeIsNotLost has a node end its session, as a server does that an operator stops.
 func TestLeftNodeIsNotLost(t *testing.T) {
 	l := watching(t, func(l *leases) {
-		l.lease(2, false)
+		l.leave(2)
 		for range 24 {
 			time.Sleep(5 * time.Second)
-			l.lease(1, true)
+			l.beat(0, 1)
 		}
 	})
 	if len(l.lost) != 0 {

@@ -51,13 +51,15 @@ type Needs struct {
 }
 
 // Away reports whether another server must do a call about what the node has. A request that was forwarded to this
-// server goes no further: its node answers where it belongs. What a lost node has is deleted here.
+// server goes no further: its node answers where it belongs.
 func (l *Relay) Away(r *http.Request, node string) bool {
-	if !l.Forwards(r) || l.here(node) {
-		return false
-	}
+	return l.Forwards(r) && !l.here(node)
+}
+
+// AwayUnlessLost is Away for a call that any server does once the node is lost.
+func (l *Relay) AwayUnlessLost(r *http.Request, node string) bool {
 	_, lost := l.LostSince(node)
-	return !lost || r.Method != http.MethodDelete
+	return l.Away(r, node) && !lost
 }
 
 // LostSince returns the time since which a node is lost, and whether it is.

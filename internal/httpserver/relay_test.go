@@ -235,17 +235,14 @@ func TestGather(t *testing.T) {
 	}
 }
 
-// TestLostNode refuses calls that a lost node would have to do, but deletions, which this server does.
+// TestLostNode refuses calls that a lost node alone can do.
 func TestLostNode(t *testing.T) {
 	since := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 	relay := &Relay{Self: "n1", Lost: func(node string) (time.Time, bool) { return since, node == "n3" }}
-	for _, c := range []struct {
-		method, node string
-		away         bool
-	}{{"GET", "n1", false}, {"GET", "n2", true}, {"DELETE", "n2", true}, {"GET", "n3", true}, {"DELETE", "n3", false}} {
-		r := httptest.NewRequest(c.method, "/", nil)
-		if got := relay.Away(r, c.node); got != c.away {
-			t.Errorf("%s of %s: away is %t", c.method, c.node, got)
+	r := httptest.NewRequest("GET", "/", nil)
+	for node, want := range map[string][2]bool{"n1": {false, false}, "n2": {true, true}, "n3": {true, false}} {
+		if got := [2]bool{relay.Away(r, node), relay.AwayUnlessLost(r, node)}; got != want {
+			t.Errorf("%s is away, and so for what any server can do if it is lost: %v, want %v", node, got, want)
 		}
 	}
 	err := relay.Send(httptest.NewRecorder(), httptest.NewRequest("POST", "/", nil), "n3", Passage{})

@@ -11,9 +11,9 @@ func elsewhere(what string, h Holder) error {
 	return fault.New(fault.Unavailable, fault.CodeElsewhere, "%s is on another machine than this server", what).On(h.Node)
 }
 
-// held returns elsewhere's error if another node holds the sandbox.
+// held returns elsewhere's error if another node holds the sandbox. No node has anything of one that is over.
 func (s *Service) held(sbx Sandbox) error {
-	if sbx.Holder.Node != s.cfg.Node {
+	if sbx.Holder.Node != s.cfg.Node && !sbx.State.Over() {
 		return elsewhere("sandbox "+string(sbx.ID), sbx.Holder)
 	}
 	return nil

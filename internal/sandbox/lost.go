@@ -16,7 +16,7 @@ func (s *Service) EndLost(ctx context.Context, node string) error {
 	}
 	var errs []error
 	for _, id := range ids {
-		_, err := s.store.EndLost(ctx, id, Lost, time.Now().UTC())
+		_, err := s.endLost(ctx, id, Lost)
 		if errs = append(errs, err); ctx.Err() != nil {
 			break
 		}
@@ -24,10 +24,25 @@ func (s *Service) EndLost(ctx context.Context, node string) error {
 	return errors.Join(errs...)
 }
 
+// endLost ends a sandbox if its node is lost, and reports whether the node is.
+func (s *Service) endLost(ctx context.Context, id ID, why Reason) (lost bool, err error) {
+	now := time.Now().UTC()
+	before, lost, err := s.store.EndLost(ctx, id, why, now)
+	if err != nil || !lost || before.State.Over() {
+		return lost, err
+	}
+	ends := Event{SandboxID: id, At: now, From: before.State, To: Destroyed, Reason: string(why)}
+	if before.State == Creating {
+		ends.To = Failed
+	}
+	s.announce(ctx, ends)
+	return true, nil
+}
+
 // destroyElsewhere destroys a sandbox of another node if that node is lost. Otherwise the node has to.
 func (s *Service) destroyElsewhere(ctx context.Context, sbx Sandbox) error {
-	ended, err := s.store.EndLost(ctx, sbx.ID, Requested, time.Now().UTC())
-	if err == nil && !ended {
+	lost, err := s.endLost(ctx, sbx.ID, Requested)
+	if err == nil && !lost {
 		err = s.held(sbx)
 	}
 	return err

@@ -114,12 +114,12 @@ type SandboxStore interface {
 	// Unfinished returns every sandbox that is not over, oldest first.
 	Unfinished(ctx context.Context) ([]Sandbox, error)
 	// LostSandboxes returns the sandboxes of a lost node that end with it, oldest first: those that are being made or
-	// removed, and ephemeral ones that are not suspended. It returns none of a node that is not lost.
+	// removed, and ephemeral ones that are not suspended or waking. It returns none of a node that is not lost.
 	LostSandboxes(ctx context.Context, node string) ([]ID, error)
 	// EndLost writes that a sandbox is destroyed, for the reason why, or has failed if it was being made, if its node is
-	// lost. It reports whether the node is. A sandbox that is over stays as it is. What the node has of the sandbox is
-	// removed when its next server starts.
-	EndLost(ctx context.Context, id ID, why Reason, now time.Time) (ended bool, err error)
+	// lost. It returns the sandbox as it was before, and whether the node is lost. A sandbox that is over stays as it is.
+	// What the node has of the sandbox is removed when its next server starts.
+	EndLost(ctx context.Context, id ID, why Reason, now time.Time) (before Sandbox, lost bool, err error)
 	// Purge drops sandboxes that were over before the time over, with their listings of events, and
 	// idempotency records older than 24 h at now. Of each organization's sandboxes that are over it
 	// keeps the newest, at most most of them; 0 means no limit. A sandbox counts once more for each 4

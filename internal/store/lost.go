@@ -56,8 +56,8 @@ func (db *DB) lostAt(ctx context.Context, tx *sql.Tx, id fleet.ID) (since time.T
 // state no checkpoint keeps.
 const lostSandboxes = "SELECT s.id FROM sandboxes s JOIN nodes n ON n.id = s.node_id WHERE s.node_id = $1" +
 	" AND n.lost_at IS NOT NULL AND s.ended_at IS NULL AND (s.state IN ('" + string(sandbox.Creating) + "', '" +
-	string(sandbox.Destroying) + "') OR s.mode = '" + string(sandbox.Ephemeral) + "' AND s.state <> '" +
-	string(sandbox.Suspended) + "') ORDER BY s.created_at, s.id"
+	string(sandbox.Destroying) + "') OR s.mode = '" + string(sandbox.Ephemeral) + "' AND s.state NOT IN ('" +
+	string(sandbox.Suspended) + "', '" + string(sandbox.Waking) + "')) ORDER BY s.created_at, s.id"
 
 // LostSandboxes implements [sandbox.Store].
 func (db *DB) LostSandboxes(ctx context.Context, node string) ([]sandbox.ID, error) {
@@ -70,29 +70,29 @@ func (db *DB) LostSandboxes(ctx context.Context, node string) ([]sandbox.ID, err
 }
 
 // EndLost implements [sandbox.Store].
-func (db *DB) EndLost(ctx context.Context, id sandbox.ID, why sandbox.Reason, now time.Time) (ended bool, err error) {
+func (db *DB) EndLost(ctx context.Context, id sandbox.ID, why sandbox.Reason,
+	now time.Time) (before sandbox.Sandbox, lost bool, err error) {
 	defer db.took("end_lost", time.Now())
 	err = db.record(ctx, func(tx *sql.Tx, out *outbox) error {
-		ended = false
-		row, err := getSandbox(ctx, tx, id)
-		if err != nil {
+		lost = false
+		if before, err = getSandbox(ctx, tx, id); err != nil {
 			return err
 		}
 		// A server of the node that starts waits here, or has its rows before.
-		since, err := db.lostAt(ctx, tx, row.Holder.Node)
+		since, err := db.lostAt(ctx, tx, before.Holder.Node)
 		if err != nil || since.IsZero() {
 			return err
 		}
-		if row, err = db.lockSandbox(ctx, tx, id); err != nil {
+		if before, err = db.lockSandbox(ctx, tx, id); err != nil {
 			return err
 		}
-		ended = true
-		return out.endLost(ctx, row, why, now)
+		lost = true
+		return out.endLost(ctx, before, why, now)
 	})
 	if err != nil {
-		return false, fmt.Errorf("ending sandbox %s of a lost node: %w", id, err)
+		return sandbox.Sandbox{}, false, fmt.Errorf("ending sandbox %s of a lost node: %w", id, err)
 	}
-	return ended, nil
+	return before, lost, nil
 }
 
 // endLost moves the row of a sandbox to the state that it has when nothing of it is left.

@@ -37,7 +37,8 @@ func putLostRows(t *testing.T, db *DB) lostRows {
 	for _, mode := range []sandbox.Mode{sandbox.Ephemeral, sandbox.Persistent} {
 		rows.ends[put(mode)] = sandbox.Failed
 		rows.ends[put(mode, sandbox.Running, sandbox.Destroying)] = sandbox.Destroyed
-		rows.stay = append(rows.stay, put(mode, sandbox.Running, sandbox.Suspending, sandbox.Suspended))
+		rows.stay = append(rows.stay, put(mode, sandbox.Running, sandbox.Suspending, sandbox.Suspended),
+			put(mode, sandbox.Running, sandbox.Suspending, sandbox.Suspended, sandbox.Waking))
 	}
 	rows.ends[put(sandbox.Ephemeral, sandbox.Running)] = sandbox.Destroyed
 	rows.ends[put(sandbox.Ephemeral, sandbox.Running, sandbox.Suspending)] = sandbox.Destroyed
@@ -56,7 +57,7 @@ func TestLostNode(t *testing.T) {
 			rows := putLostRows(t, a)
 			other := mustInsert(t, b, small("org_a", 50))
 			loseNode(t, a, b)
-			_, err := a.Transition(t.Context(), sandbox.Change{ID: rows.stay[2], From: []sandbox.State{sandbox.Running},
+			_, err := a.Transition(t.Context(), sandbox.Change{ID: rows.stay[4], From: []sandbox.State{sandbox.Running},
 				To: sandbox.Suspending, At: start})
 			wantFault(t, err, fault.Unavailable, "not_ready")
 			endLost(t, b, rows)
@@ -118,8 +119,8 @@ func endLost(t *testing.T, db *DB, rows lostRows) {
 		t.Errorf("%d sandboxes end, %v, want %d", len(ids), err, len(rows.ends))
 	}
 	for _, id := range slices.Concat(ids, ids) { // a second time changes nothing
-		if ended, err := st.EndLost(ctx, id, sandbox.Lost, start); err != nil || !ended {
-			t.Errorf("ending a sandbox: %t, %v", ended, err)
+		if _, lost, err := st.EndLost(ctx, id, sandbox.Lost, start); err != nil || !lost {
+			t.Errorf("ending a sandbox: %t, %v", lost, err)
 		}
 	}
 	for id, want := range rows.ends {
@@ -137,8 +138,9 @@ func endLost(t *testing.T, db *DB, rows lostRows) {
 		t.Errorf("%d sandboxes are left, %v", len(ids), err)
 	}
 	// Its owner does not want the first one any more.
-	if ended, err := st.EndLost(ctx, rows.stay[0], sandbox.Requested, start); err != nil || !ended {
-		t.Errorf("destroying a sandbox that stays: %t, %v", ended, err)
+	before, lost, err := st.EndLost(ctx, rows.stay[0], sandbox.Requested, start)
+	if err != nil || !lost || before.State != sandbox.Suspended {
+		t.Errorf("destroying a sandbox that stays: %s, %t, %v", before.State, lost, err)
 	}
 	row, err := db.Get(ctx, rows.stay[0])
 	if err != nil || row.State != sandbox.Destroyed || row.DestroyReason != sandbox.Requested {
@@ -148,7 +150,7 @@ func endLost(t *testing.T, db *DB, rows lostRows) {
 	if err != nil || len(events) != 2 || events[0].To != sandbox.Destroyed || events[1].To != sandbox.Destroying {
 		t.Errorf("its last events are %+v, %v", events, err)
 	}
-	_, err = st.EndLost(ctx, sandbox.NewID(), sandbox.Lost, start)
+	_, _, err = st.EndLost(ctx, sandbox.NewID(), sandbox.Lost, start)
 	wantFault(t, err, fault.NotFound, "sandbox_not_found")
 }
 
@@ -156,7 +158,8 @@ func endLost(t *testing.T, db *DB, rows lostRows) {
 func returned(t *testing.T, db *DB, rows lostRows) {
 	t.Helper()
 	n, err := db.GetNode(t.Context(), "aaaaaa")
-	if err != nil || !n.LostAt.IsZero() || n.Session != "" {
+	if left := n.LeaseUntil.Sub(n.SeenAt).Round(time.Second); err != nil || !n.LostAt.IsZero() || n.Session != "" ||
+		left != startTime {
 		t.Errorf("the node is %+v, %v", n, err)
 	}
 	all, err := db.Unfinished(t.Context())
@@ -164,8 +167,8 @@ func returned(t *testing.T, db *DB, rows lostRows) {
 		t.Errorf("%d sandboxes are unfinished, %v, want %d", len(all), err, len(rows.stay)-1)
 	}
 	for _, row := range all {
-		if ended, err := db.EndLost(t.Context(), row.ID, sandbox.Lost, start); err != nil || ended {
-			t.Errorf("ending a sandbox of a node that is back: %t, %v", ended, err)
+		if _, lost, err := db.EndLost(t.Context(), row.ID, sandbox.Lost, start); err != nil || lost {
+			t.Errorf("ending a sandbox of a node that is back: %t, %v", lost, err)
 		}
 		if !slices.Contains(rows.stay, row.ID) {
 			t.Errorf("the unfinished sandbox %s was to end", row.ID)

@@ -55,6 +55,13 @@ func (db *DB) beginSession(ctx context.Context, node string, acceptRestore bool)
 		var more int64
 		if acceptRestore {
 			more = 1
+			// The leases are as old as the records, and no server of the generation before can extend one.
+			if _, err := tx.ExecContext(ctx, "DELETE FROM node_leases"); err != nil {
+				return err
+			}
+			if _, err := tx.ExecContext(ctx, "UPDATE nodes SET lost_at = NULL"); err != nil {
+				return err
+			}
 		}
 		if err := tx.QueryRowContext(ctx, "UPDATE cluster SET generation = generation + $1 RETURNING id, generation", more).
 			Scan(&s.Cluster, &s.Generation); err != nil {
@@ -74,6 +81,11 @@ func (db *DB) beginSession(ctx context.Context, node string, acceptRestore bool)
 	return s, nil
 }
 
+// startTime is the time in which a server that has taken over the rows of its node begins a session of the node, if it
+// is in a fleet. Some seconds are usual. With a longer one, a machine that dies meanwhile is lost later; with a shorter
+// one, a slow start loses the node's sandboxes.
+const startTime = 2 * time.Minute
+
 // takeOver gives a node the next fence, and its rows too.
 func (db *DB) takeOver(ctx context.Context, tx *sql.Tx, node string) (sandbox.Holder, error) {
 	h := sandbox.Holder{Node: node}
@@ -87,8 +99,11 @@ func (db *DB) takeOver(ctx context.Context, tx *sql.Tx, node string) (sandbox.Ho
 	if err != nil {
 		return h, err
 	}
-	// The session that an earlier server of the node had is over. What its lease says must not count for this one.
-	if _, err := tx.ExecContext(ctx, "DELETE FROM node_leases WHERE node_id = $1", node); err != nil {
+	// The session of the node's earlier server is over. This one has some time until it begins another one.
+	p = params{node}
+	now := db.now(&p, time.Now())
+	if _, err := tx.ExecContext(ctx, "UPDATE node_leases SET session = '', seen_at = "+now+", until = "+now+" + "+
+		p.add(startTime.Microseconds())+" WHERE node_id = $1", p...); err != nil {
 		return h, err
 	}
 	return h, takeRows(ctx, tx, h)
@@ -166,10 +181,10 @@ var (
 )
 
 // heldSandbox reads a sandbox after a conditional write has changed no row. It returns an error if db may not write the
-// row at all.
+// row at all, unless the sandbox is over.
 func (db *DB) heldSandbox(ctx context.Context, tx *sql.Tx, id sandbox.ID) (sandbox.Sandbox, error) {
 	s, err := getSandbox(ctx, tx, id)
-	if err == nil {
+	if err == nil && !s.State.Over() {
 		err = db.holds(s.Holder)
 	}
 	return s, err
