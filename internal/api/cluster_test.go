@@ -41,6 +41,11 @@ func (onlyPython) Ready(context.Context, string, string) (sandbox.TemplateVersio
 		Shape: sandbox.Shape{Image: "x"}}, nil
 }
 
+// anyLabels are nodes of which each has every label.
+type anyLabels struct{ Nodes }
+
+func (anyLabels) Takes(context.Context, map[string]string) error { return nil }
+
 func newCluster(t *testing.T) *cluster {
 	t.Helper()
 	c := &cluster{t: t, nodes: map[string]*nodetest.Fake{}, servers: map[string]*server{}}
@@ -56,8 +61,8 @@ func newCluster(t *testing.T) *cluster {
 	if _, err := keys.Bootstrap(t.Context(), func(secret string) error { c.key = secret; return nil }); err != nil {
 		t.Fatal(err)
 	}
-	cfg := Config{Auth: keys, Expect: c.db.Expect, Log: slog.New(slog.DiscardHandler), Registry: prometheus.NewRegistry(),
-		Version: "test"}
+	cfg := Config{Auth: keys, Nodes: anyLabels{}, Expect: c.db.Expect, Log: slog.New(slog.DiscardHandler),
+		Registry: prometheus.NewRegistry(), Version: "test"}
 	handlers := map[string]http.Handler{}
 	for _, id := range []string{"n1", "n2"} {
 		db := c.open(url)

@@ -29,10 +29,11 @@ func TestEnumsAreTheCores(t *testing.T) {
 		}
 	}
 	for name, core := range map[string][]string{
-		"SandboxState":   texts(sandbox.States()),
-		"SandboxStatus":  texts(statuses),
-		"FeedEventType":  texts(event.Types()),
-		"NodeStatus":     texts([]fleet.Status{fleet.Ready, fleet.Cordoned, fleet.Draining, fleet.Drained, fleet.Unreachable}),
+		"SandboxState":  texts(sandbox.States()),
+		"SandboxStatus": texts(statuses),
+		"FeedEventType": texts(event.Types()),
+		"NodeStatus": texts([]fleet.Status{fleet.Ready, fleet.Cordoned, fleet.Draining, fleet.Drained, fleet.Unreachable,
+			fleet.Lost}),
 		"Scope":          texts(auth.Scopes()),
 		"WebhookFormat":  texts([]webhook.Format{webhook.Standard, webhook.E2B}),
 		"DisabledReason": texts([]webhook.Reason{webhook.Requested, webhook.Failing, webhook.Gone, webhook.Backlog}),

@@ -62,7 +62,10 @@ func creationOf(in CreateSandboxRequest) (c creation, err error) {
 
 // mayTake returns an error if this machine must not take a sandbox for the labels that it needs.
 func (s *server) mayTake(ctx context.Context, c creation) error {
-	if c.Labels != nil && c.Snapshot != "" {
+	if len(c.Labels) == 0 {
+		return nil
+	}
+	if c.Snapshot != "" {
 		return fault.InvalidField("placement.require",
 			"cannot be given with snapshot: the sandbox is made where the snapshot is")
 	}

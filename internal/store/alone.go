@@ -56,6 +56,7 @@ func (db *DB) Lead(ctx context.Context, name, server string, f func(ctx context.
 
 // Leader returns the server that leads a name or did last, or found false if none has. With SQLite none is noted.
 func (db *DB) Leader(ctx context.Context, name string) (server string, found bool, err error) {
+	defer db.took("leader", time.Now())
 	return db.Setting(ctx, "leader_"+name)
 }
 

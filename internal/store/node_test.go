@@ -44,7 +44,8 @@ func testNodeStore(t *testing.T, db *DB) {
 	}
 	// These are not the server's to say.
 	full.StartedAt, full.CordonedAt, full.DrainBy = fresh.StartedAt, time.Time{}, time.Time{}
-	full.JoinedAt, full.Session, full.SeenAt, full.LeaseUntil = time.Time{}, "", time.Time{}, time.Time{}
+	full.JoinedAt, full.LostAt, full.Session = time.Time{}, time.Time{}, ""
+	full.SeenAt, full.LeaseUntil = time.Time{}, time.Time{}
 	full.Load, full.Sandboxes, full.Active, full.Status = fleet.Load{}, 0, 0, ""
 	if d := cmp.Diff(full, got); d != "" {
 		t.Errorf("registered (-want +got):\n%s", d)

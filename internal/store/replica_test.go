@@ -72,15 +72,20 @@ func replicaCalls(t *testing.T, st sandbox.Store, r rowsOf) map[string]func() er
 	snap.ID, pooled.ID = sandbox.NewSnapshotID(), sandbox.NewID()
 	note := sandbox.Event{SandboxID: id, At: start, Reason: "forked"}
 	return map[string]func() error{
-		"Insert":     func() error { _, _, err := st.Insert(ctx, cold, sandbox.Quota{}, none); return err },
-		"Forget":     func() error { return st.Forget(ctx, id) },
-		"Get":        func() error { _, err := st.Get(ctx, id); return err },
-		"List":       func() error { _, _, err := st.List(ctx, sandbox.Filter{OrgID: "org_a", Limit: 5}); return err },
-		"SetExpiry":  func() error { _, err := st.SetExpiry(ctx, id, start, 1, false); return err },
-		"Living":     func() error { _, err := st.Living(ctx); return err },
-		"Unfinished": func() error { _, err := st.Unfinished(ctx); return err },
-		"Purge":      func() error { _, err := st.Purge(ctx, start.Add(-time.Hour), start, 0); return err },
-		"Images":     func() error { _, err := st.Images(ctx); return err },
+		"Insert":    func() error { _, _, err := st.Insert(ctx, cold, sandbox.Quota{}, none); return err },
+		"Forget":    func() error { return st.Forget(ctx, id) },
+		"Get":       func() error { _, err := st.Get(ctx, id); return err },
+		"List":      func() error { _, _, err := st.List(ctx, sandbox.Filter{OrgID: "org_a", Limit: 5}); return err },
+		"SetExpiry": func() error { _, err := st.SetExpiry(ctx, id, start, 1, false); return err },
+		"Living":    func() error { _, err := st.Living(ctx); return err },
+		"EndLost": func() error { // its node is not lost
+			_, _, err := st.EndLost(ctx, id, sandbox.Lost, start)
+			return err
+		},
+		"LostSandboxes": func() error { _, err := st.LostSandboxes(ctx, "aaaaaa"); return err },
+		"Unfinished":    func() error { _, err := st.Unfinished(ctx); return err },
+		"Purge":         func() error { _, err := st.Purge(ctx, start.Add(-time.Hour), start, 0); return err },
+		"Images":        func() error { _, err := st.Images(ctx); return err },
 		"Transition": func() error {
 			_, err := st.Transition(ctx, sandbox.Change{ID: id, From: []sandbox.State{sandbox.Running}, To: sandbox.Destroyed,
 				At: start})
