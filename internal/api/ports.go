@@ -97,7 +97,7 @@ func (s *server) servePort(w http.ResponseWriter, r *http.Request, p portRequest
 		return
 	}
 	if s.Relay.Forwards(r) {
-		node, away, err := s.holderOf(r, caller.OrgID, p.id)
+		node, away, err := s.holderOf(r, caller.OrgID, p.id, false)
 		if err != nil {
 			s.fail(w, r, err)
 			return

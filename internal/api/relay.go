@@ -87,8 +87,8 @@ func (s *server) serverOf(r *http.Request, route access, id sandbox.ID) (node st
 	switch at {
 	case builder:
 		return s.Relay.BuilderAway(r)
-	case holder, holderOrRows:
-		return s.holderOf(r, callOf(r).Who.Org.ID, id)
+	case holder, holderUnlessLost, holderOrRows:
+		return s.holderOf(r, callOf(r).Who.Org.ID, id, at == holderUnlessLost)
 	case snapshotHolder:
 		var snap sandbox.Snapshot
 		ref := strings.TrimPrefix(r.URL.Path, "/v1/snapshots/")
@@ -100,15 +100,16 @@ func (s *server) serverOf(r *http.Request, route access, id sandbox.ID) (node st
 	return node, err == nil && s.Relay.Away(r, node), err
 }
 
-// holderOf returns the node that has a sandbox of the organization, and whether that is another server. Of what a lost
-// node has, any server deletes a sandbox, and says that one is over.
-func (s *server) holderOf(r *http.Request, orgID string, id sandbox.ID) (node string, away bool, err error) {
+// holderOf returns the node that has a sandbox of the organization, and whether that is another server. Once the node
+// is lost, any server says that the sandbox is over, and does the call if unlessLost is true.
+func (s *server) holderOf(r *http.Request, orgID string, id sandbox.ID,
+	unlessLost bool) (node string, away bool, err error) {
 	sbx, err := s.Rows.Get(r.Context(), orgID, id)
 	if err != nil {
 		return "", false, err
 	}
 	node = sbx.Holder.Node
-	if sbx.State.Over() || r.Method == http.MethodDelete && r.URL.Path == "/v1/sandboxes/"+string(id) {
+	if unlessLost || sbx.State.Over() {
 		return node, s.Relay.AwayUnlessLost(r, node), nil
 	}
 	return node, s.Relay.Away(r, node), nil

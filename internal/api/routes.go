@@ -11,14 +11,15 @@ type place int
 
 // The places. The zero value is none, so that each route is decided about.
 const (
-	anywhere       place = iota + 1 // any server, from rows
-	holder                          // the node that has the sandbox
-	holderOrRows                    // that node or, while it cannot be reached, any server
-	placed                          // a node with room for another sandbox
-	snapshotHolder                  // the node that has the snapshot
-	builder                         // the node that builds templates
-	rowsOrBuilder                   // any server; a stream is the builder's
-	eachNode                        // the nodes that take sandboxes, each for itself
+	anywhere         place = iota + 1 // any server, from rows
+	holder                            // the node that has the sandbox
+	holderUnlessLost                  // that node or, once it is lost, any server
+	holderOrRows                      // that node or, while it cannot be reached, any server
+	placed                            // a node with room for another sandbox
+	snapshotHolder                    // the node that has the snapshot
+	builder                           // the node that builds templates
+	rowsOrBuilder                     // any server; a stream is the builder's
+	eachNode                          // the nodes that take sandboxes, each for itself
 )
 
 // access tells which server does the calls of a route, which keys may make them, and which parameters
@@ -40,7 +41,7 @@ var routes = map[string]access{
 	"POST /v1/sandboxes":                 {at: placed, scope: auth.SandboxesWrite, timed: true, query: []string{"wait"}},
 	"GET /v1/sandboxes":                  {at: anywhere, scope: auth.SandboxesRead, query: []string{"status", "limit", "cursor", "metadata."}, many: "status"},
 	"GET /v1/sandboxes/{id}":             {at: holderOrRows, scope: auth.SandboxesRead},
-	"DELETE /v1/sandboxes/{id}":          {at: holder, scope: auth.SandboxesWrite},
+	"DELETE /v1/sandboxes/{id}":          {at: holderUnlessLost, scope: auth.SandboxesWrite},
 	"POST /v1/sandboxes/{id}/keepalive":  {at: holder, scope: auth.SandboxesWrite},
 	"POST /v1/sandboxes/{id}/wake":       {at: holder, scope: auth.SandboxesWrite, timed: true},
 	"POST /v1/sandboxes/{id}/suspend":    {at: holder, scope: auth.SandboxesWrite},

@@ -74,8 +74,8 @@ type denied struct {
 // deniedName is a name whose addresses are denied.
 type deniedName struct {
 	setting, host string
-	lookup        func(ctx context.Context) ([]netip.Addr, error) // nil looks host up
-	which         func(netip.Addr) bool                           // returns true for an address that is to be denied
+	lookup        func(ctx context.Context) ([]netip.Addr, error)
+	which         func(netip.Addr) bool // returns true for an address that is to be denied
 	// lost has the known addresses, and when the name lost them; zero if the last answer has them.
 	lost map[netip.Addr]time.Time
 	// trouble reports that the last lookup failed, which was logged.
@@ -166,7 +166,9 @@ func (d *denied) add(setting, host string, which func(netip.Addr) bool) {
 	if slices.ContainsFunc(d.names, func(n *deniedName) bool { return n.setting == setting && n.host == host }) {
 		return
 	}
-	d.names = append(d.names, &deniedName{setting: setting, host: host, which: which, lost: map[netip.Addr]time.Time{}})
+	lookup := func(ctx context.Context) ([]netip.Addr, error) { return d.lookup(ctx, host) }
+	d.names = append(d.names, &deniedName{setting: setting, host: host, lookup: lookup, which: which,
+		lost: map[netip.Addr]time.Time{}})
 }
 
 // addServers denies the addresses of the other servers of a fleet, which nodes returns with this one, self.
@@ -235,13 +237,7 @@ func (d *denied) lookUp(ctx context.Context) {
 	answers, errs := make([][]netip.Addr, len(d.names)), make([]error, len(d.names))
 	var group sync.WaitGroup
 	for i, n := range d.names {
-		group.Go(func() {
-			if n.lookup != nil {
-				answers[i], errs[i] = n.lookup(limited)
-			} else {
-				answers[i], errs[i] = d.lookup(limited, n.host)
-			}
-		})
+		group.Go(func() { answers[i], errs[i] = n.lookup(limited) })
 	}
 	group.Wait()
 	if ctx.Err() != nil {

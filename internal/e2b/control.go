@@ -27,6 +27,7 @@ type location int
 const (
 	anywhere           location = iota + 1 // any server, from rows
 	holder                                 // the node that has the sandbox
+	holderUnlessLost                       // that node or, once it is lost, any server
 	eachHolder                             // the nodes that have the sandboxes, each for its own
 	placed                                 // a node with room for another sandbox
 	builder                                // the node that builds templates
@@ -65,7 +66,7 @@ func (s *Handler) table() map[string]route {
 		"GET /v2/sandboxes":                          {anywhere, read, s.list(nil)},
 		"GET /sandboxes/metrics":                     {eachHolder, read, s.latestMetrics},
 		"GET /sandboxes/{id}":                        {anywhere, read, s.get},
-		"DELETE /sandboxes/{id}":                     {holder, write[:1], s.kill},
+		"DELETE /sandboxes/{id}":                     {holderUnlessLost, write[:1], s.kill},
 		"POST /sandboxes/{id}/timeout":               {holder, write[:1], s.setTimeout},
 		"POST /sandboxes/{id}/refreshes":             {holder, write[:1], s.refresh},
 		"POST /sandboxes/{id}/pause":                 {holder, write[:1], s.pause},

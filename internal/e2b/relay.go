@@ -40,11 +40,11 @@ func (s *Handler) relay(w http.ResponseWriter, r *http.Request, at location) (he
 		return s.Relay.Place(w, r, maxBody, passage, nil) // these requests name no size
 	case builder:
 		node, away, err = s.Relay.BuilderAway(r)
-	case holder:
+	case holder, holderUnlessLost:
 		var sb sandbox.Sandbox
 		sb, err = s.present(r, sandboxID(r))
 		node = sb.Holder.Node
-		if away = s.Relay.Away(r, node); r.Method == http.MethodDelete && r.URL.Path == "/sandboxes/"+r.PathValue("id") {
+		if away = s.Relay.Away(r, node); at == holderUnlessLost {
 			away = s.Relay.AwayUnlessLost(r, node)
 		}
 	case snapshotOrTemplate:

@@ -28,9 +28,9 @@ type Needs struct {
 
 // Place returns the nodes that take sandboxes, in the order in which a new one should be offered to them: the best of
 // three random ones that have the labels and room for the memory, again and again, and then those that seem to have
-// none. What the rows say may be seconds old, so a node may refuse, and one that seems full may not. Labels that no
-// machine of the fleet has, whatever its status, are Invalid in field "placement.require", and a size for whose memory
-// none of those that have them is large enough, whoever uses it now, is in field "size".
+// none. What the rows say may be seconds old, so a node may refuse, and one that seems full may not. It returns an
+// error if no machine of the fleet, whatever its status, has the labels, Invalid in field "placement.require", or if
+// none of those that have them is large enough for the memory, Invalid in field "size".
 func (s *Service) Place(ctx context.Context, needs Needs) ([]ID, error) {
 	all, err := s.labelled(ctx, needs.Labels)
 	if err != nil {

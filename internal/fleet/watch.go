@@ -75,30 +75,41 @@ func over(n Node, now time.Time) bool { return !n.LeaseUntil.IsZero() && !now.Be
 
 // judge declares a node lost if it is time to, and ends what ends with a lost node.
 func (w *watch) judge(ctx context.Context, n Node, now time.Time) error {
-	if n.LostAt.IsZero() {
-		if !over(n, w.cfg.Now()) {
-			delete(w.over, n.ID)
-			return nil
-		}
-		if since, ok := w.over[n.ID]; !ok {
-			w.over[n.ID] = now
-			return nil
-		} else if now.Sub(since) < lossGrace {
-			return nil
-		}
-		// A database that is slow to write keeps the nodes from extending their leases too.
-		losing, cancel := context.WithTimeout(ctx, watchEvery)
-		defer cancel()
-		if lost, err := w.store.LoseNode(losing, n.ID, n.Session); err != nil || !lost {
-			delete(w.over, n.ID)
+	lost := !n.LostAt.IsZero()
+	if !lost {
+		var err error
+		if lost, err = w.declare(ctx, n, now); err != nil {
 			return err
 		}
-		w.cfg.Log.WarnContext(ctx, "a node is lost", "node", n.ID, "name", n.Name, "seen", n.SeenAt, "sandboxes", n.Active)
-	} else if n.Active == 0 {
+	}
+	if !lost || n.Active == 0 {
 		return nil
 	}
 	if err := w.cfg.Lose(ctx, n.ID); err != nil {
 		return fmt.Errorf("ending the sandboxes of the lost node %s: %w", n.ID, err)
 	}
 	return nil
+}
+
+// declare declares a node lost if its lease has been over for long enough, and reports whether it did.
+func (w *watch) declare(ctx context.Context, n Node, now time.Time) (lost bool, err error) {
+	if !over(n, w.cfg.Now()) {
+		delete(w.over, n.ID)
+		return false, nil
+	}
+	since, seen := w.over[n.ID]
+	if !seen {
+		since, w.over[n.ID] = now, now
+	}
+	if now.Sub(since) < lossGrace {
+		return false, nil
+	}
+	delete(w.over, n.ID)
+	// A database that is slow to write keeps the nodes from extending their leases too.
+	ctx, cancel := context.WithTimeout(ctx, watchEvery)
+	defer cancel()
+	if lost, err = w.store.LoseNode(ctx, n.ID, n.Session); lost {
+		w.cfg.Log.WarnContext(ctx, "a node is lost", "node", n.ID, "name", n.Name, "seen", n.SeenAt, "sandboxes", n.Active)
+	}
+	return lost, err
 }

@@ -73,6 +73,7 @@ func TestPlans(t *testing.T) {
 		{findSnapshot, []any{"o", "n", "ready"}, "snapshots_name"},
 		{"SELECT id FROM snapshots WHERE node_id = $1 AND state <> 'ready' ORDER BY created_at, id", []any{"n"}, "snapshots_unready"},
 		{getNode, []any{"n"}, "sandboxes_live"},
+		{lostSandboxes, []any{"n"}, "sandboxes_live"},
 		{keyByHash, []any{"x"}, "sqlite_autoindex_api_keys"},
 		{keyByID, []any{"x"}, "sqlite_autoindex_api_keys"},
 		{keyAndSandbox, []any{"x", "s"}, "sqlite_autoindex_api_keys"},
